@@ -1,0 +1,35 @@
+# make quickstart: from nothing to a trained model.  make test: the whole test suite.  make help: the rest.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help quickstart test lint clean
+help:
+	@echo "make quickstart   set up .venv, make data, train a tokenizer and a small Llama, show what it learned"
+	@echo "make test         set up .venv and run the test suite"
+	@echo "make lint         check style (ruff) and that the generated files are fresh"
+	@echo "make clean        remove .venv and caches; data/ and models/ stay"
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or the like")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# A finished quick start is shown again, an interrupted one begins anew.
+quickstart: $(INSTALLED)
+	$(PY) create_synthetic_data.py --num-tokens 300000 --complexity medium --output-dir data/synthetic
+	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 1024 --output models/quickstart-tokenizer.json
+	$(PY) train.py --config config/quickstart.yaml $(if $(wildcard models/quickstart/training_metrics.json),,--overwrite)
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) settings.py --check
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis data/cache __pycache__ tests/__pycache__ benchmarks/__pycache__

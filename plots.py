@@ -1,0 +1,161 @@
+"""Dicts of figures -> PNG files. The only file that imports matplotlib; nothing here computes a metric."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+BLUE, ORANGE, GREEN, GREY = "#3367d6", "#e8710a", "#188038", "#80868b"
+
+
+def _figure(rows: int, columns: int, width: float, height: float):
+    """(figure, axes) drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, alpha=0.25)
+    return figure, axes
+
+
+def label(text: Any) -> str:
+    """Text that matplotlib shows as it is: a `$` would start a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | None = None) -> None:
+    """Loss (train and held-out) against tokens, learning rate, and speed, from the rows of metrics.jsonl.
+
+    `floor_nats` is the lowest loss in nats per token that any model could reach, where it is known.
+    """
+    train = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row]
+    figure, ((loss, rate, speed),) = _figure(1, 3, 13, 4)
+    loss.plot([r["tokens"] for r in train], [r["loss"] for r in train], color=BLUE, lw=1.2, label="training")
+    loss.plot(
+        [r["tokens"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", color=ORANGE, ms=4, label="held-out"
+    )
+    if floor_nats is not None:
+        loss.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=f"floor of this text, {floor_nats:.3f}")
+    loss.set(xlabel="tokens", ylabel="loss (nats per token)", title=label(title))
+    loss.legend(frameon=False)
+    rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], color=BLUE)
+    rate.set(xlabel="tokens", ylabel="learning rate", title="learning rate")
+    fast = [r for r in train if "tokens_per_second" in r]
+    speed.plot([r["tokens"] for r in fast], [r["tokens_per_second"] for r in fast], color=BLUE)
+    speed.set(xlabel="tokens", ylabel="tokens per second", title="training speed", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+
+
+def plot_evaluation(metrics: dict[str, Any], path: Path) -> None:
+    """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
+
+    `metrics` is one such dict, several merged, or a dict of them. A panel without its figures is left out; ValueError
+    where none has any.
+    """
+    found = dict(metrics)
+    for value in metrics.values():
+        found |= value if isinstance(value, dict) else {}
+    panels = [draw for key, draw in EVALUATION_PANELS.items() if found.get(key)]
+    if not panels:
+        raise ValueError(f"nothing to draw: the metrics hold none of {', '.join(EVALUATION_PANELS)}")
+    rows = -(-len(panels) // 2)
+    figure, axes = _figure(rows, min(2, len(panels)), 7 * min(2, len(panels)), 4.5 * rows)
+    for draw, axis in zip(panels, axes.flat, strict=False):
+        draw(axis, found)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a model may say what the font lacks: a box is drawn
+        figure.savefig(path, dpi=120)
+
+
+def _draw_surprisal(axis, found: dict) -> None:
+    sample = found["surprisal_sample"]
+    bits = [value or 0.0 for value in sample["bits"]]
+    axis.bar(range(len(bits)), bits, color=BLUE, width=0.8)
+    names = [label(token.replace("\n", "\\n").replace("\t", "\\t").strip() or "_") for token in sample["tokens"]]
+    axis.set_xticks(range(len(bits)), names, rotation=75, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set(ylabel="surprisal (bits)", title="surprisal along a held-out text", xlim=(-0.7, len(bits) - 0.3))
+    axis.grid(False, axis="x")
+
+
+def _draw_distribution(axis, found: dict) -> None:
+    histogram = found["surprisal_histogram_bits"]
+    total = sum(histogram["counts"]) or 1
+    edges, shares = histogram["edges"], [count / total for count in histogram["counts"]]
+    axis.bar(edges[:-1], shares, width=0.95, align="edge", color=BLUE)
+    axis.set(xlabel="surprisal of a token (bits)", ylabel="share of tokens", title="distribution of surprisal")
+    if (loss := found.get("nats_per_token")) is not None:
+        mean = loss / math.log(2)
+        axis.axvline(mean, color=ORANGE, lw=1.5, label=f"mean, {mean:.2f} bits per token")
+        axis.legend(frameon=False)
+
+
+def _draw_reliability(axis, found: dict) -> None:
+    bins = found["reliability"]
+    total = sum(b["count"] for b in bins)
+    axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="a calibrated model")
+    axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=BLUE, lw=1.2)
+    sizes = [20 + 400 * b["count"] / total for b in bins]
+    axis.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, color=BLUE, alpha=0.6,
+                 label="area: share of tokens")  # fmt: skip
+    title = f"calibration, error {found['expected_calibration_error']:.3f} over {total:,} tokens"
+    axis.set(xlabel="probability of the likeliest token", ylabel="how often it is right", title=title)
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.legend(frameon=False, loc="upper left")
+
+
+def _draw_samples(axis, found: dict) -> None:
+    import textwrap
+
+    lines = []
+    for sample in found["generation_samples"][:4]:
+        text = f"{sample['prompt']} | {sample['generations'][0]}"
+        printable = "".join(c if c.isprintable() else " " for c in text)
+        lines += [*textwrap.wrap(" ".join(printable.split()), 88)[:4], ""]
+    axis.set_axis_off()
+    axis.set_title("samples: prompt | continuation", loc="left")
+    axis.text(0, 0.98, label("\n".join(lines)), transform=axis.transAxes, va="top", fontsize=8.5, linespacing=1.35)
+
+
+EVALUATION_PANELS = {
+    "surprisal_sample": _draw_surprisal,
+    "surprisal_histogram_bits": _draw_distribution,
+    "reliability": _draw_reliability,
+    "generation_samples": _draw_samples,
+}
+
+
+def plot_comparison(rows: list[dict], path: Path) -> None:
+    """Bars with 95 % intervals, a group for each task, a colour for each model; a mark where chance lies.
+
+    A row has `task`, `model`, `value`, `low`, `high` and `chance` (None where there is none), on a scale up to 1.
+    """
+    tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
+    figure, ((axis,),) = _figure(1, 1, max(6, 1.5 + len(tasks) * (0.7 + 0.25 * len(models))), 4.2)
+    from matplotlib import colormaps
+
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+        own = [row for row in rows if row["model"] == model]
+        places = [tasks.index(row["task"]) + (i - (len(models) - 1) / 2) * width for row in own]
+        errors = [[row["value"] - row["low"] for row in own], [row["high"] - row["value"] for row in own]]
+        axis.bar(
+            places, [row["value"] for row in own], width * 0.92, yerr=errors, label=label(model), capsize=2,
+            color=colormaps["tab20"](i % 20), error_kw={"lw": 1, "ecolor": GREY},
+        )  # fmt: skip
+        marked = [(place, row["chance"]) for place, row in zip(places, own, strict=True) if row["chance"] is not None]
+        for place, chance in marked:
+            axis.hlines(chance, place - width / 2, place + width / 2, colors="black", linestyles="dotted", lw=1.4)
+    axis.set_xticks(range(len(tasks)), [label(task) for task in tasks], rotation=20 if len(tasks) > 4 else 0)
+    axis.set(ylabel="score with 95 % interval; dotted: chance", ylim=(min(0, *(row["low"] for row in rows)), 1.02))
+    axis.grid(visible=False, axis="x")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,245 @@
+"""What a run directory holds: checkpoints that can be trusted, the marks of a finished run, versions, the model card.
+
+It knows file names and formats only: nothing here trains, scores or imports torch at import. The layout:
+
+    models/<name>/  config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+                    training_config.yaml  data_report.json  metrics.jsonl  training_metrics.json
+                    training_curves.png  README.md  checkpoint-<step>/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+log = logging.getLogger(__name__)
+MANIFEST = "complete.json"
+CONFIG, DATA_REPORT, LOG, METRICS = "training_config.yaml", "data_report.json", "metrics.jsonl", "training_metrics.json"
+FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
+    "training.num_epochs", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
+    "training.eval_steps", "logging.wandb", "logging.project", "logging.output_dir"
+}  # fmt: skip
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN) so that the file is either the old one or the whole new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write complete.json (size and sha256 of every file) as the last act of saving; drop the pickled arguments."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: a missing manifest, a missing or changed file."""
+    if not (folder / MANIFEST).is_file():
+        return f"it was not saved to its end (no {MANIFEST})"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint-<step> directories of a run, newest step first."""
+    found = [p for p in run_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(which: str, run_dir: Path) -> Path:
+    """The checkpoint that `latest` or a path stands for; ValueError or FileNotFoundError where none is whole."""
+    if which == "latest":
+        for folder in checkpoints(run_dir):
+            if not (problem := damage(folder)):
+                return folder
+            log.warning("%s: passed over: %s", folder, problem)
+        raise FileNotFoundError(f"{run_dir}: no whole checkpoint to resume from; run without --resume_from_checkpoint")
+    folder = Path(which)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint; give its directory or the word latest")
+    if problem := damage(folder):
+        raise ValueError(f"{folder}: cannot resume from it: {problem}")
+    return folder
+
+
+# ---- whose directory it is ----------------------------------------------------------------------
+
+
+def _flat(config: dict) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+
+
+def differences(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
+    """What differs between the run in run_dir and this configuration and text: {key: "key: was ..., is ..."}."""
+    old, new = _flat(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))), _flat(config)
+    lines = {k: f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)}
+    if json.loads((run_dir / DATA_REPORT).read_text(encoding="utf-8")) != report:
+        lines["data"] = f"data: the text or the tokenizer has changed since ({DATA_REPORT})"
+    return lines
+
+
+def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
+    """The metrics of a finished run of this very configuration on this very text, else None."""
+    if not (run_dir / METRICS).is_file() or differences(run_dir, config, report):
+        return None
+    return json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+
+
+def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run; ValueError where something would be lost or mixed."""
+    empty = not run_dir.exists() or not any(run_dir.iterdir())
+    if not empty and not (run_dir / CONFIG).is_file():
+        raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
+    if resume:
+        checkpoint = find_checkpoint(resume, run_dir)
+        changed = differences(checkpoint.parent, config, report)
+        if bad := [line for key, line in changed.items() if key not in FREE_ON_RESUME]:
+            raise ValueError(f"{checkpoint}: belongs to another run: " + "; ".join(bad))
+        return checkpoint
+    if not empty and not overwrite:
+        state = ", ".join(differences(run_dir, config, report).values()) or "the same configuration, not finished"
+        raise ValueError(
+            f"{run_dir}: holds another run ({state}); add --resume_from_checkpoint latest to go on with it, "
+            "--overwrite to replace it, or choose another --model_name"
+        )
+    return None
+
+
+def begin(run_dir: Path, config: dict, report: dict, fresh: bool) -> None:
+    """Write what the run is before its first step; a fresh run first removes an older run's checkpoints and metrics."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / METRICS).unlink(missing_ok=True)
+    if fresh:
+        for folder in checkpoints(run_dir):
+            shutil.rmtree(folder)
+    (run_dir / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_json(run_dir / DATA_REPORT, report)
+
+
+# ---- where a figure comes from ------------------------------------------------------------------
+
+
+def environment() -> dict[str, str | None]:
+    """Versions, machine and git commit, for every file of results."""
+    import torch
+
+    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:  # no git here
+        git = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "git_hash": git or None,
+    }
+
+
+CARD = """\
+---
+{{ header }}
+---
+
+# {{ config.model.name }}
+
+A {{ config.model.type }} language model of {{ "{:,}".format(plan.parameters) }} parameters, trained from scratch on
+{{ "{:,}".format(data.train.words) }} words ({{ plan.epochs }} epochs, {{ "{:,}".format(plan.words) }} words seen) with BabyLlama.
+
+| score | value | unit |
+|---|---|---|
+| held-out loss | {{ "%.4f" % results.eval_loss }} | nats per token |
+| held-out perplexity | {{ "%.2f" % results.eval_perplexity }} | per token |
+| held-out bits per byte | {{ "%.4f" % results.eval_bits_per_byte }} | bits per UTF-8 byte |
+{%- if results.floor_bits_per_byte %}
+| floor of this text | {{ "%.4f" % results.floor_bits_per_byte }} | bits per UTF-8 byte: no model can do better |
+{%- endif %}
+| training speed | {{ "{:,.0f}".format(results.tokens_per_second) }} | tokens per second on {{ environment.device }} |
+
+Held-out scores are over {{ "{:,}".format(results.eval_tokens) }} tokens ({{ "{:,}".format(results.eval_bytes) }} bytes) of
+`{{ config.data.eval_path }}`, in full chunks of {{ config.data.seq_length }} tokens, in float32. A perplexity compares only
+models that share a tokenizer; bits per byte compare all.
+
+![training curves](training_curves.png)
+
+## Training
+
+Text `{{ config.data.train_path }}`, tokenizer `{{ config.data.tokenizer_path }}`, {{ "{:,}".format(plan.steps) }} steps of
+{{ "{:,}".format(plan.tokens_per_step) }} tokens, peak learning rate {{ config.training.lr }}
+({{ config.training.lr_scheduler }}), seed {{ config.training.seed }}, precision {{ plan.precision }}. The whole configuration is in
+`training_config.yaml`, what the data processor counted in `data_report.json`, every row of the log in `metrics.jsonl`,
+versions and the git commit in `training_metrics.json`.
+
+## Samples
+
+Unprompted, temperature 0.8, top-p 0.95:
+
+{% for sample in samples -%}
+> {{ sample.split() | join(" ") }}
+
+{% endfor -%}
+## Limits
+
+A small model trained on little text: it makes things up, repeats what it read, and was not made safe for any use.
+"""
+
+
+def model_card(metrics: dict) -> str:
+    """README.md of a run directory: metadata for model hubs, the measured scores, and how the model came about."""
+    from jinja2 import Template
+
+    config, results = metrics["config"], metrics["results"]
+    scores = [
+        {"type": key, "value": round(results[f"eval_{key}"], 4)} for key in ("loss", "perplexity", "bits_per_byte")
+    ]
+    dataset = {"type": "text", "name": config["data"]["eval_path"]}
+    measured = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": scores}]
+    header = {
+        "language": "en",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["babylm", "trained-from-scratch", config["model"]["type"].lower()],
+        "model-index": [{"name": config["model"]["name"], "results": measured}],
+    }
+    return Template(CARD, keep_trailing_newline=True).render(
+        **metrics, header=yaml.safe_dump(header, sort_keys=False).strip()
+    )

@@ -1,0 +1,107 @@
+"""Shared fixtures: a real tokenizer trained in-process, tiny real models of the three architectures, a small corpus."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+NOUNS = ["cat", "dog", "girl", "boy", "teacher", "bird", "farmer", "child"]
+VERBS = ["sees", "likes", "finds", "hears", "helps", "follows"]
+ENDS = ["in the garden", "near the river", "at home", "under the old tree", "every day", "with a smile"]
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    """n short English sentences, the same for the same seed."""
+    rng = random.Random(seed)
+    return [
+        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} {rng.choice(ENDS)}." for _ in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A tokenizer.json of 400 tokens trained on the sentences above."""
+    from train_tokenizer import train_bpe_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe_tokenizer(sentences(500), vocab_size=400).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    from data_utils import load_tokenizer
+
+    return load_tokenizer(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    """corpus/train/toy.train and corpus/dev/toy.dev: documents of ten sentences, two blank lines between."""
+    root = tmp_path_factory.mktemp("corpus")
+    for split, n, seed in (("train", 60, 1), ("dev", 12, 2)):
+        folder = root / split
+        folder.mkdir()
+        documents = ["\n".join(sentences(10, seed=1000 * seed + i)) for i in range(n)]
+        (folder / f"toy.{split}").write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
+    return root
+
+
+def build_tiny_model(kind: str, vocab_size: int = 400, max_positions: int = 64, seed: int = 0):
+    """A randomly initialised two-layer model of width 32: kind is "Llama", "GPT2" or "GPTJ"."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "Llama":
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=max_positions,
+            **ids,
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+    shared = dict(
+        vocab_size=vocab_size,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=max_positions,
+        n_inner=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **ids,
+    )
+    if kind == "GPT2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shared)).eval()
+    return transformers.GPTJForCausalLM(transformers.GPTJConfig(rotary_dim=8, **shared)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """tiny_model("Llama") builds a small random model; see build_tiny_model."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """A saved model directory (weights and tokenizer) for each architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("Llama", "GPT2", "GPTJ"):
+        build_tiny_model(kind).save_pretrained(root / kind)
+        tokenizer.save_pretrained(root / kind)
+    return {kind: root / kind for kind in ("Llama", "GPT2", "GPTJ")}

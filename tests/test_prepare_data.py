@@ -1,0 +1,347 @@
+"""prepare_data.py on small real files: the figures are counted again another way, the promises are put to the test."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+from data_utils import create_cleaner_registry, load_tokenizer
+from prepare_data import Overlap, main, ngram_hashes
+
+VOCAB = 300
+
+
+def stories(n: int, seed: int) -> list[str]:
+    return ["\n".join(sentences(8, seed=100 * seed + i)) for i in range(n)]
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """raw/train and raw/dev with one domain in each form that people have."""
+    root = tmp_path / "raw"
+    for split, n, seed in (("train", 12, 1), ("dev", 4, 2)):
+        folder = root / split
+        folder.mkdir(parents=True)
+        (folder / f"gutenberg.{split}").write_text("\n\n\n".join(stories(n, seed)) + "\n")
+        wiki = "".join(f"= = = Page {i} = = =\n\n{text}\n\n\n" for i, text in enumerate(stories(n, seed + 10)))
+        (folder / f"wikipedia.{split}.gz").write_bytes(gzip.compress(wiki.encode(), mtime=0))
+        rows = [json.dumps({"text": text}) for text in stories(n, seed + 20)]
+        (folder / "children_stories.jsonl").write_text("\n".join(rows) + "\n")
+        (folder / "letters.txt").write_text("\n\n\n".join(stories(n, seed + 30)))
+    return root
+
+
+@pytest.fixture
+def run(raw, tmp_path):
+    """run(extra flags) prepares raw/ into out/ and returns the exit code."""
+
+    def call(*extra: object, train: Path | None = raw / "train", dev: Path | None = raw / "dev") -> int:
+        argv = ["--output-dir", tmp_path / "out", "--tokenizer-output", tmp_path / "m" / "tokenizer.json"]
+        argv += ["--tokenizer-vocab", VOCAB]
+        argv += ["--babylm-10m", train] if train else []
+        argv += ["--babylm-dev", dev] if dev else []
+        return main([str(word) for word in (*argv, *extra)])
+
+    return call
+
+
+def manifest_of(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def table(said: str, split: str) -> dict[str, list[str]]:
+    """The printed table of one split: first column -> the other cells."""
+    lines = said.split("\n")
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == [split, "documents"])
+    rows = {}
+    for line in lines[start + 1 :]:
+        name, *cells = line.split()
+        rows[name] = cells
+        if name == "total":
+            return rows
+    raise AssertionError("no total row")
+
+
+# ---------------------------------------------------------------- files and figures
+
+
+def test_what_is_written(run, tmp_path):
+    assert run() == 0
+    domains = ["children_stories", "gutenberg", "letters", "wikipedia"]
+    expected = ["manifest.json", *(f"{split}/{domain}.{split}" for split in ("dev", "train") for domain in domains)]
+    assert set(tree(tmp_path / "out")) == set(expected)
+    text = (tmp_path / "out" / "train" / "wikipedia.train").read_text()
+    assert text == "\n\n\n".join(stories(12, 11)) + "\n"  # the title lines are gone, nothing else is
+    assert (tmp_path / "out" / "train" / "letters.train").read_text() == "\n\n\n".join(stories(12, 31)) + "\n"
+
+
+def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, capsys):
+    assert run() == 0
+    captured = capsys.readouterr()
+    assert "letters" in captured.err and "no cleaner" in captured.err
+    manifest = manifest_of(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "m" / "tokenizer.json")
+    for split in ("train", "dev"):
+        rows = table(captured.out, split)
+        totals = [0, 0, 0, 0]
+        for domain, record in manifest["splits"][split]["files"].items():
+            path = tmp_path / "out" / record["file"]
+            text = path.read_text()
+            documents = text.strip().split("\n\n\n")
+            tokens = sum(len(tokenizer(document, add_special_tokens=False)["input_ids"]) for document in documents)
+            counts = [len(documents), len(text.split()), len(text.encode()), tokens]
+            assert [record[key] for key in ("documents", "words", "bytes", "tokens")] == counts
+            assert rows[domain][:4] == [f"{count:,}" for count in counts]
+            kept = sum(len(document.encode()) for document in documents)
+            assert float(rows[domain][4]) == pytest.approx(kept / tokens, abs=6e-4)
+            assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            for source in record["sources"]:
+                data = Path(source["path"]).read_bytes()
+                assert (source["sha256"], source["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+            totals = [a + b for a, b in zip(totals, counts, strict=True)]
+        assert rows["total"][:4] == [f"{count:,}" for count in totals]
+    entry = manifest["tokenizer"]
+    assert entry["sha256"] == hashlib.sha256((tmp_path / "m" / "tokenizer.json").read_bytes()).hexdigest()
+    assert entry["vocab_size"] == VOCAB == len(tokenizer)
+
+
+def test_the_share_that_cleaning_removed(run, raw, tmp_path, capsys):
+    assert run("--skip-tokenizer", dev=None) == 0
+    rows = table(capsys.readouterr().out, "train")
+    read = sum(len(f"= = = Page {i} = = =\n\n{text}".encode()) for i, text in enumerate(stories(12, 11)))
+    kept = sum(len(text.encode()) for text in stories(12, 11))
+    assert float(rows["wikipedia"][5]) == pytest.approx(100 * (1 - kept / read), abs=0.4)
+    assert rows["gutenberg"][5] == "0.00"
+    assert rows["wikipedia"][3:5] == ["-", "-"]  # no tokenizer, no tokens
+
+
+def test_the_same_input_gives_the_same_files(run, tmp_path):
+    assert run() == 0
+    first = tree(tmp_path / "out"), tree(tmp_path / "m")
+    assert run() == 0
+    assert (tree(tmp_path / "out"), tree(tmp_path / "m")) == first
+
+
+def test_preparing_prepared_text_changes_nothing(run, tmp_path):
+    assert run("--skip-tokenizer") == 0
+    once = tree(tmp_path / "out")
+    argv = ["--babylm-10m", tmp_path / "out" / "train", "--babylm-dev", tmp_path / "out" / "dev", "--skip-tokenizer"]
+    assert main([str(word) for word in (*argv, "--output-dir", tmp_path / "again")]) == 0
+    twice = tree(tmp_path / "again")
+    del once["manifest.json"], twice["manifest.json"]
+    assert once == twice
+
+
+def test_the_layout_of_a_prepared_file(run, raw, tmp_path):
+    (raw / "train" / "letters.txt").write_text("\n\n one\n\ntwo  \nthree\n\n\n\n\nfour\n \n\n\n")
+    for flags in ((), ("--skip-cleaning",)):
+        assert run("--skip-tokenizer", *flags) == 0
+        text = (tmp_path / "out" / "train" / "letters.train").read_text()
+        assert [[line.strip() for line in part.split("\n")] for part in text.split("\n\n\n")] == [
+            ["one", "", "two", "three"], ["four", ""],
+        ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_clean_domains_and_skip_cleaning(run, raw, tmp_path, capsys):
+    assert "wikipedia" in create_cleaner_registry()
+    assert run("--skip-tokenizer", "--clean-domains", "gutenberg,", "children_stories") == 0
+    assert "Page 3" in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
+    assert run("--skip-tokenizer", "--clean_domains", "wikipedia") == 0
+    assert "Page 3" not in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
+    assert manifest_of(tmp_path)["splits"]["train"]["files"]["gutenberg"]["domain_cleaner"] is False
+    (raw / "train" / "gutenberg.train").write_text("a  b ,  c\n\n\n\n\nd")
+    assert run("--skip-tokenizer", "--skip-cleaning") == 0
+    assert (tmp_path / "out" / "train" / "gutenberg.train").read_text().startswith("a  b ,  c\n\n")
+    assert manifest_of(tmp_path)["splits"]["train"]["cleaner_version"] is None
+    capsys.readouterr()
+    before = tree(tmp_path / "out")
+    assert run("--clean-domains", "wikipedia,poems") == 2
+    error = capsys.readouterr().err
+    assert "poems" in error and "gutenberg, wikipedia" in error
+    assert tree(tmp_path / "out") == before
+
+
+def test_skip_tokenizer_counts_with_the_one_there_is(run, tmp_path, capsys):
+    assert run() == 0
+    with_new = table(capsys.readouterr().out, "dev")
+    tokenizer_before = tree(tmp_path / "m")
+    assert run("--skip-tokenizer") == 0
+    assert table(capsys.readouterr().out, "dev") == with_new
+    assert tree(tmp_path / "m") == tokenizer_before
+
+
+def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path):
+    assert run() == 0
+    before = manifest_of(tmp_path)
+    assert run("--skip-cleaning", train=None) == 0
+    after = manifest_of(tmp_path)
+    assert after["splits"]["train"] == before["splits"]["train"]
+    assert after["word_budget"] == before["word_budget"]
+    assert after["splits"]["dev"]["cleaner_version"] is None and after["overlap"] is None
+
+
+def test_budget(run, raw, tmp_path, capsys, monkeypatch):
+    assert run("--skip-tokenizer") == 0
+    captured = capsys.readouterr()
+    words = sum(len(data.split()) for name, data in tree(tmp_path / "out").items() if name.startswith("train/"))
+    assert manifest_of(tmp_path)["word_budget"] == {"limit_words": 10_000_000, "words": words, "over_budget": False}
+    assert f"{words:,} of 10,000,000" in captured.out and "over the budget" not in captured.err
+    monkeypatch.setitem(prepare_data.WORD_BUDGETS, "babylm_100m", words - 7)
+    argv = ["--babylm-100m", raw / "train", "--output-dir", tmp_path / "out", "--skip-tokenizer"]
+    assert main([str(word) for word in argv]) == 0
+    assert "7 words over the budget" in capsys.readouterr().err
+    assert manifest_of(tmp_path)["word_budget"]["over_budget"] is True
+
+
+# ---------------------------------------------------------------- overlap
+
+
+def naive_overlap(dev: list[list[str]], train: list[list[str]]) -> tuple[int, int, int]:
+    def grams(documents):
+        return [tuple(words[i : i + 13]) for words in documents for i in range(len(words) - 12)]
+
+    seen = set(grams(train))
+    same = {tuple(words) for words in train}
+    return sum(tuple(words) in same for words in dev), len(grams(dev)), sum(gram in seen for gram in grams(dev))
+
+
+def measure(dev: list[list[str]], train: list[list[str]], cut: int) -> tuple[int, int, int]:
+    overlap = Overlap()
+    for documents in (dev, train):
+        if documents is train:
+            overlap.start_train()
+        for words in documents:
+            for i in range(0, len(words), cut):
+                overlap.add(words[i : i + cut], last=i + cut >= len(words))
+    result = overlap.result()
+    return tuple(result[key] for key in ("dev_documents_in_train", "dev_ngrams", "dev_ngrams_in_train"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 5, 12, 13, 100]))
+def test_overlap_equals_the_naive_sets(seed, cut):
+    rng = random.Random(seed)
+    words = ["a", "b"]
+    train = [rng.choices(words, k=rng.randint(1, 300)) for _ in range(rng.randint(0, 4))]
+    dev = [rng.choices(words, k=rng.randint(1, 40)) for _ in range(rng.randint(0, 4))]
+    dev += [document for document in train if rng.random() < 0.3]
+    assert measure(dev, train, cut) == naive_overlap(dev, train)
+
+
+def test_ngram_hashes_tell_order_and_place_apart():
+    words = np.random.default_rng(0).integers(0, 2**63, size=100, dtype=np.uint64)
+    assert len(ngram_hashes(words)) == 88 and len(set(ngram_hashes(words).tolist())) == 88
+    assert ngram_hashes(words[5:30])[3] == ngram_hashes(words)[8]
+    assert len(ngram_hashes(words[:12])) == 0
+    swapped = words.copy()
+    swapped[[0, 8]] = swapped[[8, 0]]
+    assert ngram_hashes(swapped)[0] != ngram_hashes(words)[0]
+
+
+def test_overlap_by_hand(run, raw, tmp_path, capsys):
+    for split in ("train", "dev"):
+        for path in (raw / split).iterdir():
+            path.unlink()
+    count = [f"w{i}" for i in range(20)]
+    train = [" ".join(count), "one two three", "The  SAME\ndocument."]
+    dev = [
+        " ".join([*count[:14], "different"]),  # 3 runs of 13 words: two of them lie in train
+        "the same document.",  # the same but for case and white space
+        "one two",
+    ]
+    (raw / "train" / "letters.train").write_text("\n\n\n".join(train))
+    (raw / "dev" / "letters.dev").write_text("\n\n\n".join(dev))
+    assert run("--skip-tokenizer") == 0
+    assert manifest_of(tmp_path)["overlap"] == {
+        "ngram_words": 13, "dev_documents": 3, "dev_documents_in_train": 1, "dev_ngrams": 3, "dev_ngrams_in_train": 2,
+    }  # fmt: skip
+    assert "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_files_of_others_are_not_mixed_in_nor_overwritten(run, tmp_path, capsys):
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    mine = tmp_path / "out" / "train" / "gutenberg.train"
+    mine.write_text("my own text")
+    assert run("--skip-tokenizer") == 2
+    error = capsys.readouterr().err
+    assert "gutenberg.train" in error and error.count("error: ") == 1
+    assert tree(tmp_path / "out") == {"train/gutenberg.train": b"my own text"}
+    mine.unlink()
+    assert run("--skip-tokenizer") == 0
+    mine.write_text(mine.read_text() + "edited\n")  # a result that was changed by hand is not thrown away either
+    before = tree(tmp_path / "out")
+    assert run("--skip-tokenizer") == 2
+    assert tree(tmp_path / "out") == before
+
+
+def test_results_of_an_earlier_run_are_replaced(run, raw, tmp_path):
+    assert run("--skip-tokenizer") == 0
+    (raw / "train" / "letters.txt").unlink()
+    assert run("--skip-tokenizer") == 0
+    assert not (tmp_path / "out" / "train" / "letters.train").exists()
+    assert (tmp_path / "out" / "dev" / "letters.dev").exists()
+    assert "letters" not in manifest_of(tmp_path)["splits"]["train"]["files"]
+
+
+def test_several_files_of_one_domain_become_one(run, raw, tmp_path):
+    (raw / "train" / "gutenberg.txt").write_text("one more story")
+    assert run("--skip-tokenizer") == 0
+    record = manifest_of(tmp_path)["splits"]["train"]["files"]["gutenberg"]
+    assert record["documents"] == 13 and len(record["sources"]) == 2
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "no text", "broken", "vocab", "nothing", "in place", "manifest"])
+def test_mistakes_are_one_line_and_lose_nothing(case, run, raw, tmp_path, capsys):
+    assert run("--skip-tokenizer") == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "letters.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    if case == "manifest":
+        (tmp_path / "out" / "manifest.json").write_text("[]")
+    before = tree(tmp_path / "out")
+    capsys.readouterr()
+    code = {
+        "missing": lambda: run(train=tmp_path / "nowhere"),
+        "empty": lambda: run(train=tmp_path / "empty"),
+        "no text": lambda: run(dev=tmp_path / "other"),
+        "broken": lambda: run(train=tmp_path / "bad"),
+        "vocab": lambda: run("--tokenizer-vocab", "100"),
+        "nothing": lambda: run(train=None, dev=None),
+        "in place": lambda: run(train=tmp_path / "out" / "train"),
+        "manifest": lambda: run(),
+    }[case]()
+    error = capsys.readouterr().err
+    said = {"missing": "nowhere", "empty": "empty", "no text": "other", "broken": "letters.jsonl", "vocab": "259",
+            "nothing": "--babylm-10m", "in place": "input and output", "manifest": "manifest.json"}  # fmt: skip
+    assert code == 2
+    assert error.split("error: ")[1].count("\n") == 1 and said[case] in error
+    assert "Traceback" not in error
+    assert tree(tmp_path / "out") == before
+
+
+def test_both_tracks_at_once_are_refused(run, raw):
+    with pytest.raises(SystemExit) as stopped:
+        run("--babylm-100m", raw / "train")
+    assert stopped.value.code == 2

@@ -1,0 +1,516 @@
+"""From a YAML file to a run directory, with real tiny models: what is built, trained, saved, resumed and refused."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, build_tiny_model
+
+import runs
+import settings
+import train
+from trainer import (
+    LMTrainer,
+    RunLog,
+    TrainingError,
+    collate_chunks,
+    evaluate_chunks,
+    pick_precision,
+    training_arguments,
+)
+
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+SHIPPED = {path.stem: path for path in CONFIGS if set(settings.read_yaml_file(path)) >= {"data", "model", "training"}}
+
+
+class Words:
+    """A tokenizer's size and special ids, for models that are only built."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def __len__(self):
+        return 16000
+
+
+def tiny_config(root: Path, tokenizer_file: Path, corpus: Path, **changes) -> dict:
+    config = {
+        "data": {"tokenizer_path": str(tokenizer_file), "train_path": str(corpus / "train"),
+                 "eval_path": str(corpus / "dev"), "seq_length": 32, "eval_samples": 20},
+        "model": {"type": "Llama", "name": "tiny", "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "training": {"lr": 3e-3, "batch_size": 8, "num_epochs": 2, "precision": "fp32", "logging_steps": 5,
+                     "gradient_accumulation_steps": 3, "save_steps": 10},
+        "logging": {"output_dir": str(root / "models")},
+    }  # fmt: skip
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        config[section][key] = value
+    return config
+
+
+@pytest.fixture
+def config_file(tmp_path, tokenizer_file, corpus_dir, monkeypatch):
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
+
+    def write(**changes) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tiny_config(tmp_path, tokenizer_file, corpus_dir, **changes)))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer_file, corpus_dir) -> tuple[Path, Path]:
+    """(config file, run directory) of a finished tiny run; tests that change it copy it first."""
+    root = tmp_path_factory.mktemp("finished")
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(root, tokenizer_file, corpus_dir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        assert train.main(["--config", str(path)]) == 0
+    return path, root / "models" / "tiny"
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    config_path, run_dir = finished
+    shutil.copytree(config_path.parent, tmp_path / "copy")
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "copy" / "cache"))
+    moved = tmp_path / "copy" / "models" / "tiny"
+    config = settings.read_yaml_file(config_path)
+    config["logging"]["output_dir"] = str(moved.parent)
+    (tmp_path / "copy" / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (moved / runs.CONFIG).write_text(yaml.safe_dump(settings.check(config), sort_keys=False))
+    return tmp_path / "copy" / "tiny.yaml", moved
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_build_with_the_size_of_their_name(name):
+    config = train.load_config(SHIPPED[name])
+    assert config["model"]["name"] == name
+    with torch.device("meta"):
+        model = train.create_model(config, Words())
+    if "-" in name:
+        millions = float(name.split("-")[1].removesuffix("M"))
+        assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
+    assert not settings.warnings_of(config), "a shipped config should not be warned of"
+
+
+def test_the_promised_configs_are_shipped():
+    promised = ["quickstart", "llama-10M", "llama-16M", "llama-95M", "llama-360M", "gpt2-97M", "gpt2-705M", "gptj-97M"]
+    assert set(promised) <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_create_model_uses_every_key(kind):
+    section = {"type": kind, "hidden_size": 48, "intermediate_size": 80, "n_layer": 3, "n_head": 4, "vocab_size": 320,
+               "tie_word_embeddings": True}  # fmt: skip
+    if kind != "Llama":
+        section |= {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}
+    torch.manual_seed(0)
+    tokenizer = Words()
+    type(tokenizer).__len__, old = lambda self: 300, type(tokenizer).__len__
+    try:
+        model = train.create_model({"model": section}, tokenizer)
+    finally:
+        type(tokenizer).__len__ = old
+    config = model.config
+    assert (
+        type(model).__name__
+        == {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "GPTJ": "GPTJForCausalLM"}[kind]
+    )
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        320,
+        48,
+        3,
+        4,
+    )
+    assert config.max_position_embeddings == 128
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    widths = {p.shape for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    assert any(80 in shape for shape in widths), "intermediate_size is not used"
+    if kind != "Llama":
+        assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.2, 0.3)
+        assert sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}) == [0.1, 0.2, 0.3]
+
+
+def test_the_partial_config_of_a_notebook():
+    config = {"model": {"type": "Llama", "hidden_size": 384, "intermediate_size": 1024, "n_layer": 8, "n_head": 8,
+                        "vocab_size": 16000}}  # fmt: skip
+    # by hand: 2 embeddings, 8 layers of (4 attention + 3 feed-forward matrices + 2 norms), 1 norm
+    expected = 2 * 16000 * 384 + 8 * (4 * 384 * 384 + 3 * 384 * 1024 + 2 * 384) + 384
+    assert train.create_model(config, Words()).num_parameters() == expected
+
+
+def test_create_model_refuses():
+    with pytest.raises(ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
+        train.create_model({"model": {"type": "BERT"}}, Words())
+    small = {"type": "Llama", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}
+    with pytest.raises(ValueError, match="100 is less than the tokenizer's 16000 tokens"):
+        train.create_model({"model": small}, Words())
+
+
+# ---- loss and evaluation ------------------------------------------------------------------------
+
+
+def chunks(n: int, length: int = 32, seed: int = 0) -> list[dict]:
+    ids = np.random.default_rng(seed).integers(3, 400, (n, length)).astype(np.uint16)
+    return [{"input_ids": row} for row in ids]
+
+
+def naive_nll(model, rows) -> float:
+    """Sum of -log p in float64, one chunk and one position at a time."""
+    model, total = model.double().eval(), 0.0
+    for row in rows:
+        ids = torch.tensor(row["input_ids"].astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        for i in range(1, len(ids)):
+            total -= torch.log_softmax(logits[i - 1], -1)[ids[i]].item()
+    model.float()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_evaluation_is_exact_for_any_batch_size(kind):
+    model, rows = build_tiny_model(kind), chunks(11)
+    n_bytes = np.random.default_rng(1).integers(0, 9, 400)
+    expected = naive_nll(build_tiny_model(kind), rows)
+    for batch_size in (1, 2, 7, 64):
+        found = evaluate_chunks(model, rows, torch.as_tensor(n_bytes), batch_size)
+        assert found["tokens"] == 11 * 31
+        assert found["loss"] == pytest.approx(expected / (11 * 31), rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(expected / (11 * 31)), rel=1e-5)
+        count = sum(int(n_bytes[t]) for row in rows for t in row["input_ids"][1:])
+        assert found["bytes"] == count
+        assert found["bits_per_byte"] == pytest.approx(expected / math.log(2) / count, rel=1e-6)
+
+
+def make_trainer(tmp_path, model, rows, **training) -> LMTrainer:
+    config = settings.check(tiny_config(tmp_path, tmp_path, tmp_path))
+    config["training"] |= training
+    run_log = RunLog(tmp_path / "metrics.jsonl")
+    return LMTrainer(
+        model=model, args=training_arguments(config, tmp_path, "fp32"), train_dataset=rows, eval_dataset=rows[:2],
+        byte_lengths=np.ones(400, dtype=np.int64), callbacks=[run_log],
+    )  # fmt: skip
+
+
+def test_uneven_accumulation_is_one_big_batch(tmp_path):
+    """7 chunks as 3 + 3 + 1 move the weights exactly as one batch of 7 does (to rounding)."""
+    weights = []
+    for batch_size, accumulation in ((3, 3), (7, 1)):
+        model = build_tiny_model("Llama").train()
+        make_trainer(tmp_path / str(batch_size), model, chunks(7), batch_size=batch_size, num_epochs=1,
+                     gradient_accumulation_steps=accumulation, lr_scheduler="constant").train()  # fmt: skip
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in build_tiny_model("Llama").parameters()])
+    assert (weights[0] - start).abs().max() > 1e-4
+    # Adam's first step is lr * sign(gradient): gradients of rounding size may flip, all others must agree
+    assert ((weights[0] - weights[1]).abs() > 1e-5).float().mean() < 0.01
+
+
+def test_the_log_holds_the_exact_loss_of_each_step(tmp_path):
+    rows = chunks(7)
+    trainer = make_trainer(tmp_path, build_tiny_model("GPT2").train(), rows, batch_size=3, num_epochs=1)
+    trainer.train()
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(naive_nll(build_tiny_model("GPT2"), rows) / (7 * 31), rel=1e-6)
+    assert first["tokens"] == 7 * 32
+
+
+def test_pinned_loss(tmp_path):
+    """The path from text to gradient: a refactoring that moves this number is wrong."""
+    torch.manual_seed(0)
+    model = build_tiny_model("Llama", seed=1).train()
+    rows = [{"input_ids": ((7 * (np.arange(32) + i)) % 390 + 3).astype(np.uint16)} for i in range(40)]
+    trainer = make_trainer(tmp_path, model, rows, batch_size=8, gradient_accumulation_steps=1, num_epochs=1,
+                           logging_steps=1)  # fmt: skip
+    trainer.train()
+    losses = [row["loss"] for row in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "loss" in row]
+    assert len(losses) == 5
+    assert losses[0] == pytest.approx(PINNED[0], abs=2e-5)
+    assert losses[-1] == pytest.approx(PINNED[1], abs=2e-5)
+
+
+PINNED = (6.02206, 5.48683)
+
+
+def test_nan_stops_the_run_and_saves_nothing(tmp_path):
+    model = build_tiny_model("Llama").train()
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = float("nan")
+    trainer = make_trainer(tmp_path, model, chunks(30), num_epochs=1, save_steps=1)
+    with pytest.raises(TrainingError, match="NaN or infinite at or before step 1; nothing was saved"):
+        trainer.train()
+    assert not runs.checkpoints(tmp_path)
+
+
+def test_collate_gives_no_mask_and_no_first_label():
+    batch = collate_chunks(chunks(3))
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].dtype == torch.int64
+    assert (batch["labels"][:, 0] == -100).all()
+    assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_fp16_without_cuda_is_replaced_and_said():
+    training = settings.check(tiny_config(Path(), Path(), Path()))["training"]
+    precision, reason = pick_precision({**training, "fp16": True, "precision": "auto"})
+    assert precision in ("bf16", "fp32")
+    assert reason.startswith("fp16 asked for, but it needs CUDA")
+    assert pick_precision({**training, "precision": "fp32"}) == ("fp32", "as asked")
+    assert pick_precision({**training, "precision": "auto"})[0] == precision
+
+
+# ---- the run directory --------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_a_plain_model_directory(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config_path, run_dir = finished
+    names = {p.name for p in run_dir.iterdir() if p.is_file()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "training_config.yaml", "data_report.json", "metrics.jsonl", "training_metrics.json", "training_curves.png",
+        "README.md",
+    }  # fmt: skip
+    assert not list(run_dir.rglob("training_args.bin"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_dir), AutoTokenizer.from_pretrained(run_dir)
+    assert model.config.use_cache is True
+    assert model.generation_config.eos_token_id == 2
+    assert tokenizer("The cat")["input_ids"][0] == tokenizer.bos_token_id == 1
+    assert tokenizer.model_max_length == 32
+
+    def refuse(name):
+        raise AssertionError(f"{name} in JSON")
+
+    metrics = json.loads((run_dir / "training_metrics.json").read_text(), parse_constant=refuse)
+    results = metrics["results"]
+    rows = [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").open()]
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
+    assert rows[-1]["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
+    assert rows[-1]["tokens"] == results["tokens_trained"] == metrics["data"]["train"]["chunks"] * 32 * 2
+    assert results["eval_loss"] < 0.6 * math.log(400), "a tiny model should learn something of this text"
+    assert len(metrics["samples"]) == 3
+    assert train.load_config(run_dir / "training_config.yaml") == train.load_config(config_path) == metrics["config"]
+    card = (run_dir / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    values = {m["type"]: m["value"] for m in header["model-index"][0]["results"][0]["metrics"]}
+    assert values["loss"] == round(results["eval_loss"], 4)
+    assert f"{results['eval_bits_per_byte']:.4f}" in card.split("---")[2]
+    assert (run_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_model_has_the_reported_loss(finished, tokenizer):
+    """The held-out loss is computed again from the files alone, by a plain float64 loop."""
+    from transformers import AutoModelForCausalLM
+
+    config_path, run_dir = finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(config_path.parent / "cache"))
+        _, held_out = train.prepare_datasets_modern(train.load_config(config_path), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(run_dir)
+    results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
+    assert naive_nll(model, held_out) / results["eval_tokens"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    texts = [tokenizer.decode(row["input_ids"][1:], skip_special_tokens=True) for row in held_out]
+    assert results["eval_bytes"] == pytest.approx(sum(len(t.encode()) for t in texts), rel=1e-3)
+
+
+def test_running_again_shows_what_is_there(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    before = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
+    assert train.main(["--config", str(config_path)]) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()} == before
+
+
+def test_another_run_of_the_same_name_is_refused(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    weights = (run_dir / "model.safetensors").read_bytes()
+    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
+    error = capsys.readouterr().err
+    assert "training.lr: was 0.003, is 0.001" in error
+    assert "--overwrite" in error
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    assert train.main(["--config", str(config_path), "--lr", "1e-3", "--overwrite"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() != weights
+
+
+def test_a_directory_with_other_things_is_left_alone(config_file, tmp_path, capsys):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "thesis.tex").write_text("years of work")
+    assert train.main(["--config", str(config_file()), "--overwrite"]) == 2
+    assert "holds files, but no run of train.py" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "models" / "tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_dry_run_writes_nothing(config_file, tmp_path, capsys):
+    assert train.main(["--config", str(config_file()), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "768 tokens" in out  # 8 x 3 x 32
+    assert "<s>The " in out
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_seed_decides_the_weights_and_the_order(config_file, tmp_path):
+    path = config_file(training__num_epochs=1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train.main(["--config", str(path), "--model_name", name, "--seed", str(seed)]) == 0
+    a, b, c = ((tmp_path / "models" / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+# ---- resuming -----------------------------------------------------------------------------------
+
+
+def back_to_checkpoint(run_dir: Path) -> str:
+    """Take a finished run back to the moment after its second last checkpoint was saved."""
+    newest, earlier = runs.checkpoints(run_dir)
+    shutil.rmtree(newest)
+    for name in ("model.safetensors", "training_metrics.json", "README.md"):
+        (run_dir / name).unlink()
+    return earlier.name
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_resume_is_exact(kind, config_file, tmp_path):
+    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1} if kind == "GPT2" else {}
+    path, run_dir = config_file(model__type=kind, **dropout), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    weights, log = (run_dir / "model.safetensors").read_bytes(), (run_dir / "metrics.jsonl").read_text()
+    results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
+    back_to_checkpoint(run_dir)
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+
+    def timeless(text):
+        drop = ("tokens_per_second", "eval_seconds")
+        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
+
+    assert timeless((run_dir / "metrics.jsonl").read_text()) == timeless(log)
+    again = json.loads((run_dir / "training_metrics.json").read_text())["results"]
+    assert again["eval_loss"] == results["eval_loss"]
+
+
+def test_an_interrupted_run_goes_on(config_file, tmp_path):
+    """A real Ctrl-C in a real process, then latest: the same weights as a run that nobody interrupted."""
+    path = config_file(training__num_epochs=6, training__logging_steps=1)
+    command = [sys.executable, "train.py", "--config", str(path)]
+    run_dir = tmp_path / "models" / "tiny"
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not runs.checkpoints(run_dir) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    error = child.communicate(timeout=120)[1]
+    assert child.returncode == 130, error
+    assert "go on with --resume_from_checkpoint latest" in error
+    assert not (run_dir / "training_metrics.json").exists()
+    assert train.main(["--config", str(path)]) == 2  # neither forgotten nor overwritten
+    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main(["--config", str(path), "--model_name", "whole"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == (run_dir.parent / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "flip", "unsealed"])
+def test_a_damaged_checkpoint_is_passed_over(finished_copy, harm, caplog):
+    _, run_dir = finished_copy
+    newest, earlier = runs.checkpoints(run_dir)
+    for victim in [p.name for p in newest.iterdir() if p.name != runs.MANIFEST]:
+        copy = run_dir.parent / "victim"
+        shutil.copytree(run_dir, copy)
+        path = copy / newest.name / (runs.MANIFEST if harm == "unsealed" else victim)
+        content = bytearray(path.read_bytes())
+        if harm in ("delete", "unsealed"):
+            path.unlink()
+        elif harm == "truncate":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 3] ^= 1
+            path.write_bytes(content)
+        assert runs.find_checkpoint("latest", copy).name == earlier.name, victim
+        with pytest.raises(ValueError, match="cannot resume from it"):
+            runs.find_checkpoint(str(copy / newest.name), copy)
+        shutil.rmtree(copy)
+    assert "passed over" in caplog.text
+
+
+def test_resuming_another_run_is_refused(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    back_to_checkpoint(run_dir)
+    resume = ["--config", str(config_path), "--resume_from_checkpoint", "latest"]
+    assert train.main([*resume, "--batch-size", "4", "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "training.batch_size: was 8, is 4" in error
+    assert "training.seed: was 42, is 1" in error
+    assert train.main([*resume[:-1], "no/such/place"]) == 2
+    assert "no such checkpoint; give its directory or the word latest" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(config_file, capsys):
+    assert train.main(["--config", str(config_file()), "--resume_from_checkpoint", "latest"]) == 2
+    assert "no whole checkpoint to resume from" in capsys.readouterr().err
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+def errors_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def test_a_missing_tokenizer_names_the_command(config_file, capsys):
+    assert train.main(["--config", str(config_file(data__tokenizer_path="nowhere/tokenizer.json"))]) == 2
+    (line,) = errors_of(capsys)
+    assert "nowhere/tokenizer.json not found" in line
+    assert "python train_tokenizer.py --data-dir" in line
+
+
+def test_missing_text_and_too_little_text(config_file, tmp_path, capsys):
+    assert train.main(["--config", str(config_file(data__train_path="nowhere"))]) == 2
+    assert "nowhere not found (data.train_path)" in errors_of(capsys)[0]
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "a.train").write_text("Only this.")
+    assert train.main(["--config", str(config_file(data__train_path=str(tmp_path / "few")))]) == 2
+    assert "32" in errors_of(capsys)[0]
+
+
+def test_a_wrong_config_is_answered_before_torch(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("data: {}\nmodel: {type: Lama}\ntraining: {lr: 1, epochs: 2}\n")
+    for arguments in (["--config", str(bad)], ["--config", "nowhere.yaml"]):
+        code = (
+            f"import sys, train\nassert train.main({arguments!r}) == 2\n"
+            "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+def test_out_of_memory_says_what_helps(config_file, capsys, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LMTrainer, "training_step", full)
+    assert train.main(["--config", str(config_file())]) == 2
+    (line,) = errors_of(capsys)
+    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16" in line

@@ -1,0 +1,379 @@
+"""Train a Llama, GPT-2 or GPT-J language model from scratch, as a YAML file says.
+
+    python train.py --config config/quickstart.yaml
+    python train.py --config config/llama-10M.yaml --lr 5e-4 --batch-size 16 --model_name my-model
+    python train.py --config config/llama-10M.yaml --resume_from_checkpoint latest
+    python train.py --config config/llama-10M.yaml --set training.weight_decay=0.05 --dry-run
+
+It reads text and a tokenizer that are there already (prepare_data.py and train_tokenizer.py make them) and writes the
+run directory <logging.output_dir>/<model.name>: a plain Hugging Face model with the resolved configuration, the
+metrics, the curves and a model card. It does not clean text and does not fine-tune existing weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import runs
+import settings
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+log = logging.getLogger("train")
+FLAGS = {  # attribute of the command line -> key of the configuration
+    "lr": "training.lr",
+    "batch_size": "training.batch_size",
+    "num_epochs": "training.num_epochs",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "fp16": "training.fp16",
+    "bf16": "training.bf16",
+    "torch_compile": "training.torch_compile",
+    "dataloader_num_workers": "training.dataloader_num_workers",
+    "seed": "training.seed",
+    "model_name": "model.name",
+    "wandb": "logging.wandb",
+    "wandb_project": "logging.project",
+}
+EXIT_INTERRUPTED = 130
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+def load_config(config_path: str, args: Any = None) -> dict:
+    """Read, override and check a YAML configuration; returns a plain dict with every default filled in.
+
+    `args` is any namespace; attributes that are missing or None override nothing. The command line beats the file, and
+    --fp16 or --bf16 there switches the file's other one off. Raises FileNotFoundError for a missing file and
+    settings.ConfigError (a ValueError) that lists every problem. Values that are unusual are warned of, a line each.
+    """
+    raw = settings.read_yaml_file(config_path)
+    given = {k: v for k, v in (vars(args) if args is not None else {}).items() if v is not None}
+    for name, dotted in FLAGS.items():
+        if name in given:
+            settings.put(raw, *dotted.split("."), given[name])
+    for on, off in (("fp16", "bf16"), ("bf16", "fp16")):
+        if given.get(on) is True and not given.get(off):
+            settings.put(raw, "training", off, False)
+            settings.put(raw, "training", "precision", "auto")
+    for assignment in given.get("set") or ():
+        settings.set_key(raw, assignment)
+    config = settings.check(raw, str(config_path))
+    for line in settings.warnings_of(config):
+        log.warning("%s: %s", config_path, line)
+    return config
+
+
+def check_inputs(config: dict) -> None:
+    """Raise FileNotFoundError with the command that makes it if the tokenizer or a text is not there."""
+    data = config["data"]
+    if not Path(data["tokenizer_path"]).exists():
+        raise FileNotFoundError(
+            f"{data['tokenizer_path']} not found (data.tokenizer_path): train a tokenizer first: python "
+            f"train_tokenizer.py --data-dir {data['train_path']} --output {data['tokenizer_path']}"
+        )
+    for key in ("train_path", "eval_path"):
+        if not Path(data[key]).exists():
+            raise FileNotFoundError(
+                f"{data[key]} not found (data.{key}): prepare the text first: python prepare_data.py --babylm-10m DIR "
+                "--babylm-dev DIR, or python create_synthetic_data.py"
+            )
+
+
+# ---- model and data -----------------------------------------------------------------------------
+
+
+def create_model(config: dict, tokenizer) -> torch.nn.Module:
+    """A randomly initialised LlamaForCausalLM, GPT2LMHeadModel or GPTJForCausalLM.
+
+    `config` is a full configuration or {"model": {...}} alone; model.vocab_size defaults to len(tokenizer), and the
+    context is data.seq_length (128 where there is no data section). The weights come from torch's global generator,
+    which the caller seeds. ValueError for a wrong section or a vocabulary that the tokenizer does not fit into.
+    """
+    import transformers
+
+    model = settings.check_model_section(config.get("model"))
+    vocab_size = model["vocab_size"] or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ValueError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
+    shared = {
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": model["tie_word_embeddings"],
+        "use_cache": True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")},
+    }
+    context = config.get("data", {}).get("seq_length", 128)
+    if model["type"] == "Llama":
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=model["hidden_size"],
+                intermediate_size=model["intermediate_size"],
+                num_hidden_layers=model["n_layer"],
+                num_attention_heads=model["n_head"],
+                max_position_embeddings=context,
+                **shared,
+            )
+        )
+    shared |= {
+        "n_embd": model["hidden_size"],
+        "n_inner": model["intermediate_size"],
+        "n_layer": model["n_layer"],
+        "n_head": model["n_head"],
+        "n_positions": context,
+        **{key: model[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+    }
+    if model["type"] == "GPT2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shared))
+    head_size = model["hidden_size"] // model["n_head"]
+    return transformers.GPTJForCausalLM(transformers.GPTJConfig(rotary_dim=min(64, head_size), **shared))
+
+
+def _prepare_datasets(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
+    """prepare_datasets_modern, and what the data processor counted: {"train": {...}, "validation": {...}}."""
+    import numpy as np
+    from data_utils import DataProcessor
+
+    data = config["data"]
+    processor = DataProcessor(tokenizer)
+    both = processor.prepare_dataset(data["train_path"], data["eval_path"], max_length=data["seq_length"], clean=False)
+    held_out = both["validation"]
+    if len(held_out) > data["eval_samples"]:  # a fixed subset: the same chunks for every model and seed
+        chosen = np.random.default_rng(0).choice(len(held_out), data["eval_samples"], replace=False)
+        held_out = held_out.select(sorted(chosen.tolist()))
+    return both["train"].with_format("numpy"), held_out.with_format("numpy"), processor.reports
+
+
+def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
+    """(train, held-out) datasets of full chunks: column input_ids, seq_length small integers in each row.
+
+    The text is read as it is (prepare_data.py cleans). The held-out set is a fixed choice of data.eval_samples chunks.
+    """
+    train, held_out, _ = _prepare_datasets(config, tokenizer)
+    return train, held_out
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def floor_bits_per_byte(eval_path: str) -> float | None:
+    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
+    path = Path(eval_path).resolve().parent / "grammar.json"
+    return json.loads(path.read_text(encoding="utf-8"))["bits_per_byte"] if path.is_file() else None
+
+
+def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[str, str], world_size: int) -> dict:
+    """The derived numbers of a run, before its first step: parameters, tokens per step, steps, words."""
+    training, seq_length = config["training"], config["data"]["seq_length"]
+    accumulation = training["gradient_accumulation_steps"]
+    chunks_per_step = training["batch_size"] * accumulation * world_size
+    batches = math.ceil(n_chunks / (training["batch_size"] * world_size))
+    return {
+        "parameters": model.num_parameters(),
+        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
+        "tokens_per_step": chunks_per_step * seq_length,
+        "steps": math.ceil(batches / accumulation) * training["num_epochs"],
+        "epochs": training["num_epochs"],
+        "words": report["words"] * training["num_epochs"],
+        "tokens": n_chunks * seq_length * training["num_epochs"],
+        "precision": f"{precision[0]} ({precision[1]})",
+        "seed": training["seed"],
+    }
+
+
+def print_plan(config: dict, plan: dict, example: str) -> None:
+    """The derived numbers and one decoded training example, on stdout."""
+    training = config["training"]
+    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
+    print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
+          f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
+    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
+    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
+          f"{plan['tokens']:,} tokens")  # fmt: skip
+    print(f"precision   {plan['precision']}")
+    print(f"example     {example!r}", flush=True)
+
+
+def print_summary(run_dir: Path, metrics: dict) -> None:
+    """What a finished run came to, on stdout."""
+    results = metrics["results"]
+    print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
+    print(f"perplexity        {results['eval_perplexity']:.2f} per token")
+    floor = results["floor_bits_per_byte"]
+    known = f" (the best any model could reach: {floor:.4f})" if floor else ""
+    print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
+    print(f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})")
+    for number, sample in enumerate(metrics["samples"], 1):
+        print(f"sample {number}          {sample!r}")
+    print(f"model, metrics, curves and card: {run_dir}/ (begin with {run_dir / 'README.md'})")
+
+
+def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, floor: float | None, data: dict) -> dict:
+    """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
+    from inference import generate
+    from plots import plot_training
+    from trainer import evaluate_chunks
+
+    model, tokenizer = (
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False),
+        trainer.processing_class,
+    )
+    final = evaluate_chunks(model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"])
+    model.save_pretrained(run_dir)
+    tokenizer.save_pretrained(run_dir)
+    samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
+                       temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip
+    metrics = {
+        "results": {
+            **{f"eval_{key}": value for key, value in final.items()},
+            "floor_bits_per_byte": floor,
+            "tokens_per_second": run_log.tokens_per_second(),
+            "training_seconds": run_log.seconds,
+            "tokens_trained": trainer.state.num_input_tokens_seen,
+        },
+        "plan": plan,
+        "samples": [sample for group in samples for sample in group],
+        "data": data,
+        "config": config,
+        "environment": runs.environment(),
+    }
+    floor_nats = floor * math.log(2) * final["bytes"] / final["tokens"] if floor else None
+    plot_training(run_log.rows, run_dir / "training_curves.png", config["model"]["name"], floor_nats)
+    (run_dir / "README.md").write_text(runs.model_card(metrics), encoding="utf-8")
+    runs.write_json(run_dir / runs.METRICS, metrics)  # last: its presence says that the run is finished
+    return metrics
+
+
+def run(args: argparse.Namespace) -> int:
+    """Config -> datasets -> model -> trainer -> run directory."""
+    config = load_config(args.config, args)
+    check_inputs(config)
+    run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
+    if config["logging"]["wandb"]:
+        prepare_wandb(config)
+
+    from data_utils import byte_lengths, load_tokenizer
+
+    tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
+    tokenizer.model_max_length = config["data"]["seq_length"]
+    train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
+    if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
+        print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
+        print_summary(run_dir, metrics)
+        return 0
+
+    import transformers
+
+    from trainer import LMTrainer, RunLog, pick_precision, training_arguments
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
+    transformers.set_seed(config["training"]["seed"])
+    model = create_model(config, tokenizer)
+    precision = pick_precision(config["training"])
+    if "asked for, but" in precision[1]:
+        log.warning("precision: %s: %s", precision[0], precision[1])
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    plan = describe(config, model, data_report["train"], len(train_data), precision, world_size)
+    print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
+    if args.dry_run:
+        print("dry run: nothing was trained and nothing written")
+        return 0
+
+    runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
+    run_log = RunLog(run_dir / runs.LOG)
+    trainer = LMTrainer(
+        model=model,
+        args=training_arguments(config, run_dir, precision[0]),
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        byte_lengths=byte_lengths(tokenizer),
+        callbacks=[run_log],
+    )
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint latest",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_INTERRUPTED
+    log.info("trained in %.0f s", time.perf_counter() - started)
+    floor = floor_bits_per_byte(config["data"]["eval_path"])
+    print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
+    return 0
+
+
+def prepare_wandb(config: dict) -> None:
+    """Check that wandb is installed, and keep it from asking for a login: without a key it logs to files."""
+    import importlib.util
+
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging.wandb: true, but the wandb package is not installed: pip install wandb")
+    os.environ.setdefault("WANDB_PROJECT", config["logging"]["project"])
+    if not os.environ.get("WANDB_API_KEY"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a language model from scratch, as a YAML file says.",
+        epilog="Every flag can be written with hyphens or underscores. The command line beats the file.",
+    )  # fmt: skip
+
+    def add(name: str, **options) -> None:
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+        parser.add_argument(*spellings, **options)
+
+    add("config", required=True, metavar="FILE", help="the YAML configuration, e.g. config/quickstart.yaml")
+    add("lr", type=float, help="training.lr: peak learning rate")
+    add("batch-size", type=int, help="training.batch_size: chunks in a batch on each device")
+    add("gradient-accumulation-steps", type=int, help="training.gradient_accumulation_steps: batches in one step")
+    add("num-epochs", type=int, help="training.num_epochs: passes over the training text")
+    add("model-name", help="model.name: the run's directory")
+    add("resume-from-checkpoint", metavar="PATH", help="a checkpoint directory of this run, or the word latest")
+    add("fp16", action=argparse.BooleanOptionalAction, default=None, help="training.fp16 (CUDA only)")
+    add("bf16", action=argparse.BooleanOptionalAction, default=None, help="training.bf16")
+    add("torch-compile", action=argparse.BooleanOptionalAction, default=None, help="training.torch_compile")
+    add("dataloader-num-workers", type=int, help="training.dataloader_num_workers: processes that load batches")
+    add("seed", type=int, help="training.seed")
+    add("wandb", action=argparse.BooleanOptionalAction, default=None, help="logging.wandb: log to Weights & Biases")
+    add("wandb-project", help="logging.project: the Weights & Biases project")
+    add("set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration; may be repeated")
+    add("overwrite", action="store_true", help="replace a run of the same name")
+    add("dry-run", action="store_true", help="prepare everything, print the derived numbers, train nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        training = load_config(args.config, args)["training"]
+        half = max(1, training["batch_size"] // 2)
+        steps = training["gradient_accumulation_steps"] * 2
+        print(f"error: CUDA out of memory: the same step fits in less with --batch-size {half} "
+              f"--gradient-accumulation-steps {steps} --fp16 (or --bf16)", file=sys.stderr)  # fmt: skip
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
