@@ -20,7 +20,7 @@ $(INSTALLED): requirements.txt
 # A finished quick start is shown again, an interrupted one begins anew.
 quickstart: $(INSTALLED)
 	$(PY) create_synthetic_data.py --num-tokens 300000 --complexity medium --output-dir data/synthetic
-	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 1024 --output models/quickstart-tokenizer.json
+	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 700 --output models/quickstart-tokenizer.json
 	$(PY) train.py --config config/quickstart.yaml $(if $(wildcard models/quickstart/training_metrics.json),,--overwrite)
 
 test: $(INSTALLED)

@@ -1,9 +1,9 @@
 """The cleaners: what each BabyLM domain's files carry that is not text, and the mending of blanks and punctuation.
 
     from data_utils import DomainCleaners, create_cleaner_registry
-    DomainCleaners.wikipedia("= = History = =\\nIt began in 1900.[12]\\n")     # "It began in 1900.\\n"
+    DomainCleaners.wikipedia("= = History = =\\nIt began in 1900.[12]")     # "It began in 1900."
 
-Pure functions from text to text, linear in its length. They know nothing of files and documents (data_utils.py does).
+Pure functions from text to text, linear in its length. They know nothing of files and documents (documents.py does).
 """
 
 from __future__ import annotations
@@ -12,201 +12,290 @@ import logging
 import re
 from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+CLEANER_VERSION = 1  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
 
+# A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
+# What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
 
-# Patterns are linear by construction: no quantifier stands over another one that can match the same text.
+_NEWLINES = re.compile(r"\n{3,}")
+_LOOSE_MARK = re.compile(r" (?=[,.;:!?](?:[\s\"'”’]|\Z))")
+_JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
+_BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
+_AFTER = re.compile(r"[A-Z][A-Za-z’'-]*[.,;:!?…\"'”’)]*\Z")
 
-
-def _line(pattern: str, flags: int = 0) -> re.Pattern:
-    """A pattern for whole lines: what matches is removed with its newline."""
-    return re.compile(rf"^[ \t]*+(?:{pattern})[ \t]*+(?:\n|\Z)", re.MULTILINE | flags)
-
-
-_TIME = r"\d{1,2}:\d{2}:\d{2}[,.]\d{1,3}"
-_CUE_HEAD = rf"^(?:[ \t]*+\d{{1,7}}[ \t]*+\n)?[ \t]*+{_TIME} ?(?:-->|,) ?{_TIME}"
-_CREDIT_WORDS = (
-    r"subtitles?(?: by|:)|subtitled by|synchro for|synchroni[sz]ed by|synced|corrected by|captions? by|captioned by|"
-    r"captioning by|transcribed by|transcript by|translated by|translation by|opensubtitles|addic7ed|ripped by|"
-    r"this subtitle is|subtitles? downloaded"
+_HEADER = re.compile(r"^[ \t]*=[^\n]*=[ \t]*$", re.M)
+_CITATION = re.compile(
+    r"\[ ?(?:\d{1,3}(?: ?[-–,] ?\d{1,3}){0,9}|[a-z]|(?:note|nb) \d{1,3}|update|who\?|when\?|where\?|which\?|source\?"
+    r"|(?:citation|clarification|page|year)(?: \w+)? needed|dubious[^\]\n]{0,20}|verification needed) ?\]"
 )
-_DIRECTIONS = (
-    "laughs|laughter|laugh|sighs|sigh|coughs|cough|cries|gasps|giggles|chuckles|whispers|shouts|screams|yawns|smiles|"
-    "nods|applause|music|pause|silence|beat|inaudible|unintelligible|indistinct|unclear|crosstalk|aside|exit|exits|enters"
+_WIKI_LINK = re.compile(r"\[\[(?:[^\[\]\n]*\|)?([^\[\]|\n]*)\]\]")
+_MARKS = tuple("[]{}<>'|")
+_WIKI_FILE = re.compile(r"\[\[(?:Category|File|Image):[^\[\]\n]*\]\]", re.I)
+_WIKI_REST = re.compile(r"\[\[+|\]\]+")
+_WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\[\]]{1,500}([^\[\]\n]{0,300})\]")
+_WIKI_LINE = re.compile(
+    r"^[ \t]*(?:[|!][^\n]*|https?://\S++[ \t]*|(?:[*#:;]+[ \t]+)+)$|^[ \t]*(?:[*#:;]+[ \t]+)+", re.M
 )
-_NO_DIRECTION = "(?!(?:be|includ|mean|accord|depend|follow|dur|regard|consider|someth|noth|anyth|everyth|hav|do|go)ing)"
-_HOW = r"(?: (?:[a-z]{2,12}ly|(?:to|at|in|on|up|off|out) [a-z ]{1,24}))?"
-WIKI_STEPS = [
-    (re.compile(r"</?(?:doc|ref|br|nowiki)(?: [^<>\n]*+)?/?>"), ""),
-    (re.compile(r"\{\{[^{}\n]*+\}\}"), ""),
-    (re.compile(r"\[\[(?:[^\[\]|\n]*+\|)?([^\[\]|\n]*+)\]\]"), r"\1"),
-    (_line(r"=[^\n]*(?<==)"), ""),
-    (re.compile(r" ?\[(?:\d{1,4}|citation needed|note \d{1,3}|[a-z])\]"), ""),
-    (re.compile(r" @([-,.])@ "), r"\1"),
-]
-CUE_STEPS = [
-    (re.compile(rf"(?:^[ \t]*+\n)?{_CUE_HEAD}[^\n]*+(?:\n|\Z)", re.M), ""),
-    (re.compile(r"\{\\[^{}\n]*+\}"), ""),
-    (re.compile(r"</?(?:i|b|u|font|c|em|strong|span|br)(?: [^<>\n]*+)?/?>", re.I), ""),
-    (re.compile("[\u266a\u266b]"), ""),
-    (re.compile(rf"^[^\n]*(?:{_CREDIT_WORDS})[^\n]*+(?:\n|\Z)", re.M | re.I), ""),
-]
-SPEECH_STEPS = [
-    (re.compile(r"\\++([\[\]])"), r"\1"),
-    (re.compile(r"\[(?:glossary|time|continuity|clock):([^\[\]|\n]*+)(?:\|[^\[\]\n]*+)?\]"), r"\1"),
-    (_line(r"_(?:page|tape|note|ship|extra) ?:[^\n]*+|\[\d{2}(?::\d{2}){1,3}\]"), ""),
-    (re.compile(r"^[ \t]*+\*[A-Z][A-Z0-9]{1,3}:[ \t]*+", re.M), ""),
-    (re.compile(r"^[ \t]*+\*\*[^*:\n]{1,60}:\*\*[ \t]*+", re.M), ""),
-    (re.compile(r"^[ \t]*+(-? ?)(?:[AB]\.\d{1,4}|[A-Z][A-Z0-9 .'&#/-]{0,38}):(?![\d/])[ \t]*+", re.M), r"\1"),
-    (re.compile(rf" ?\({_NO_DIRECTION}(?:[a-z]{{2,12}}ing|{_DIRECTIONS}){_HOW}\)"), ""),
-    (re.compile(r"\+\.\.\."), "..."),
-    (re.compile(r"\+/{1,2}([.?!])"), r"\1"),
-    (re.compile(r"&[=~+-][A-Za-z:_]++|\b(?:xxx|yyy)\b"), ""),
-]
-STORY_STEPS = [
-    (_line(r"\*[ \t](?:License|Text|Illustration|Language|Translation|Author|Source)\b[^\n]*+"), ""),
-    (_line(r"#{1,6}"), ""),
-    (re.compile(r"^#{1,6}[ \t]++", re.M), ""),
-]
+_WIKI_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}(?!\})|\n\n")
+_BRACE_ENDS = {"{{": "}}", "{|": "|}"}
+_LATEX_QUOTES = re.compile(r"^[^\n`]*``[^\n]*$", re.M)
+_REF = re.compile(r"<ref\b[^<>\n]{0,300}>", re.I)
+_COMMENT = re.compile(r"<!--")
+_TAG = re.compile(r"<(?=[A-Za-z/])[^>\n]*+(>?)")
+_MARKUP_NAME = re.compile(
+    r"</?\s?(?:i|b|u|s|font|bold|link|span|div|br|sub|sup|small|big|ref|doc|blockquote|nowiki|center)\b", re.I
+)
 
-
-def _drop_brackets(text: str) -> str:
-    """Remove what stands in square brackets within a line, nested ones too; unpaired brackets stay."""
-    if "[" not in text:
-        return text
-    lines = text.split("\n")
-    for i, line in enumerate(lines):
-        if "[" in line:
-            open_at, kept, at = [], [], 0
-            for mark in re.finditer(r"[\[\]]", line):
-                if mark[0] == "[":
-                    open_at.append(mark.start())
-                elif open_at and (start := open_at.pop()) >= at and not open_at:
-                    kept.append(line[at:start])
-                    at = mark.end()
-            lines[i] = "".join([*kept, line[at:]])
-    return "\n".join(lines)
-
-
-_START = re.compile(r"^\*{3,} ?START OF (?:THIS|THE) PROJECT[^\n]*+", re.M)
-_LEGAL = re.compile(
-    r"Project Gutenberg|gutenberg\.(?:org|net)|^1\.[A-F](?:\.\d)?\.? |^\*{3,} ?(?:START|END)|"
-    r"^(?:THE FULL|END:) [A-Z ]*LICENSE",
+_CUE = re.compile(
+    r"^(?:[ \t]*\d{1,6}[ \t]*\n)?[ \t]*(?:-?\d[-\d:.,; ]*-->[^\n]*|\d+:\d\d:\d\d[.,]\d+,\d+:\d\d:\d\d[.,]\d+"
+    r"|(?:\*TC[ \t]+)?\d\d:\d\d:\d\d[;:]\d\d)[ \t]*(?:\n|\Z)",
     re.M,
 )
+_STYLE = re.compile(r"\{(?=\\|\d+\}\{)[^}\n]*+(\}?)|\{(\d+)\}")
+_CREDIT_WORDS = (
+    "subtit",
+    "subs",
+    "caption",
+    "sync",
+    "transcri",
+    "ripped",
+    "encoded",
+    "download",
+    "allsubs",
+    "addic7ed",
+    "yify",
+)
+_CREDIT = re.compile(
+    r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
+    r"(?: and [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
+    r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
+)
+_BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
+_PAREN = re.compile(r"\([^)\n]*+(\)?)")
+_SOUND = re.compile(
+    r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
+    r"|music|applause|unintelligible|inaudible|indistinct|illegible|static|noise|whoosh\w*|swoosh|yawn\w*|sneeze\w*|sings?)\b[^()]*"
+    r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
+    re.I,
+)
+_CAPS = r"[A-Z][A-Z0-9 .'’&#/-]{0,30}(?: ?\([^()\n]{1,20}\))?"
+_LABEL = re.compile(
+    r"^[ \t-]*(?:(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
+    + _CAPS
+    + r"):)(?=\s|$)[ \t]*)+",
+    re.M,
+)
+_SCREEN_LABEL = re.compile(
+    r"^[ \t-]*(?:(?:" + _CAPS.replace("]{0,30}", "]{1,30}") + r"|(?:wo)?man(?: #?\d+)?):(?=\s|$)[ \t]*)+", re.M
+)
+_TRANSCRIPT_LINE = re.compile(
+    r"^[ \t]*(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}:\t[^\n]*|%\w{2,4}:\t[^\n]*)[ \t]*$",
+    re.M,
+)
+_TRAIL_OFF = re.compile(r" ?(?<!\S)\+(?:\.{2,3}|/{1,2}[.?]|!\?)(?=\s|\Z)")
+
+_BOOK_LINE = re.compile(
+    r"^(?:\* (?:License|Text|Illustration|Translation|Language|Photographs?|Adaptation|Editor|Author)s?:[^\n]*|##[ \t]*"
+    r"|(?:Release Date|Posting Date|Last Updated|Character set encoding|Language|Produced by)\b:?[^\n]*"
+    r"|(?:\*\*\*)? ?(?:START|END) OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\[(?:This file|Most recently)[^\n]*\]|#[ \t]+)$"
+    r"|^#[ \t]+|\[Illustration[^\]\n]{0,200}\]",
+    re.M,
+)
+_FOOTNOTE = re.compile(r"\[\d{1,3}\]|\{\d{1,3}\}")
+_LICENCE = re.compile(
+    r"project gutenberg|gutenberg-tm|gutenberg\.(?:org|net)|pglaf|literary archive foundation|^\d\.[A-F]\.|electronic works?\b"
+    r"|^\*{3}|public domain (?:print )?editions|this etext|this ebook",
+    re.I | re.M,
+)
 
 
-def _drop_licence(text: str) -> str:
-    """Remove Project Gutenberg's header (from its first line to START) and, paragraph by paragraph, its licence."""
-    if "Gutenberg" not in text and "GUTENBERG" not in text and "\n1." not in text:
-        return text
-    kept, at = [], 0
-    for mark in _START.finditer(text):
-        head = text.find("Project Gutenberg", max(at, mark.start() - 6000), mark.start())
-        kept.append(text[at : text.rfind("\n", 0, head) + 1 if head >= 0 else mark.start()])
-        at = mark.end()
-    text = "".join([*kept, text[at:]])
-    return "\n\n".join(part for part in text.split("\n\n") if not _LEGAL.search(part))
-
-
-def _tidy(text: str) -> str:
-    """Runs of blanks become one, lines lose the blanks at their ends, and at most one empty line follows another."""
-    if "\t" in text or "\u00a0" in text:
-        text = text.replace("\t", " ").replace("\u00a0", " ")
-    if "  " in text:
-        text = re.sub(" {2,}", " ", text)
-    text = text.replace(" \n", "\n").replace("\n ", "\n").strip(" ")
-    return re.sub("\n{4,}", "\n\n\n", text) if "\n\n\n\n" in text else text
-
-
-def _cleaner(*steps) -> Callable[[str], str]:
-    """Apply steps (pattern and replacement, or function) until nothing changes, so that the result is idempotent."""
-
-    def clean(text: str) -> str:
-        for _ in range(20):
-            before = text
-            for step in steps:
-                text = step(text) if callable(step) else step[0].sub(step[1], text)
-            text = _tidy(text)
-            if text == before:
-                break
-        return text
-
-    return clean
-
-
-_wikipedia = _cleaner(*WIKI_STEPS)
-_subtitles = _cleaner(*CUE_STEPS, *SPEECH_STEPS[:-3], _drop_brackets)
-_dialogue = _cleaner(*SPEECH_STEPS, _drop_brackets)
-_books = _cleaner(_drop_licence, *STORY_STEPS)
-
-
-class DomainCleaners:
-    """What each domain's files carry that is not text. Every cleaner is pure, idempotent and keeps newlines."""
-
-    @staticmethod
-    def wikipedia(text: str) -> str:
-        """Remove headings (== Title ==, = = Title = =), citation marks ([12]), templates and link markup."""
-        return _wikipedia(text)
-
-    @staticmethod
-    def subtitles(text: str) -> str:
-        """Remove cue numbers with their timings, tags, credits, speakers in capitals and [sounds]."""
-        return _subtitles(text)
-
-    @staticmethod
-    def dialogue(text: str) -> str:
-        """Remove speaker labels (*CHI:, MARY:, A.1:, **Name:**), [actions], (smiling), and CHAT's codes."""
-        return _dialogue(text)
-
-    @staticmethod
-    def books(text: str) -> str:
-        """Remove Project Gutenberg's header and licence, Markdown's marks and the credit lines of picture books."""
-        return _books(text)
-
-    @staticmethod
-    def default(text: str) -> str:
-        """Leave the text as it is."""
-        return text
-
-
-def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
-    """Domain name -> cleaner: every file name of BabyLM 2023 to 2026, and wikipedia, subtitles, dialogue, default."""
-    kinds = {
-        DomainCleaners.wikipedia: "wikipedia simple_wiki simple_wikipedia",
-        DomainCleaners.subtitles: "subtitles open_subtitles qed",
-        DomainCleaners.dialogue: "dialogue aochildes childes bnc_spoken switchboard",
-        DomainCleaners.books: "cbt children_stories gutenberg",
-        DomainCleaners.default: "default",
-    }
-    return {name: cleaner for cleaner, names in kinds.items() for name in names.split()}
-
-
-def cleaner_for(domain: str) -> Callable[[str], str]:
-    """The cleaner of a domain; one that the registry does not know is announced and left uncleaned."""
-    registry = create_cleaner_registry()
-    if domain not in registry:
-        log.warning(
-            "domain %s has no cleaner of its own (known: %s): its text is left as it is", domain, ", ".join(registry)
-        )
-    return registry.get(domain, DomainCleaners.default)
-
-
-_SPACE_BEFORE = re.compile(r"(?<=\S) ([,;:!?.])(?=[\s\"\u201d\u2019]|\Z)")
-_NO_SPACE_AFTER = re.compile(r"(?<=[a-z][a-z])([.!?])(?=[A-Z][a-z])")
+def _unjoin(match: re.Match) -> str:
+    """ "Hello.World" -> "Hello. World", but not inside an address, a file name or a dotted name."""
+    text, at = match.string, match.start()
+    before, after = text[max(0, at - 60) : at].split(), text[at + 1 : at + 61].split()
+    alone = before and after and _BEFORE.match(before[-1]) and _AFTER.match(after[0])
+    return match[0] + " " if alone else match[0]
 
 
 def clean_text(text: str) -> str:
-    """Collapse runs of blanks and mend the space around punctuation; newlines stay. Idempotent.
+    """Collapse runs of blanks and mend the space around punctuation; newlines stay, at most one blank line in a row.
 
-    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and 3.14 are left.
+    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and 3.14 stay.
     """
-    text = _tidy(text)
-    text = _SPACE_BEFORE.sub(r"\1", text)
-    return _NO_SPACE_AFTER.sub(lambda m: m[1] if _in_address(text, m.start()) else m[1] + " ", text)
+    for blank in ("\t", "\xa0", "\u3000"):
+        if blank in text:
+            text = text.replace(blank, " ")
+    while "  " in text:
+        text = text.replace("  ", " ")
+    text = text.replace(" \n", "\n").replace("\n ", "\n").strip(" ")
+    if "\n\n\n" in text:
+        text = _NEWLINES.sub("\n\n", text)
+    if "( " in text or " )" in text:
+        text = text.replace("( ", "(").replace(" )", ")")
+    return _JUNCTION.sub(_unjoin, _LOOSE_MARK.sub("", text))
 
 
-def _in_address(text: str, at: int) -> bool:
-    """Whether the blank-free run of text before `at` is the beginning of a web or mail address."""
-    word = text[max(0, at - 200) : at + 1].split()[-1]
-    return "www." in word or "://" in word or "@" in word
+def _drop(pattern: re.Pattern, text: str, unwanted: Callable[[str], bool]) -> str:
+    """The text with a blank for each closed span (group 1 caught its end) that is unwanted."""
+    return pattern.sub(lambda match: " " if match[1] and unwanted(match[0]) else match[0], text)
+
+
+def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
+    """The text without unwanted <tags>; nothing takes the place of one between two letters: H<sub>2</sub>O."""
+
+    def rest(match: re.Match) -> str:
+        if not match[1] or "<" in match[0][1:] or not unwanted(match[0]):
+            return match[0]
+        return "" if text[: match.start()][-1:].isalnum() and text[match.end() : match.end() + 1].isalnum() else " "
+
+    return _TAG.sub(rest, text) if "<" in text else text
+
+
+def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
+    """The text with a blank for each stretch from a match of `opening` to the next `closing`."""
+    parts, done = [], 0
+    for match in opening.finditer(text):
+        if match.start() < done:
+            continue
+        end = text.find(closing, match.end(), match.end() + 5000)
+        if end < 0:
+            continue
+        parts += [text[done : match.start()], " "]
+        done = end + len(closing)
+    return "".join(parts) + text[done:]
+
+
+def _link_text(match: re.Match) -> str:
+    """What a [[link|text]] shows, with a blank where it could join with a mark beside it."""
+    if _WIKI_FILE.match(match[0]):
+        return match[0]
+    before, after = match.string[match.start() - 1 : match.start()], match.string[match.end() : match.end() + 1]
+    return " " * (before in _MARKS) + match[1] + " " * (after in _MARKS)
+
+
+def _drop_braces(text: str) -> str:
+    """The text with a blank for each {{template}} and {|table|}; one that a blank line interrupts is left."""
+    parts, done, opened, spans = [], 0, [], []
+    for match in _WIKI_BRACES.finditer(text):
+        mark = match[0]
+        if mark in _BRACE_ENDS:
+            opened.append((match.start(), _BRACE_ENDS[mark]))
+        elif mark == "\n\n":
+            opened.clear()
+        elif opened and opened[-1][1] == mark:
+            start = opened.pop()[0]
+            while spans and spans[-1][0] > start:  # inside of this one
+                spans.pop()
+            spans.append((start, match.end()))
+    for start, end in spans:
+        parts += [text[done:start], " "]
+        done = end
+    return "".join(parts) + text[done:]
+
+
+def _drop_licence(text: str) -> str:
+    """A book's text without the paragraphs of Project Gutenberg's header and licence."""
+    kept: list[str] = []
+    header = 0  # where the header began, in kept
+    for paragraph in text.split("\n\n"):
+        if "START OF TH" in paragraph and len(kept) - header < 30:
+            del kept[header:]
+        elif not _LICENCE.search(paragraph):
+            kept.append(paragraph)
+        elif "EBook of" in paragraph or "This eBook is for the use" in paragraph:
+            header = len(kept)
+    return "\n\n".join(kept)
+
+
+def _without_credits(text: str) -> str:
+    """The text without lines that say who made, timed or offers the subtitles."""
+    lower = text.lower()
+    if not any(word in lower for word in _CREDIT_WORDS):
+        return text
+    return "\n".join(line for line in text.split("\n") if not _CREDIT.search(line.lower()))
+
+
+class DomainCleaners:
+    """Text cleaners, str -> str: pure, idempotent, linear in time; newlines stay, at most one blank line in a row."""
+
+    @staticmethod
+    def default(text: str) -> str:
+        """The text as it is."""
+        return text
+
+    @staticmethod
+    def wikipedia(text: str) -> str:
+        """Without headers (== Title ==), citations [12], references, templates, tables, link and tag markup."""
+        if "``" in text:
+            text = _LATEX_QUOTES.sub(lambda line: line[0].replace("``", '"').replace("''", '"'), text)
+        if "<" in text:
+            text = _drop_spans(_COMMENT, "-->", text)
+            text = _drop_spans(_REF, "</ref>", re.sub(r"<ref\b[^<>\n]{0,300}/>", " ", text))
+            text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
+        if "{" in text:
+            text = _drop_braces(text)
+        if "[" in text:
+            text = _WIKI_LINK.sub(_link_text, text)
+            text = _WEB_LINK.sub(r" \1 ", _WIKI_FILE.sub(" ", text))
+            text = _CITATION.sub(" ", _WIKI_REST.sub(" ", text))
+        for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+            text = text.replace(mark, plain)
+        text = re.sub(r"''+", " ", text)
+        return clean_text(_HEADER.sub("", _WIKI_LINE.sub("", text)))
+
+    @staticmethod
+    def subtitles(text: str) -> str:
+        """Without cue numbers and timings, credits, <i>/<font> tags, [sounds] and (sounds), labels in capitals."""
+        shorter = _CUE.sub("", text)
+        if shorter is not text and shorter != text:
+            text = re.sub(r"\n\n+", "\n", shorter)
+        text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
+        if "{" in text:
+            text = _STYLE.sub(" ", text)
+        text = _drop(_BRACKET, text, lambda span: len(span) <= 80)
+        text = _drop(_PAREN, text, lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))))
+        text = _SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " "))
+        return _without_credits(clean_text(text))
+
+    @staticmethod
+    def dialogue(text: str) -> str:
+        """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
+        text = _drop_tags(text, lambda tag: len(tag) <= 60)
+        if "[" in text:
+            text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
+            text = re.sub(r"(?<=\d )\[(percent|degrees)\]", r"\1", text)
+            text = re.sub(r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text)
+        text = _TRANSCRIPT_LINE.sub("", text)
+        text = _drop(_BRACKET, text, lambda span: len(span) <= 80)
+        text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
+        if "+" in text:
+            text = _TRAIL_OFF.sub("...", text)
+        return clean_text(_LABEL.sub("", text))
+
+    @staticmethod
+    def books(text: str) -> str:
+        """Without Project Gutenberg's header and licence, credit lines (* License:), page marks (##) and footnote marks."""
+        if "gutenberg" in text.lower():
+            text = _drop_licence(text)
+        return clean_text(_FOOTNOTE.sub(" ", _BOOK_LINE.sub("", text)))
+
+
+def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
+    """Cleaner of each domain: the file names of BabyLM 2023 to 2026, and wikipedia, subtitles, dialogue, default."""
+    c = DomainCleaners
+    return {
+        **dict.fromkeys(("wikipedia", "simple_wiki", "simple_wikipedia"), c.wikipedia),
+        **dict.fromkeys(("subtitles", "open_subtitles", "qed"), c.subtitles),
+        **dict.fromkeys(("dialogue", "aochildes", "childes", "bnc_spoken", "switchboard"), c.dialogue),
+        **dict.fromkeys(("cbt", "children_stories", "gutenberg"), c.books),
+        "default": c.default,
+    }
+
+
+def cleaner_for(domain: str) -> Callable[[str], str]:
+    """The cleaner of a domain; an unknown domain gets the one that changes nothing, with a warning."""
+    registry = create_cleaner_registry()
+    if domain not in registry:
+        logger.warning("no cleaner for the domain %r: its text stays as it is; known: %s", domain, ", ".join(registry))
+    return registry.get(domain, DomainCleaners.default)

@@ -1,27 +1,39 @@
-"""Text files -> token chunks: the tokenizer, and DataProcessor, which prepares datasets for training.
+"""Text files -> chunks of tokens: the tokenizer, and DataProcessor, which prepares datasets for training.
 
-    from data_utils import DataProcessor, load_tokenizer
+Documents are read by documents.py and cleaned by cleaners.py, as a stream: memory does not grow with a file. What users
+need of those two can be imported from here. It trains no tokenizer (train_tokenizer.py) and writes no cleaned text
+(prepare_data.py).
+
     processor = DataProcessor(load_tokenizer("models/tokenizer.json"))
-    datasets = processor.prepare_dataset("data/train", "data/dev", max_length=128)
-
-Files are read as a stream (documents.py) and cleaned by cleaners.py, so that a file may be larger than memory. Names of
-both that users need can be imported from here. It trains no tokenizer (train_tokenizer.py) and downloads nothing.
+    dataset = processor.prepare_dataset("data/train", "data/dev", max_length=128)
+    print(len(dataset["train"]), processor.reports["train"])
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
-import queue
-import threading
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cleaners import DomainCleaners, clean_text, cleaner_for, create_cleaner_registry
-from documents import Piece, clean_documents, domain_of, find_files, new_report, read_documents
+from cleaners import CLEANER_VERSION, DomainCleaners, clean_text, cleaner_for, create_cleaner_registry
+from documents import (
+    PIECE,
+    Piece,
+    clean_documents,
+    clean_pieces,
+    cut,
+    domain_of,
+    find_files,
+    new_report,
+    read_documents,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,19 +41,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "DataProcessor", "DomainCleaners", "Piece", "byte_lengths", "clean_documents", "clean_text", "cleaner_for",
-    "create_cleaner_registry", "domain_of", "find_files", "load_tokenizer", "new_report", "read_documents",
+    "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths", "clean_documents",
+    "clean_text", "cleaner_for", "create_cleaner_registry", "domain_of", "find_files", "load_tokenizer", "new_report",
+    "read_documents",
 ]  # fmt: skip
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
-CLEANER_VERSION = "1"  # part of every cache key: raise it when a cleaner or the reader changes what comes out
-BATCH_CHARS = 2_000_000  # text handed to the tokenizer's threads at a time
+BATCH = 48  # pieces given to the tokenizer in one go
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a tokenizer.json, or in a directory that holds one, padding on the right.
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer in a tokenizer.json file, or in a directory that holds one; padding on the right.
 
-    FileNotFoundError names the command that makes one; ValueError a file that is not a tokenizer.
+    FileNotFoundError when there is none, ValueError for a damaged one. Special tokens are set where the file has them.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -49,192 +61,201 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} not found: train a tokenizer first: "
-            f"python train_tokenizer.py --data-dir ./data/train --output {file}"
-        )
+        command = f"python train_tokenizer.py --data-dir ./data/train --output {file}"
+        raise FileNotFoundError(f"{file}: no tokenizer here; make one with: {command}")
     try:
-        backend = Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a damaged file may panic in Rust, which is no Exception
-        raise ValueError(f"{file} is not a tokenizer: {str(error).strip().splitlines()[0]}") from None
-    known = {name: token for name, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **known)
+    except BaseException as error:  # a panic in the Rust code is not an Exception
+        raise ValueError(f"{file}: not a tokenizer.json that can be read ({error})") from None
+    present = {name: token for name, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right", clean_up_tokenization_spaces=False, unk_token=None, **present
+    )
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """UTF-8 bytes of text that each token of a byte-level tokenizer stands for: int64 (V,); 0 for special tokens."""
-    import numpy as np
+    """Bytes of text that each token id stands for: int64 (V,), 0 for special tokens.
 
+    Over the ids of a text they sum to its length in UTF-8. ValueError for a tokenizer that is not byte-level.
+    """
+    import numpy as np
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = set(ByteLevel.alphabet())  # 256 characters, one for each byte
+    added = tokenizer.added_tokens_decoder
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    special = set(tokenizer.all_special_ids)
     for token, index in tokenizer.get_vocab().items():
-        lengths[index] = 0 if index in special else len(token)  # a byte-level token has one character for each byte
+        if index in added:
+            lengths[index] = 0 if added[index].special else len(token.encode())
+        elif alphabet.issuperset(token):
+            lengths[index] = len(token)
+        else:
+            raise ValueError(f"token {index} ({token!r}) is not made of bytes: a byte-level tokenizer is needed")
     return lengths
 
 
-# ---- the processor ------------------------------------------------------------------------------
-
-
 class DataProcessor:
-    """Text files -> datasets of token chunks, with one tokenizer.
+    """Text files -> datasets of token chunks. `reports` holds the counts of each split that was prepared."""
 
-    `reports` holds, after prepare_dataset, what was read, repaired and left out: {"train": {...}, "validation": {...}}.
-    Prepared chunks are kept under `cache_dir` (default: the environment's BABYLLAMA_CACHE, else data/cache beside this
-    file), named by the content of everything that they depend on.
-    """
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, cache_dir: str | os.PathLike | None = None):
+        """A fast tokenizer with bos and eos tokens; cache_dir is $BABYLLAMA_CACHE or data/cache beside this file."""
+        from tokenizers import Tokenizer
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path | None = None):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: use load_tokenizer(path)")
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no bos_token or eos_token, which mark where documents begin and end")
         self.tokenizer = tokenizer
         default = os.environ.get("BABYLLAMA_CACHE") or Path(__file__).resolve().parent / "data" / "cache"
         self.cache_dir = Path(cache_dir or default)
         self.reports: dict[str, dict] = {}
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to set as we need it
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
+        self._dtype = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
-        """The documents of a split: columns text and source (the file's path), a row for each document."""
+        """The documents of a split as they are: a row each, columns text and source (the file's name), in memory."""
         from datasets import Dataset
 
-        texts, sources, parts = [], [], []
+        rows: dict[str, list[str]] = {"text": [], "source": []}
         for path in find_files(data_dir, split):
+            parts: list[str] = []
             for piece in read_documents(path):
                 parts.append(piece.text)
                 if piece.last:
-                    texts.append("".join(parts))
-                    sources.append(str(path))
+                    rows["text"].append("".join(parts))
+                    rows["source"].append(path.name)
                     parts = []
-        return Dataset.from_dict({"text": texts, "source": sources})
+        return Dataset.from_dict(rows)
 
-    def clean_text(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The example with its text cleaned by `clean_text`; other fields are left as they are."""
+    def clean_text(self, example: dict[str, str]) -> dict[str, str]:
+        """The example with its text mended: single blanks, no blank before a mark, one after it; newlines stay."""
         return {**example, "text": clean_text(example["text"])}
 
-    def tokenize_and_chunk(self, example: dict[str, Any], max_length: int = 128) -> dict[str, list[list[int]]]:
-        """{"input_ids": full chunks of max_length ids} of one document: BOS, text, EOS; the rest is dropped."""
-        ids = self.tokenizer(example["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
+    def tokenize_and_chunk(self, example: dict[str, str], max_length: int = 128) -> dict[str, list[list[int]]]:
+        """The full chunks of max_length ids of BOS, text, EOS; what does not fill one is left out."""
+        text, cuts = example["text"], [0]
+        while cuts[-1] < len(text) or len(cuts) == 1:
+            cuts.append(cut(text, cuts[-1]))
+        texts = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        pieces = [Piece(part, i == 0, i == len(texts) - 1) for i, part in enumerate(texts)]
+        ids = [int(i) for batch in self._encode(iter(pieces)) for i in batch]
         return {"input_ids": [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]}
 
     def prepare_dataset(
-        self, train_data_dir: str, eval_data_dir: str, max_length: int = 128, clean: bool = True, num_proc: int = 4
+        self,
+        train_data_dir: str,
+        eval_data_dir: str,
+        max_length: int = 128,
+        clean: bool = True,
+        num_proc: int = 4,
     ) -> DatasetDict:
-        """Datasets "train" and "validation" of full chunks: column input_ids, max_length ids in each row.
+        """Full chunks of max_length token ids, column input_ids: 'train' and 'validation', mapped from Arrow files.
 
-        Documents are joined as BOS, text, EOS and cut into chunks; `clean` applies clean_text first. `num_proc` bounds
-        the tokenizer's threads, if RAYON_NUM_THREADS does not and they have not started yet; there are no further
-        processes. ValueError where a split has not one full chunk.
+        A split is BOS, text, EOS for each document in turn; what the last chunk leaves out is in `reports`. `clean`
+        applies clean_text. The files in cache_dir are named by a hash of all that they depend on. num_proc bounds the
+        tokenizer's threads unless $RAYON_NUM_THREADS is set or they run already; no process is forked.
+        ValueError when a split does not fill one chunk, FileNotFoundError when it has no files.
         """
         from datasets import Dataset, DatasetDict
 
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, min(num_proc, os.cpu_count() or 1))))
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        splits = {}
-        for name, folder in (("train", train_data_dir), ("validation", eval_data_dir)):
-            files = find_files(folder, name)
-            target = self.cache_dir / self._key(files, max_length, clean)
-            if not (target / "report.json").is_file():
-                self._write_chunks(files, target, name, max_length, clean)
-            self.reports[name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
-            splits[name] = Dataset.from_file(str(target / "chunks.arrow"))
-            r = self.reports[name]
-            log.info("%s: %s documents, %s words, %s tokens, %s chunks of %d (%d tokens left out)", name,
-                     *(f"{r[k]:,}" for k in ("documents", "words", "tokens", "chunks")), max_length,
-                     r["tokens_left_out"])  # fmt: skip
-        return DatasetDict(splits)
+        folders = {"train": train_data_dir, "validation": eval_data_dir}
+        inputs = {split: find_files(folder, split) for split, folder in folders.items()}
+        prepared = DatasetDict()
+        for split, files in inputs.items():
+            arrow = self.cache_dir / f"{split}-{self._key(folders[split], files, max_length, clean)}.arrow"
+            if not arrow.is_file():
+                self._write(arrow, split, files, max_length, clean)
+            self.reports[split] = report = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+            counts = ", ".join(f"{report[key]:,} {key}" for key in ("files", "documents", "words", "tokens", "chunks"))
+            left_out, invalid = report["tokens_left_out"], report["invalid_bytes"]
+            logger.info("%s: %s of %d (%d tokens left out)", split, counts, max_length, left_out)
+            if invalid:
+                logger.warning("%s: %d bytes not UTF-8, first at %s", split, invalid, report["first_invalid"])
+            prepared[split] = Dataset.from_file(str(arrow))
+        return prepared
 
-    def _key(self, files: list[Path], max_length: int, clean: bool) -> str:
-        digest = hashlib.sha256(f"{CLEANER_VERSION} {max_length} {clean} ".encode())
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+    def _key(self, folder: str, files: list[Path], max_length: int, clean: bool) -> str:
+        """A hash of the files' names and contents, the tokenizer, and what is done to them."""
+        parts = [self._backend.to_str(), CLEANER_VERSION, PIECE, max_length, clean]
+        parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         for path in files:
             with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
-        return digest.hexdigest()[:32]
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            parts += [path.relative_to(folder).as_posix() if path != Path(folder) else path.name, digest]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
-    def _write_chunks(self, files: list[Path], target: Path, name: str, max_length: int, clean: bool) -> None:
-        """Tokenise the files into target/chunks.arrow and target/report.json; report.json comes last."""
+    def _encode(self, pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
+        """The token ids of the pieces, BOS and EOS around documents, in arrays of a batch each.
+
+        One thread waits for the Rust threads; in this one the next batch is read and the last one collected meanwhile.
+        """
+        import numpy as np
+
+        def collect(batch: list[Piece], encodings: list) -> np.ndarray:
+            ids: list[int] = []
+            for piece, encoding in zip(batch, encodings, strict=True):
+                if piece.first:
+                    ids.append(self.tokenizer.bos_token_id)
+                ids += encoding.ids
+                if piece.last:
+                    ids.append(self.tokenizer.eos_token_id)
+            return np.array(ids, dtype=self._dtype)
+
+        with ThreadPoolExecutor(1) as pool:
+            running = None
+            while batch := list(itertools.islice(pieces, BATCH)):
+                texts = [piece.text for piece in batch]
+                future = pool.submit(self._backend.encode_batch_fast, texts, add_special_tokens=False)
+                if running:
+                    yield collect(running[0], running[1].result())
+                running = batch, future
+            if running:
+                yield collect(running[0], running[1].result())
+
+    def _pieces_of(self, files: list[Path], split: str, clean: bool, report: dict) -> Iterator[Piece]:
+        """The pieces of all documents, counted, with a progress bar in bytes of the files."""
+        from tqdm import tqdm
+
+        total = sum(path.stat().st_size for path in files)
+        with tqdm(total=total, desc=f"tokenising {split}", unit="B", unit_scale=True, disable=None) as bar:
+            for path in files:
+                pieces = read_documents(path, report)
+                for piece in clean_pieces(pieces, clean_text) if clean else pieces:
+                    bar.update(report["bytes_on_disk"] - bar.n)
+                    yield piece
+            bar.update(report["bytes_on_disk"] - bar.n)
+
+    def _write(self, arrow: Path, split: str, files: list[Path], max_length: int, clean: bool) -> None:
+        """Write the chunks of a split and, beside them, the report; under their names only when complete."""
         import numpy as np
         import pyarrow as pa
+        from datasets import Features, List, Value
 
-        report = new_report() | {"tokens": 0, "chunks": 0, "tokens_left_out": 0}
-        kind = np.uint16 if len(self.tokenizer) <= 2**16 else np.int32
-        column = pa.list_(pa.from_numpy_dtype(kind), max_length)
-        schema = pa.schema([("input_ids", column)])
-        target.mkdir(parents=True, exist_ok=True)
-        part = target / f"chunks.{os.getpid()}.part"
-        rest = np.empty(0, dtype=kind)
-        try:
-            with pa.ipc.new_stream(str(part), schema) as writer:
-                for ids in self._token_batches(files, clean, report, kind, name):
+        report = {**new_report(), "max_length": max_length, "tokens": 0, "chunks": 0, "tokens_left_out": 0}
+        schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
+        rest = np.empty(0, dtype=self._dtype)
+        arrow.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=arrow.parent, prefix=".writing-") as folder:
+            draft = Path(folder, arrow.name)
+            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+                for ids in self._encode(self._pieces_of(files, split, clean, report)):
                     report["tokens"] += len(ids)
-                    ids = np.concatenate([rest, ids])
-                    whole = len(ids) // max_length * max_length
-                    rest = ids[whole:].copy()
-                    if whole:
-                        chunks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), type=column)
-                        writer.write_batch(pa.record_batch([chunks], schema=schema))
-                        report["chunks"] += len(chunks)
+                    rest = np.concatenate([rest, ids])
+                    full = len(rest) // max_length * max_length
+                    column = pa.FixedSizeListArray.from_arrays(pa.array(rest[:full]), type=schema.field(0).type)
+                    stream.write_batch(pa.record_batch([column], schema=schema))
+                    rest = rest[full:]
+            report["chunks"] = report["tokens"] // max_length
             report["tokens_left_out"] = len(rest)
             if not report["chunks"]:
-                raise ValueError(
-                    f"{name}: {report['tokens']} tokens in {', '.join(map(str, files[:3]))} are less than one chunk of "
-                    f"{max_length}; give more text or a smaller seq_length"
-                )
-            part.replace(target / "chunks.arrow")
-        finally:
-            part.unlink(missing_ok=True)
-        facts = json.dumps(report, indent=1)
-        (target / "report.part").write_text(facts, encoding="utf-8")
-        (target / "report.part").replace(target / "report.json")
-
-    def _token_batches(self, files, clean: bool, report: dict, kind, name: str) -> Iterator[np.ndarray]:
-        """Arrays of token ids, in the order of the text: one thread reads and cleans while the tokenizer's encode."""
-        import numpy as np
-        from tqdm.auto import tqdm
-
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        batches: queue.Queue = queue.Queue(maxsize=3)
-        stop = threading.Event()
-
-        def read() -> None:
-            try:
-                for batch in _batched(files, clean, report):
-                    batches.put(batch)
-                    if stop.is_set():
-                        return
-                batches.put(None)
-            except BaseException as error:  # handed over to the thread that waits
-                batches.put(error)
-
-        threading.Thread(target=read, daemon=True).start()
-        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
-        total = sum(path.stat().st_size for path in files)
-        try:
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=None) as bar:
-                while (batch := batches.get()) is not None:
-                    if isinstance(batch, BaseException):
-                        raise batch
-                    encoded = encode([piece.text for piece in batch], add_special_tokens=False)
-                    arrays = []
-                    for piece, encoding in zip(batch, encoded, strict=True):
-                        ids = encoding.ids
-                        arrays.append(np.array([bos] * piece.first + ids + [eos] * piece.last, dtype=kind))
-                    yield np.concatenate(arrays)
-                    bar.update(sum(len(piece.text) for piece in batch))
-        finally:
-            stop.set()
-            while not batches.empty():
-                batches.get_nowait()
-
-
-def _batched(files: list[Path], clean: bool, report: dict) -> Iterator[list[Piece]]:
-    """Lists of pieces of about BATCH_CHARS characters; long pieces first come first, the order of the text is kept."""
-    batch, size = [], 0
-    for path in files:
-        for piece in clean_documents(path, clean_text, report) if clean else read_documents(path, report):
-            batch.append(piece)
-            size += len(piece.text)
-            if size >= BATCH_CHARS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+                where = ", ".join(map(str, files[:3]))
+                raise ValueError(f"{split}: {report['tokens']} tokens in {where} do not fill one chunk of {max_length}")
+            draft.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            draft.with_suffix(".json").replace(arrow.with_suffix(".json"))
+            draft.replace(arrow)

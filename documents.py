@@ -5,244 +5,261 @@
         for piece in read_documents(path):
             print(piece.first, piece.last, len(piece.text))
 
-Reads .train, .dev, .test, .txt and .jsonl files, also gzipped, of any size and with lines of any length. A document
-begins at a wiki title line, where a subtitle numbering starts again at 1, and after two blank lines. It cleans nothing.
+Reads .train, .dev, .test, .txt and .jsonl files, also gzipped, of any size and with lines of any length. It cleans only
+with the function that it is given.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
+import itertools
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-PIECE_CHARS = 32_768  # a longer document comes in pieces of about this size
-READ_BYTES = 65_536
-SPLIT_SUFFIXES = {"train": (".train",), "dev": (".dev", ".test"), "validation": (".dev", ".test")}
-COMMON_SUFFIXES = (".txt", ".jsonl")
-_TITLE = re.compile(r" ?= (?:[^\s=]|[^\s=][^\n]*[^\s=]) = ?$|= = = [^\n]+ = = =[ \t]*$")
-_CUE = re.compile(r"\d{1,2}:\d{2}:\d{2}[,.]\d{1,3} ?-->")
+BLOCK = 1 << 18  # bytes read at a time
+PIECE = 1 << 15  # characters of a document that are cleaned and tokenised in one go, at most
+WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
+
+
+def domain_of(path: str | os.PathLike) -> str:
+    """The domain that a file's name says: "open_subtitles" for data/Open_Subtitles.train.gz."""
+    return re.sub(r"(?:\.(?:train|dev|test|txt|jsonl))?(?:\.gz)?$", "", Path(path).name.lower())
+
+
+def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
+    """The input files of a split ("train"; "dev" or "validation"; "test"), sorted: data_dir is a folder or one file.
+
+    A folder is searched to the bottom for files with the split's suffix (.train; .dev, else .test) and for .txt and
+    .jsonl, each also .gz. FileNotFoundError says what was looked for and what is there.
+    """
+    root = Path(data_dir)
+    if root.is_file():
+        return [root]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder that was visited
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for name in names if not name.startswith(".") and (path := Path(folder, name)).is_file()]
+
+    def ending(*suffixes: str) -> list[Path]:
+        return [path for path in found if path.name.lower().removesuffix(".gz").endswith(suffixes)]
+
+    own = (".dev", ".test") if split in ("dev", "validation") else (f".{split}",)
+    files = next((some for suffix in own if (some := ending(suffix))), []) + ending(".txt", ".jsonl")
+    if files:
+        return sorted(files)
+    there = ", ".join(sorted(path.name for path in found)[:8]) or "no files"
+    what = f"there: {there}" if root.is_dir() else "there is no such file or folder"
+    wanted = ", ".join((*own, ".txt", ".jsonl"))
+    raise FileNotFoundError(f"{root}: no {split} text; expected a file ending in {wanted} (or these and .gz); {what}")
 
 
 class Piece(NamedTuple):
-    """A part of a document: the pieces from one with `first` to one with `last` join to its text."""
+    """A bounded stretch of a document; the document is the pieces from one with `first` to one with `last`, joined."""
 
     text: str
     first: bool
     last: bool
 
 
-def new_report() -> dict[str, Any]:
-    """Counts that the reader adds to; bytes and words are those of the documents' text."""
-    names = "files documents words bytes invalid_bytes nul_removed bom_removed surrogates_replaced empty_files"
-    return dict.fromkeys(names.split(), 0)
-
-
-def domain_of(path: str | Path) -> str:
-    """The domain that a file's name states: "data/open_subtitles.train.gz" -> "open_subtitles"."""
-    return Path(path).name.split(".")[0]
-
-
-def find_files(data_dir: str | Path, split: str) -> list[Path]:
-    """The text files of a split, sorted: a directory's .train (or .dev, else .test), .txt and .jsonl files, also .gz.
-
-    `data_dir` may be one file. FileNotFoundError says what was looked for and what is there.
-    """
-    root = Path(data_dir)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory")
-    files = []
-    for folder, folders, names in os.walk(root):  # does not follow links to directories
-        folders.sort()
-        files += [Path(folder, name) for name in names if Path(folder, name).is_file()]
-
-    def of(suffix: str) -> list[Path]:
-        return [path for path in files if path.name.removesuffix(".gz").endswith(suffix)]
-
-    own = next((found for suffix in SPLIT_SUFFIXES.get(split, (f".{split}",)) if (found := of(suffix))), [])
-    found = sorted({*own, *(path for suffix in COMMON_SUFFIXES for path in of(suffix))})
-    if not found:
-        wanted = ", ".join(dict.fromkeys((*SPLIT_SUFFIXES.get(split, (f".{split}",)), *COMMON_SUFFIXES)))
-        there = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "nothing"
-        raise FileNotFoundError(f"{root}: no text of the {split} split: looked for {wanted} (also .gz), found {there}")
-    return found
-
-
-def _decode(data: bytes, offset: int, final: bool, report: dict) -> tuple[str, bytes]:
-    """(text, bytes left over) of a block: invalid bytes become U+FFFD and are counted, with the first one's place."""
-    parts = []
-    while True:
-        try:
-            return "".join([*parts, data.decode("utf-8")]), b""
-        except UnicodeDecodeError as error:
-            parts.append(data[: error.start].decode("utf-8"))
-            if not final and error.end == len(data) and error.reason == "unexpected end of data":
-                return "".join(parts), data[error.start :]
-            report["invalid_bytes"] += error.end - error.start
-            report.setdefault("first_invalid", f"byte {offset + error.start}")
-            parts.append("\ufffd")
-            offset, data = offset + error.end, data[error.end :]
+def new_report() -> dict:
+    """The counts that reading fills in: documents, words (between blanks) and UTF-8 bytes of the text, and repairs."""
+    counts = "files empty_files bytes_on_disk documents words bytes"
+    repairs = "invalid_bytes nul_removed bom_removed surrogates_replaced"
+    return {**dict.fromkeys(f"{counts} {repairs}".split(), 0), "first_invalid": None}
 
 
 def _blocks(path: Path, report: dict) -> Iterator[str]:
-    """The text of a file in blocks: without BOM and NUL, line ends as newlines."""
-    rest, carriage, offset = b"", "", 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    """The file as text, block by block: no byte-order mark, newlines only, U+FFFD for each byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    before = report["bytes_on_disk"]
+    offset = 0
+    with path.open("rb") as raw:
+        source = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         while True:
             try:
-                data = file.read(READ_BYTES)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{path}: not a whole gzip file: {error}") from None
-            if offset == 0 and not rest and data.startswith(b"\xef\xbb\xbf"):
+                data = source.read(BLOCK)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path}: broken gzip file after {offset} bytes of text ({error})") from None
+            if offset == 0 and data.startswith(codecs.BOM_UTF8):
                 report["bom_removed"] += 1
-                offset, data = 3, data[3:]
-            text, rest_after = _decode(rest + data, offset - len(rest), not data, report)
-            offset, rest = offset + len(data), rest_after
+                data = data[len(codecs.BOM_UTF8) :]
+            report["bytes_on_disk"] = before + raw.tell()
+            try:
+                text = decoder.decode(data, not data)
+            except UnicodeDecodeError as error:
+                held = len(decoder.getstate()[0])
+                report["first_invalid"] = report["first_invalid"] or f"{path}: byte {offset - held + error.start}"
+                decoder.errors = "surrogateescape"
+                text, n = _SURROGATE.subn("\ufffd", decoder.decode(data, not data))
+                decoder.errors = "strict"
+                report["invalid_bytes"] += n
+            offset += len(data)
+            text = newlines.decode(text, not data)
             if "\0" in text:
                 report["nul_removed"] += text.count("\0")
                 text = text.replace("\0", "")
-            text, carriage = carriage + text, ""
-            if "\r" in text:
-                if text.endswith("\r") and data:
-                    text, carriage = text[:-1], "\r"
-                text = text.replace("\r\n", "\n").replace("\r", "\n")
             if text:
                 yield text
             if not data:
                 return
 
 
-def _split_lines(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(line without its newline, True); a very long line comes in parts, cut before a blank, the later with False."""
-    tail, starts = "", True
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOOK_AHEAD = 400  # characters that decide whether newlines end a document
+_NEXT_TITLE = r"= = = [^=\n][^\n]{0,250} = = =[ \t]*(?:\n|\Z)"
+_NEXT_CUE = r"\d{1,6}[ \t]{0,9}\n[ \t]{0,9}\d\d?:\d\d:\d\d[^\n]{0,30}-->"
+_END = r"\n(?<!\n\n)\n*+(?:(?<=\n\n\n)(?!" + _NEXT_CUE + r")|(?=1[ \t]{0,9}\n)(?=" + _NEXT_CUE + r")|(?=" + _NEXT_TITLE
+_DOCUMENT_END = re.compile(_END + "))")
+_WIKI_END = re.compile(_END + r"| ?= (?![=\s])[^\n]{0,250}(?<![=\s]) = ?(?:\n|\Z)|<doc ))")
+_LONG_GAP = re.compile(r"\n{4,}")
+_BLANK_LINE = re.compile(r"(?<=\n)[ \t]++(?=\n)")
+_CUTS = [re.compile(rf"(?<=\S){gap}(?=\S)") for gap in ("\n\n", "\n", " ")]
+
+
+def _spans(blocks: Iterable[str], end: re.Pattern) -> Iterator[tuple[str, bool]]:
+    """(text, whether a document ends behind it), in order; `end` finds the newlines between two documents."""
+    buffer = "\n"  # so that a first line of blanks is an empty line too
     for block in blocks:
-        *lines, tail = (tail + block).split("\n")
+        buffer += block
+        if "\n " in buffer or "\n\t" in buffer:
+            buffer = _BLANK_LINE.sub("", buffer)
+        if "\n\n\n\n" in buffer:
+            buffer = _LONG_GAP.sub("\n\n\n", buffer)
+        horizon, start = len(buffer) - _LOOK_AHEAD, 0
+        for match in end.finditer(buffer):
+            if match.start() >= horizon:
+                break
+            yield buffer[start : match.start()], True
+            start = match.end()
+        while horizon > start and buffer[horizon - 1] == "\n":
+            horizon -= 1
+        horizon = max(horizon, start)
+        yield buffer[start:horizon], False
+        buffer = buffer[horizon:]
+    *whole, rest = end.split(_BLANK_LINE.sub("", buffer + "\n"))
+    yield from ((text, True) for text in whole)
+    yield rest, True
+
+
+def cut(text: str, start: int) -> int:
+    """Where the piece from `start` on ends: in its second half before a blank line, a newline or a blank, else full.
+
+    The GPT-2 pattern starts a new word there whatever follows, so the tokens of the pieces are those of the whole.
+    """
+    if len(text) - start <= PIECE:
+        return len(text)
+    for gap in _CUTS:
+        at = 0
+        for match in gap.finditer(text, start + PIECE // 2, start + PIECE):
+            at = match.start()
+        if at:
+            return at
+    return start + PIECE
+
+
+def _pieces(spans: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
+    """Documents, newlines at their ends stripped, in pieces of at most PIECE characters."""
+    held, ready, first = "", None, True
+    for text, ends in spans:
+        held = held + text if held or not first else text.lstrip("\n")
+        start = 0
+        while len(held) - start > PIECE:
+            if ready is not None:
+                yield Piece(ready, first, False)
+                first = False
+            end = cut(held, start)
+            ready, start = held[start:end], end
+        held = held[start:]
+        if ends:
+            held = held.rstrip("\n")
+            if ready is not None and held:
+                yield Piece(ready, first, False)
+                first = False
+            if ready is not None or held:
+                yield Piece(held or ready.rstrip("\n"), first, True)
+            held, ready, first = "", None, True
+
+
+def _json_spans(blocks: Iterable[str], path: Path, report: dict) -> Iterator[tuple[str, bool]]:
+    """As _spans, for a file whose lines are JSON: an object with "text" or a string, one document each."""
+    number, rest = 0, ""
+    for block in itertools.chain(blocks, "\n"):
+        *lines, rest = (rest + block).split("\n")
         for line in lines:
-            yield line, starts
-            starts = True
-        while len(tail) > PIECE_CHARS:
-            cut = tail.rfind(" ", PIECE_CHARS // 2, PIECE_CHARS)
-            cut = cut if cut > 0 else PIECE_CHARS
-            yield tail[:cut], starts
-            tail, starts = tail[cut:], False
-    if tail:
-        yield tail, starts
-
-
-class _Assembler:
-    """Lines in, pieces out. A piece ends after a whole run of newlines, so that piecewise tokens are the document's."""
-
-    def __init__(self):
-        self.parts, self.size, self.blank, self.first = [], 0, 0, True
-
-    def line(self, text: str, starts: bool = True) -> Piece | None:
-        """Add a line, or the next part of a long one; returns the piece before it where that is long enough."""
-        if not text or text.isspace():
-            self.blank += starts
-            return None
-        piece, joint = None, ""
-        if self.parts:
-            joint = "\n" * (1 + min(self.blank, 1)) if starts else ""
-            if self.size >= PIECE_CHARS and (self.blank or not starts or self.size >= 2 * PIECE_CHARS):
-                piece = Piece("".join([*self.parts, joint]), self.first, False)
-                self.parts, self.size, self.first, joint = [], 0, False, ""
-        self.parts += [joint, text]
-        self.size += len(text) + 1
-        self.blank = 0
-        return piece
-
-    def end(self) -> Piece | None:
-        """The last piece of the document, or None where it has no text."""
-        piece = Piece("".join(self.parts), self.first, True) if self.parts else None
-        self.__init__()
-        return piece
-
-
-def _documents(lines: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
-    """Cut lines into documents: at a title line, where a subtitle numbering starts again, and at two blank lines."""
-    out, one = _Assembler(), False  # one: a line "1" is held back until it is known whether a timing follows
-    for line, starts in lines:
-        begins = out.blank >= 2 and bool(line) and not line.isspace()
-        if starts and (line[:1] == "=" or line[:2] == " =") and _TITLE.match(line):
-            begins = True
-        pieces = []
-        if one:
-            if _CUE.match(line):
-                pieces.append(out.end())
-            pieces.append(out.line("1"))
-            one = False
-        if begins:
-            pieces.append(out.end())
-        if starts and line.rstrip() == "1":
-            one = True
-        else:
-            pieces.append(out.line(line, starts))
-        yield from filter(None, pieces)
-    yield from filter(None, ([out.line("1")] if one else []) + [out.end()])
-
-
-def _json_documents(path: Path, report: dict) -> Iterator[Piece]:
-    """One document for each line of a .jsonl file: an object with "text", or a string."""
-    pending = ""
-    number = 0
-    for part, starts in _split_lines(_blocks(path, report)):
-        if starts and pending.strip():
             number += 1
-            yield from _json_document(path, number, pending, report)
-        pending = part if starts else pending + part
-    if pending.strip():
-        yield from _json_document(path, number + 1, pending, report)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+            text = record.get("text") if isinstance(record, dict) else record
+            if not isinstance(text, str):
+                raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
+            text, n = _SURROGATE.subn("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+            report["surrogates_replaced"] += n
+            report["nul_removed"] += text.count("\0")
+            text = text.replace("\0", "")
+            for start in range(0, len(text), BLOCK):  # not at once: cutting copies the rest
+                yield text[start : start + BLOCK], False
+            yield "", True
 
 
-def _json_document(path: Path, number: int, line: str, report: dict) -> Iterator[Piece]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}: row {number} is not JSON: {error}") from None
-    text = row.get("text") if isinstance(row, dict) else row
-    if not isinstance(text, str):
-        raise ValueError(f'{path}: row {number} needs a string or an object with a string "text"')
-    if re.search("[\ud800-\udfff]", text):
-        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        report["surrogates_replaced"] += whole.count("\ufffd") - text.count("\ufffd")
-        text = whole
-    out = _Assembler()
-    for part, starts in _split_lines([text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")]):
-        if piece := out.line(part, starts):
-            yield piece
-    if piece := out.end():
-        yield piece
+def read_documents(path: str | os.PathLike, report: dict | None = None) -> Iterator[Piece]:
+    """The documents of a file, piece by piece, and in `report` (see new_report) what was found and mended.
 
-
-def read_documents(path: str | Path, report: dict | None = None) -> Iterator[Piece]:
-    """Stream the documents of a text file as pieces; adds to `report` (see new_report) what was read and repaired."""
+    A document ends at two blank lines, before a title line (= = = T = = =; in wiki domains also = T = and <doc>) and
+    before a subtitle numbered 1; each line of a .jsonl file is one. ValueError names a broken file and its line.
+    """
     path, report = Path(path), new_report() if report is None else report
+    blocks = _blocks(path, report)
     report["files"] += 1
-    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+        spans = _json_spans(blocks, path, report)
+    else:
+        spans = _spans(blocks, _WIKI_END if domain_of(path) in WIKI_DOMAINS else _DOCUMENT_END)
     before = report["documents"]
-    pieces = _json_documents(path, report) if is_json else _documents(_split_lines(_blocks(path, report)))
-    for piece in pieces:
+    for piece in _pieces(spans):
         report["documents"] += piece.first
         report["words"] += len(piece.text.split())
-        report["bytes"] += len(piece.text.encode("utf-8"))
+        report["bytes"] += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         yield piece
     report["empty_files"] += report["documents"] == before
-    if place := report.pop("first_invalid", None):
-        report.setdefault("invalid_bytes_at", f"{path}: {place}")
 
 
-def clean_documents(path: str | Path, cleaner: Callable[[str], str], report: dict | None = None) -> Iterator[Piece]:
-    """read_documents with `cleaner` applied to every piece; documents that it leaves nothing of are dropped."""
-    out = _Assembler()
-    for piece in read_documents(path, report):
-        for line, starts in _split_lines([cleaner(piece.text) + ("" if piece.last else "\n")]):
-            if done := out.line(line, starts):
-                yield done
-        if piece.last and (done := out.end()):
-            yield done
+def clean_pieces(pieces: Iterable[Piece], cleaner: Callable[[str], str]) -> Iterator[Piece]:
+    """The pieces cleaned one by one, joined by what stood at the cut; documents left empty are dropped."""
+    held: Piece | None = None
+    for piece in pieces:
+        if piece.first:
+            held, gap = None, ""
+        else:
+            start = piece.text[:2]
+            gap = max(gap, start[: len(start) - len(start.lstrip())], key=len)
+        text = cleaner(piece.text)
+        if text != piece.text or not held:
+            text = text.strip("\n" if text == piece.text else None)
+            text = gap + text if held and text else text
+        if text:
+            if held:
+                yield held
+            held, gap = Piece(text, held is None, False), ""
+        if piece.last and held:
+            yield held._replace(last=True)
+
+
+def clean_documents(path: str | os.PathLike, cleaner: Callable[[str], str], report: dict) -> Iterator[Piece]:
+    """read_documents, cleaned: the documents of which something is left; `report` counts what was read."""
+    return clean_pieces(read_documents(path, report), cleaner)

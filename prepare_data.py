@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 WORD_BUDGETS = {"babylm_10m": 10_000_000, "babylm_100m": 100_000_000}  # the strict-small and the strict track
 NGRAM = 13  # words; the usual length in contamination checks of language models
 BATCH_PIECES = 128  # handed to the tokenizer at once when tokens are counted
-REPAIRS = ("empty_files", "bom_removed", "nul_removed", "surrogates_replaced", "invalid_bytes", "invalid_bytes_at")
+REPAIRS = ("empty_files", "bom_removed", "nul_removed", "surrogates_replaced", "invalid_bytes", "first_invalid")
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 
 

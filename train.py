@@ -168,7 +168,7 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
 def floor_bits_per_byte(eval_path: str) -> float | None:
     """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
     path = Path(eval_path).resolve().parent / "grammar.json"
-    return json.loads(path.read_text(encoding="utf-8"))["bits_per_byte"] if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"] if path.is_file() else None
 
 
 def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[str, str], world_size: int) -> dict:

@@ -27,6 +27,14 @@ def sentences(n: int, seed: int = 0) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, much slower on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory) -> Path:
     """A tokenizer.json of 400 tokens trained on the sentences above."""

@@ -1,0 +1,182 @@
+"""What a benchmark found, for people: differences between models, a table, a bar chart, one self-contained page.
+
+It measures nothing: it gets the content of benchmark.json. The page loads nothing, runs only its own few lines of
+script (a content security policy says so), and shows names and generated text as text.
+
+    from benchmark_report import write_pages
+    write_pages(json.loads(Path("benchmark.json").read_text()), Path("benchmark.json"))
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tasks
+
+UNIT_SCALE = ("accuracy", "completion_accuracy", "spearman", "avg_consistency_score", "avg_repetition_score")
+CHECKPOINT = re.compile(r"(checkpoint-|chck_)(\d+)(M?)")
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
+CHART = {"width": 680, "height": 300, "left": 50, "right": 190, "top": 12, "bottom": 40}
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, with as many parts before it as it takes to tell all apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise ValueError(
+            f"{next(p for i, p in enumerate(paths) if parts[i] in parts[:i])}: the same model stands twice"
+        )
+    names = []
+    for own in parts:
+        depth = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        names.append("/".join(part for part in own[-depth:] if part != "/"))
+    return names
+
+
+def differences(declared: dict, scores: dict, reference: dict, seed: int) -> dict[str, Any]:
+    """For each task how much more a model has than the reference: paired bootstrap by item, or by group of prompts."""
+    found = {}
+    for name, own in scores.items():
+        task = declared[name]
+        if task.items:
+            found[name] = tasks.compare(task.type, task.items, own, reference[name], seed)
+        else:
+            gain = own - reference[name]
+            draws = tasks.bootstrap_mean(gain, np.full(len(gain), ""), {"": 1.0}, seed)
+            found[name] = tasks.difference(float(gain.mean()), draws)
+    return found
+
+
+def table_rows(document: dict) -> list[dict[str, Any]]:
+    """One row for each task and model: the figure, how sure it is, and what to hold it against."""
+    rows = []
+    for task in document["configs"]:
+        for model, results in document["results"].items():
+            result = results[task]
+            metric = result["metric"]
+            low, high = result.get(f"{metric}_ci95", (None, None))
+            gap = document["comparison"].get("differences", {}).get(model, {}).get(task)
+            rows.append({
+                "task": task, "model": model, "metric": metric, "value": result[metric], "low": low, "high": high,
+                "n": result["n"], "chance": result.get("chance"), "ties": result.get("ties"),
+                "official": result.get("accuracy_official"), "metric_baselines": result.get("baselines", {}),
+                "verdict": verdict(result), "difference": gap, "unit_scale": metric in UNIT_SCALE,
+            })  # fmt: skip
+    return rows
+
+
+def verdict(result: dict) -> str:
+    """In words: which trivial baselines the model cannot be told from, or that it is better than all, or worse."""
+    baselines = result.get("baselines", {})
+    noise = [name for name, row in baselines.items() if row["noise"]]
+    worse = [name for name, row in baselines.items() if row["difference"] < 0 and not row["noise"]]
+    lines = [f"worse than {', '.join(worse)}"] * bool(worse) + [f"not told from {', '.join(noise)}"] * bool(noise)
+    return "; ".join(lines) or (f"better than {', '.join(baselines)}" if baselines else "")
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or fewer for large values; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def gap_text(gap: dict | None) -> str:
+    """A difference with its interval; `~` marks what may be noise."""
+    if gap is None:
+        return ""
+    low, high = gap["difference_ci95"]
+    return f"{gap['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{' ~' if gap['noise'] else ''}"
+
+
+def text_report(document: dict) -> str:
+    """The table for a terminal."""
+    reference = document["comparison"].get("reference")
+    head = ["task", "model", "score", "95 % interval", "n", "chance", "ties", "baselines"]
+    head += [f"minus {reference}"] if reference else []
+    lines = [head]
+    for row in table_rows(document):
+        between = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
+        cells = [row["task"], row["model"], number(row["value"]), between, number(row["n"]), number(row["chance"])]
+        lines.append([*cells, number(row["ties"]), row["verdict"], gap_text(row["difference"])][: len(head)])
+    for model, results in document["results"].items():
+        lines.append(["overall", model, number(results["overall_score"])] + [""] * (len(head) - 3))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    text += "\n~: the 95 % interval of the difference holds 0, so it may be noise" if reference else ""
+    return "\n".join([text, *(f"note: {line}" for line in document["notes"])])
+
+
+def curves(document: dict) -> list[dict[str, Any]]:
+    """Learning curves, ready to draw, of each run of which two or more checkpoints were measured."""
+    groups: dict[tuple[str, str], list] = {}
+    for model, facts in document["models"].items():
+        if match := CHECKPOINT.fullmatch(Path(facts["path"]).name):
+            groups.setdefault((str(Path(facts["path"]).parent), match[1]), []).append((int(match[2]), model))
+    names = [task for task in document["configs"] if task_on_unit_scale(document, task)]
+    drawn = []
+    for (parent, kind), points in sorted(groups.items()):
+        if len(points) < 2:
+            continue
+        points.sort()
+        right, low = points[-1][0], points[0][0]
+        width = CHART["width"] - CHART["left"] - CHART["right"]
+        height = CHART["height"] - CHART["top"] - CHART["bottom"]
+        xs = [CHART["left"] + width * (at - low) / (right - low) for at, _ in points]
+        lines = []
+        for task in names:
+            values = [document["results"][model][task] for _, model in points]
+            ys = [CHART["top"] + height * (1 - min(1.0, max(0.0, v[v["metric"]]))) for v in values]
+            lines.append({"task": task, "points": list(zip(xs, ys, strict=True))})
+        ticks = [(x, at) for x, (at, _) in zip(xs, points, strict=True)]
+        keep = max(1, len(ticks) // 6)
+        grid = [(CHART["top"] + height * (1 - share), share) for share in (0, 0.25, 0.5, 0.75, 1)]
+        unit = "training steps" if kind == "checkpoint-" else "million words seen"
+        drawn.append({"run": parent, "unit": unit, "lines": lines, "ticks": ticks[::keep], "grid": grid})
+    return drawn
+
+
+def task_on_unit_scale(document: dict, task: str) -> bool:
+    """Whether a task's figure ends at 1 (so that one axis serves all)."""
+    return any(results[task]["metric"] in UNIT_SCALE for results in document["results"].values())
+
+
+def page(document: dict) -> str:
+    """The whole report as one HTML text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "gap": gap_text, "plain": plain, "digest": digest}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(document=document, rows=table_rows(document), curves=curves(document), chart=CHART)
+
+
+def plain(text: Any, most: int = 2000) -> str:
+    """Text without control characters, cut to a length that a page bears."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(text)[:most])
+
+
+def digest(text: str) -> str:
+    """A content security policy's name for an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def write_pages(document: dict, output: Path) -> list[Path]:
+    """The .html page and the .png bar chart beside the JSON file; the files written."""
+    import plots
+
+    written = [output.with_suffix(".html")]
+    written[0].write_bytes(page(document).encode("utf-8", errors="replace"))
+    if bars := [row for row in table_rows(document) if row["unit_scale"]]:
+        plots.plot_comparison(bars, output.with_suffix(".png"))
+        written.append(output.with_suffix(".png"))
+    return written

@@ -1,0 +1,125 @@
+"""Arithmetic behind the figures: rates with bootstrap intervals, calibration, n-gram diversity, repetition and BLEU.
+
+It works on numbers and words that others give it; it knows no model, no tokenizer and no file.
+
+    from metrics import bleu, ngram_repetition, self_bleu
+    ngram_repetition("the cat and the cat and the cat".split())      # 0.4: two of the five 4-grams occurred before
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
+RESAMPLES = 1000  # of the bootstrap
+
+
+def mean(values) -> float:
+    """NaN for no values."""
+    return float(values.mean()) if len(values) else math.nan
+
+
+def rates(totals) -> dict[str, Any]:
+    """Figures from (nats, tokens, bytes, words), numbers or arrays of equal length."""
+    nats, tokens, size, words = totals
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return {
+            "perplexity": np.exp(nats / tokens),
+            "nats_per_token": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / size,
+            "word_perplexity": np.exp(nats / words),
+        }
+
+
+def resample(rows, seed: int):
+    """Column sums (RESAMPLES, K) of rows (N, K) drawn N times with replacement."""
+    rng = np.random.default_rng(seed)
+    n = len(rows)
+    return np.array([rows[rng.integers(n, size=n)].sum(0) if n else rows.sum(0) for _ in range(RESAMPLES)])
+
+
+def interval(values, n: int) -> list[float]:
+    """The middle 95 % of values from resampling n texts; NaN for fewer than two and where a value is undefined."""
+    if n < 2 or not np.isfinite(values).all():
+        return [math.nan, math.nan]
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
+def mean_over_groups(name: str, scores, seed: int) -> dict[str, Any]:
+    """{name: mean of the scores (P, K) that are not NaN, name_ci95: interval from resampled groups P that have any}."""
+    known = ~np.isnan(scores)
+    rows = np.stack([np.where(known, scores, 0).sum(-1), known.sum(-1)], axis=-1).reshape(-1, 2)
+    rows = rows[rows[:, 1] > 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total, values = rows.sum(0), resample(rows, seed)
+        return {name: float(np.divide(*total)), f"{name}_ci95": interval(values[:, 0] / values[:, 1], len(rows))}
+
+
+def calibration(confidences, hits) -> tuple[list[dict[str, float]], float]:
+    """(bins with their mean confidence, accuracy and count; expected calibration error), for arrays of equal length.
+
+    No bins and NaN where a confidence is not finite.
+    """
+    if not np.isfinite(confidences).all():
+        return [], math.nan
+    places = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins = [
+        {"confidence": mean(confidences[here]), "accuracy": mean(hits[here]), "count": int(here.sum())}
+        for here in (places == i for i in range(CALIBRATION_BINS))
+        if here.any()
+    ]
+    gaps = sum(abs(b["confidence"] - b["accuracy"]) * b["count"] for b in bins)
+    return bins, gaps / len(hits) if len(hits) else math.nan
+
+
+def _ngrams(words: Sequence[str], n: int) -> Counter:
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def ngram_diversity(words: Sequence[str]) -> float:
+    """Mean over n = 1, 2, 3 of distinct n-grams per n-gram; NaN for no words."""
+    shares = [len(grams) / grams.total() for grams in (_ngrams(words, n) for n in (1, 2, 3)) if grams]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def ngram_repetition(words: Sequence[str]) -> float:
+    """Share of the 4-grams that occurred before in the text; NaN below four words."""
+    grams = _ngrams(words, 4)
+    return 1 - len(grams) / grams.total() if grams else math.nan
+
+
+def distinct(texts: Iterable[Sequence[str]], n: int) -> float:
+    """Distinct n-grams of all texts per n-gram."""
+    grams = Counter(gram for words in texts for gram in _ngrams(words, n).elements())
+    return len(grams) / grams.total() if grams else math.nan
+
+
+def self_bleu(texts: Sequence[Sequence[str]]) -> float:
+    """Mean BLEU, 0 to 1, of each text that has words against the others; NaN for fewer than two."""
+    texts = [words for words in texts if words]
+    scores = [bleu(words, texts[:i] + texts[i + 1 :]) for i, words in enumerate(texts)]
+    return sum(scores) / len(scores) if len(scores) > 1 else math.nan
+
+
+def bleu(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Sentence BLEU, 0 to 1 (Papineni et al. 2002): n up to 4 or the text's length, exponential smoothing of zeros.
+
+    The same as sacrebleu's sentence_bleu(tokenize="none") / 100.
+    """
+    logs, smooth = [], 1.0
+    for n in range(1, min(4, len(words)) + 1):
+        grams, ceiling = _ngrams(words, n), Counter()
+        for reference in references:
+            ceiling |= _ngrams(reference, n)
+        matches = (grams & ceiling).total()
+        if n == 1 and not matches:
+            return 0.0
+        smooth *= 1 if matches else 2
+        logs.append(math.log((matches or 1 / smooth) / grams.total()))
+    closest = min((len(reference) for reference in references), key=lambda size: (abs(size - len(words)), size))
+    return math.exp(min(0.0, 1 - closest / len(words)) + sum(logs) / len(logs))

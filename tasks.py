@@ -1,0 +1,399 @@
+"""Benchmark tasks: what is asked (a record, and a small decoder for each task) and what the answers are worth.
+
+It reads task files and does arithmetic on scores that it is given; it knows no model and no tokenizer.
+
+    from tasks import TASKS, read_items, score_items
+    items = read_items("blimp", "data/blimp_filtered")
+    texts = [prefix + completion for item in items for prefix, completion in item.candidates]
+    score_items("blimp", items, scores)     # scores: the summed log-probability of each completion, in this order
+
+A completion's score is the sum, not the mean, of log p over the tokens that end after the start of the completion; the
+space before it belongs to it. Formats and averages are those of BabyLM's evaluation pipeline (2025 and 2026).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TIE = 1e-5  # nats; two sums that differ by less are equal as far as float32 can tell
+Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
+RESAMPLES = 2000  # of the bootstrap over items
+SLOW_RESAMPLES = 400  # of the bootstrap of a statistic that is computed anew for each
+MISSING = {"", "NA", "NaN", "nan"}  # in the table of reading times
+EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
+READING_FIELDS = ("Subtlex_log10", "length", "context_length", "prev_length", *EYE_TRACKING, "self_paced_reading_time")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question: candidates (prefix + completion each), the index of the right one, and the subset (UID)."""
+
+    subset: str
+    prefixes: tuple[str, ...]
+    completions: tuple[str, ...]
+    gold: int = 0
+    facts: dict[str, float] = field(default_factory=dict)  # what people did: `ratio` (wug), reading times
+
+    @property
+    def candidates(self) -> Iterator[tuple[str, str]]:
+        return zip(self.prefixes, self.completions, strict=True)
+
+    def answer(self, choice: int) -> str:
+        """The text that stands for a candidate: its completion, or the whole where the completions are the same."""
+        prefix, completion = self.prefixes[choice], self.completions[choice]
+        return completion if len(set(self.completions)) > 1 else prefix + completion
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to read a task's rows and what to make of the scores."""
+
+    decode: Callable[[dict, str], Item | None]  # (row, name of its file) -> Item, None for a row to leave out
+    fields: tuple[str, ...]  # that every row has
+    optional: tuple[str, ...] = ()
+    metric: str = "accuracy"  # accuracy, spearman or eye_tracking_percent
+    average: str = "macro"  # over subsets: macro (unweighted), micro (by item), splits (of cells, entity tracking)
+    official: str = ""  # the name under which BabyLM's pipeline keeps its predictions
+
+
+def _after(prefix: str, completion: str) -> str:
+    """The completion with the space that parts it from its prefix."""
+    if not isinstance(completion, str):
+        raise TypeError(f"{completion!r} is not text; put it in quotes")
+    bare = not prefix or prefix[-1].isspace() or completion[:1].isspace()
+    return completion if bare else " " + completion
+
+
+def _pair(row: dict, stem: str) -> Item:
+    """Two whole sentences; BLiMP names the paradigm in the row, BabyLM's supplement by the file alone."""
+    return Item(row.get("UID", stem), ("", ""), (row["sentence_good"], row["sentence_bad"]))
+
+
+def _ewok(row: dict, stem: str) -> Item:
+    context = row["Context1"]
+    return Item(row["Domain"], (context, context), (" " + row["Target1"], " " + row["Target2"]))
+
+
+def _entity_tracking(row: dict, stem: str) -> Item:
+    options = tuple(row["options"])
+    return Item(f"{stem}_{row['numops']}_ops", (row["input_prefix"],) * len(options), options)
+
+
+def _entity_tracking_filtered(row: dict, stem: str) -> Item | None:
+    return None if any("nothing" in option for option in row["options"]) else _entity_tracking(row, stem)
+
+
+def _comps(row: dict, stem: str) -> Item:
+    subset = stem.removeprefix("comps_").replace("-", "_")
+    phrase = " " + row["property_phrase"]
+    return Item(subset, (row["prefix_acceptable"], row["prefix_unacceptable"]), (phrase, phrase))
+
+
+def _wug(name: str) -> Callable[[dict, str], Item]:
+    def decode(row: dict, stem: str) -> Item:
+        first, second = row["sentences"].split("\t")
+        return Item(name, ("", ""), (first, second), facts={"ratio": float(row["ratio"])})
+
+    return decode
+
+
+def _reading(row: dict, stem: str) -> Item:
+    """A word after its context and, for spill-over, the word before it after its own; no context is no text."""
+    context = "" if row["item"] in MISSING else row["item"]
+    pairs = [(context, _after(context, row["word"]))]
+    if not MISSING & {row["prev_item"], row["prev_word"]}:
+        pairs.append((row["prev_item"], _after(row["prev_item"], row["prev_word"])))
+    facts = {name: math.nan if row[name] in MISSING else float(row[name]) for name in READING_FIELDS}
+    return Item("reading", *map(tuple, zip(*pairs, strict=True)), facts=facts)
+
+
+def _multiple_choice(row: dict, stem: str) -> Item:
+    prompt, choices = row["prompt"], tuple(row["choices"])
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise ValueError(f"choices {list(choices)} must be two or more, all different")
+    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(choices):
+        raise ValueError(f"answer {row['answer']!r} is not the place of a choice, 0 to {len(choices) - 1}")
+    completions = tuple(_after(prompt, choice) for choice in choices)
+    return Item(row.get("subset", stem), (prompt,) * len(choices), completions, row["answer"])
+
+
+def _completion(row: dict, stem: str) -> Item:
+    choices, subset = [row["answer"], *row["wrong"]], row.get("category", stem)
+    return _multiple_choice({"prompt": row["prompt"], "choices": choices, "answer": 0, "subset": subset}, stem)
+
+
+_GOOD_BAD = ("sentence_good", "sentence_bad")
+_ENTITY = {"fields": ("input_prefix", "options", "numops"), "average": "splits"}
+_READING = ("item", "word", "prev_item", "prev_word", *READING_FIELDS)
+_WUG = {"fields": ("sentences", "ratio"), "metric": "spearman"}
+TASKS = {
+    "blimp": Task(_pair, _GOOD_BAD, official="blimp"),
+    "supplement": Task(lambda row, stem: _pair({**row, "UID": stem}, stem), _GOOD_BAD, official="blimp"),
+    "ewok": Task(_ewok, ("Context1", "Target1", "Target2", "Domain"), official="ewok"),
+    "entity_tracking": Task(_entity_tracking, **_ENTITY, official="entity_tracking"),
+    "entity_tracking_filtered": Task(_entity_tracking_filtered, **_ENTITY),
+    "comps": Task(_comps, ("prefix_acceptable", "prefix_unacceptable", "property_phrase"), official="comps"),
+    "wug_adj": Task(_wug("wug_adj"), **_WUG, official="wug_adj"),
+    "wug_past": Task(_wug("wug_past"), **_WUG, official="wug_past"),
+    "reading": Task(_reading, _READING, metric="eye_tracking_percent", official="reading"),
+    "minimal_pairs": Task(_pair, _GOOD_BAD, ("UID",)),
+    "multiple_choice": Task(_multiple_choice, ("prompt", "choices", "answer"), ("subset",), average="micro"),
+    "completion": Task(_completion, ("prompt", "answer", "wrong"), ("category",), average="micro"),
+}  # fmt: skip
+
+
+def read_items(task: str, path: str | Path) -> list[Item]:
+    """The items of a task from a file, or from every .jsonl (reading: .csv) file of a folder, in the order of names."""
+    path, ending = Path(path), ".csv" if task == "reading" else ".jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; {task} needs BabyLM's {ending} files")
+    files = [path] if path.is_file() else sorted(path.glob(f"*{ending}")) or sorted(path.rglob(f"*{ending}"))
+    items = [item for file in files for item in decode_rows(task, _rows(file), str(file), file.stem)]
+    if not items:
+        raise ValueError(f"{path}: no {task} items in it; expected {ending} rows with {', '.join(TASKS[task].fields)}")
+    return items
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+
+
+def decode_rows(task: str, rows: Iterable[Any], source: str, stem: str, strict: bool = False) -> list[Item]:
+    """Items from rows (dicts); ValueError names the row and what it lacks. `strict` also refuses unknown fields."""
+    spec, items = TASKS[task], []
+    known = [*spec.fields, *spec.optional]
+    for number, row in enumerate(rows, 1):
+        where = f"{source}: item {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: {row!r} is not a record with the fields {', '.join(spec.fields)}")
+        if lacking := [name for name in spec.fields if name not in row]:
+            raise ValueError(f"{where}: lacks {', '.join(lacking)}; it has {', '.join(map(str, row))}")
+        if strict and (odd := [name for name in row if name not in known]):
+            raise ValueError(f"{where}: unknown field {odd[0]!r}; known: {', '.join(known)}")
+        try:
+            item = spec.decode(row, stem)
+            texts = () if item is None else (item.subset, *item.prefixes, *item.completions)
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"{next(t for t in texts if not isinstance(t, str))!r} is not text")
+            if item and not all(item.completions):
+                raise ValueError("a candidate is empty")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if item:
+            items.append(item)
+    return items
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What became of each item: arrays of length n."""
+
+    credit: np.ndarray  # 1 if right, 1/k if it shares the highest score with k - 1 others, else 0
+    official: np.ndarray  # 1 if right when a tie goes to the first candidate, as BabyLM's pipeline has it
+    tied: np.ndarray  # whether candidates share the highest score
+    choice: np.ndarray  # the candidate chosen (the first of those that tie)
+
+
+def grade(items: Sequence[Item], scores: np.ndarray) -> Grades:
+    """Compare each item's candidates; `scores` holds all candidates of all items in order."""
+    counts = np.array([len(item.completions) for item in items])
+    starts = np.cumsum(counts) - counts
+    best = np.maximum.reduceat(scores, starts)
+    top = scores >= np.repeat(best, counts) - TIE
+    shared = np.add.reduceat(top.astype(np.int64), starts)
+    gold = np.array([item.gold for item in items])
+    owner = np.repeat(np.arange(len(items)), counts)
+    tops = np.flatnonzero(top)
+    choice = tops[np.unique(owner[tops], return_index=True)[1]] - starts
+    return Grades(top[starts + gold] / shared, (choice == gold).astype(float), shared > 1, choice)
+
+
+def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
+    """What each subset's accuracy counts in the average of a task; `subsets` names the subset of every item."""
+    names, counts = np.unique(np.asarray(subsets), return_counts=True)
+    if average == "micro":
+        return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
+    if average == "macro":
+        return dict.fromkeys(names.tolist(), 1 / len(names))
+    splits = [re.sub(r"_\d+_ops$", "", name) for name in names.tolist()]
+    return {n: 1 / len(set(splits)) / splits.count(s) for n, s in zip(names.tolist(), splits, strict=True)}
+
+
+def wilson(p: float, n: float) -> list[float]:
+    """95 % Wilson score interval of a proportion p of n trials (Wilson 1927)."""
+    centre, margin = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    return [max(0.0, (centre - margin) / (1 + Z95**2 / n)), min(1.0, (centre + margin) / (1 + Z95**2 / n))]
+
+
+def _accuracy(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
+    grades = grade(items, scores)
+    names = np.array([item.subset for item in items])
+    weights = subset_weights(spec.average, names)
+    chances = np.array([1 / len(item.completions) for item in items])
+    shares, rows = {"accuracy": grades.credit, "accuracy_official": grades.official, "chance": chances}, {}
+    for name in weights:
+        own = names == name
+        rows[name] = {key: float(values[own].mean()) for key, values in shares.items()}
+        rows[name] |= {"n": int(own.sum()), "ties": int(grades.tied[own].sum())}
+    mean = {key: sum(w * rows[name][key] for name, w in weights.items()) for key in shares}
+    accuracy = min(1.0, mean["accuracy"])  # above 1 by rounding of the weights
+    effective = 1 / sum(w * w / rows[name]["n"] for name, w in weights.items())  # n, were subsets equal in size
+    return {
+        "accuracy": accuracy, "accuracy_ci95": wilson(accuracy, effective), "n": len(items), "chance": mean["chance"],
+        "ties": int(grades.tied.sum()), "accuracy_official": mean["accuracy_official"],
+        "correct": float(grades.credit.sum()), "average": spec.average, "interval": "Wilson", "subsets": rows,
+    }  # fmt: skip
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    a, b = _ranks(a), _ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else 0.0
+
+
+def r_squared(y: np.ndarray, columns: Sequence[np.ndarray]) -> float:
+    """Share of the variance of y that a linear model with intercept explains (ordinary least squares)."""
+    x = np.column_stack([np.ones(len(y)), *columns])
+    x /= np.abs(x).max(axis=0).clip(min=1e-300)  # for the conditioning; the fit is the same
+    residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    return 1 - float(residual @ residual) / float(((y - y.mean()) ** 2).sum())
+
+
+def explained_percent(y: np.ndarray, base: Sequence[np.ndarray], surprisal: np.ndarray) -> float:
+    """100 (R2_model - R2_base) / (1 - R2_base): base has the predictors and all their pairwise products."""
+    keep = ~np.isnan(np.column_stack([y, *base, surprisal])).any(axis=1)
+    base = [column[keep] for column in base]
+    columns = base + [a * b for i, a in enumerate(base) for b in base[i + 1 :]]
+    if keep.sum() < 2 * len(columns):
+        raise ValueError(f"reading: {keep.sum()} complete rows are too few for {len(columns)} predictors")
+    low = r_squared(y[keep], columns)
+    return 100 * (r_squared(y[keep], [*columns, surprisal[keep]]) - low) / (1 - low)
+
+
+def _statistic(spec: Task, items: Sequence[Item], scores: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+    """The figures of a task that has no right answers, as a function of the items (indices) that count."""
+    column = {name: np.array([item.facts[name] for item in items]) for name in items[0].facts}
+    counts = np.array([len(item.completions) for item in items])
+    starts = np.cumsum(counts) - counts
+    if spec.metric == "spearman":
+        ratio = _share(scores[starts] - scores[starts + 1])
+        return lambda some: {"spearman": spearman(ratio[some], column["ratio"][some])}
+    before = np.where(counts > 1, -scores[np.minimum(starts + 1, len(scores) - 1)], np.nan)
+    surprisal = -scores[starts]
+
+    def reading(some: np.ndarray) -> dict[str, float]:
+        word = [column[name][some] for name in ("Subtlex_log10", "length", "context_length")]
+        spill = [*word, column["prev_length"][some], before[some]]
+        eyes = [explained_percent(column[name][some], word, surprisal[some]) for name in EYE_TRACKING]
+        pace = explained_percent(column["self_paced_reading_time"][some], spill, surprisal[some])
+        return {"eye_tracking_percent": float(np.mean(eyes)), "self_paced_reading_percent": pace}
+
+    return reading
+
+
+def _share(margin: np.ndarray) -> np.ndarray:
+    """softmax([a, b])[0] from the margin a - b."""
+    return 1 / (1 + np.exp(np.clip(-margin, -700, 700)))
+
+
+def score_items(task: str, items: Sequence[Item], scores: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The figures of a task from the summed log-probability of each candidate of each item, all in order.
+
+    Accuracies are fractions; a tie of k counts 1/k (`accuracy`) or goes to the first (`accuracy_official`). Their
+    interval is Wilson's for n = 1 / sum of weight^2 / n over subsets, a little wide; others bootstrap the items.
+    """
+    spec, scores = TASKS[task], np.asarray(scores, dtype=np.float64)
+    if len(scores) != sum(len(item.completions) for item in items):
+        raise ValueError(f"{task}: {len(scores)} scores do not fit the candidates of {len(items)} items")
+    if np.isnan(scores).any():
+        raise ValueError(f"{task}: {int(np.isnan(scores).sum())} of {len(scores)} scores are NaN: the model is broken")
+    if spec.metric == "accuracy":
+        return {"metric": "accuracy"} | _accuracy(spec, items, scores)
+    statistic, n = _statistic(spec, items, scores), len(items)
+    values, rng = statistic(np.arange(n)), np.random.default_rng(seed)
+    draws = [statistic(rng.integers(n, size=n)) for _ in range(SLOW_RESAMPLES)]
+    intervals = {f"{key}_ci95": interval([draw[key] for draw in draws]) for key in values}
+    return {"metric": spec.metric, **values, **intervals, "n": n, "chance": 0.0, "interval": "bootstrap by item"}
+
+
+def interval(draws: Sequence[float]) -> list[float]:
+    """The middle 95 % of bootstrap draws."""
+    return np.percentile(draws, [2.5, 97.5]).tolist()
+
+
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int) -> np.ndarray:
+    """Bootstrap draws (RESAMPLES,) of the weighted mean of the groups' means, items resampled within their group."""
+    rng, total = np.random.default_rng(seed), np.zeros(RESAMPLES)
+    for name, weight in weights.items():
+        levels, counts = np.unique(values[groups == name], return_counts=True)
+        draws = rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)  # how often each level is drawn
+        total += weight * (draws @ levels) / counts.sum()
+    return total
+
+
+def compare(task: str, items: Sequence[Item], a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """How much better the scores `a` do than the scores `b` of the same items: paired bootstrap by item.
+
+    `noise` is true where the 95 % interval of the difference holds 0.
+    """
+    spec = TASKS[task]
+    if spec.metric == "accuracy":
+        names = np.array([item.subset for item in items])
+        weights = subset_weights(spec.average, names)
+        gain = grade(items, a).credit - grade(items, b).credit
+        value = sum(weight * gain[names == name].mean() for name, weight in weights.items())
+        return difference(float(value), bootstrap_mean(gain, names, weights, seed))
+    of_a, of_b, rng = _statistic(spec, items, a), _statistic(spec, items, b), np.random.default_rng(seed)
+    samples = [np.arange(len(items)), *(rng.integers(len(items), size=len(items)) for _ in range(SLOW_RESAMPLES))]
+    gains = [of_a(some)[spec.metric] - of_b(some)[spec.metric] for some in samples]
+    return difference(gains[0], gains[1:])
+
+
+def difference(value: float, draws: Sequence[float]) -> dict[str, Any]:
+    """A difference with the interval of its bootstrap draws, and whether it may be noise."""
+    low, high = interval(draws)
+    return {"difference": value, "difference_ci95": [low, high], "noise": low <= 0 <= high}
+
+
+def predictions(task: str, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
+    """The content of predictions.json in the layout of BabyLM's pipeline."""
+    spec, scores = TASKS[task], np.asarray(scores, dtype=np.float64)
+    ends = np.cumsum([len(item.completions) for item in items])
+    parts = np.split(scores, ends[:-1])
+    if spec.metric == "eye_tracking_percent":
+        two = [[float(-score) for score in own] + [None] * (2 - len(own)) for own in parts]
+        rows = [{"id": i, "pred": pred, "prev_pred": before} for i, (pred, before) in enumerate(two)]
+        return {"reading": {"predictions": rows}}
+    made: dict[str, Any] = {}
+    for item, own, choice in zip(items, parts, grade(items, scores).choice.tolist(), strict=True):
+        rows = made.setdefault(item.subset, {"predictions": []})["predictions"]
+        rows.append({"id": f"{item.subset}_{len(rows)}", "pred": item.answer(choice)})
+        if spec.metric == "spearman":
+            rows[-1]["prob"] = float(_share(own[0] - own[1]))
+    return made

@@ -1,0 +1,192 @@
+"""benchmark_report.py: the differences, the tables, and a page that is self-contained, escaped and opens in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import benchmark_report
+from benchmark_config import load_tasks
+from benchmark_report import curves, page, short_names, table_rows, text_report
+
+EVIL = '<script>alert("x")</script>'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1300,1500",
+]  # fmt: skip
+
+
+def result(value, chance=0.5, noise=False, **more):
+    gap = {"difference": value - chance, "difference_ci95": [-0.1, 0.1], "noise": noise}
+    return {
+        "metric": "accuracy", "accuracy": value, "accuracy_ci95": [value - 0.05, value + 0.05], "n": 100,
+        "chance": chance, "ties": 2, "accuracy_official": value + 0.01,
+        "baselines": {"random": {"score": chance, **gap}, "shorter": {"score": 0.4, **gap}}, **more,
+    }  # fmt: skip
+
+
+def document(models=("run/checkpoint-100", "run/checkpoint-400", EVIL)):
+    """A result of three models, two of them checkpoints of one run and one with a hostile name."""
+    results, facts = {}, {}
+    for i, model in enumerate(models):
+        speed = {"metric": "tokens_per_second", "tokens_per_second": 1234.5, "n": 3, "batches": [
+            {"batch_size": b, "tokens_per_second": 100.0 * b, "latency_ms": 9.0, "first_token_ms": 11.0, "memory_gb": 0.5}
+            for b in (1, 4)]}  # fmt: skip
+        samples = [{"prompt": EVIL, "text": 'and "><img src=http://x onerror=alert(1)>\x00\x1b[31m'}]
+        repetition = {
+            "metric": "avg_repetition_score",
+            "avg_repetition_score": 0.2,
+            "avg_repetition_score_ci95": [0.1, 0.3],
+        }
+        results[model] = {
+            "blimp": result(0.6 + 0.1 * i, noise=i == 0), "repetition": {**repetition, "n": 20, "samples": samples},
+            "speed": speed, "overall_score": 0.3 - 0.1 * i, "overall_parts": {},
+        }  # fmt: skip
+        facts[model] = {
+            "path": f"models/{model}", "architecture": "LlamaForCausalLM", "parameters": 10**7, "vocab_size": 16000,
+            "context": 128, "device": "cpu", "bos": True, "weights_sha256": [],
+        }  # fmt: skip
+    gap = {"difference": 0.1, "difference_ci95": [-0.05, 0.25], "noise": True}
+    sure = {"difference": 0.2, "difference_ci95": [0.15, 0.25], "noise": False}
+    names = list(results)
+    return {
+        "results": results, "models": facts, "failed": {"broken": f"cannot be read {EVIL}"}, "notes": [f"a and {EVIL} have the same weights"],
+        "comparison": {"reference": names[0], "differences": {names[1]: {"blimp": gap}, names[2]: {"blimp": sure}}},
+        "configs": {"blimp": {"type": "blimp"}, "repetition": {"type": "repetition"}, "speed": {"type": "speed"}},
+        "config": {"seed": 0}, "date": "2026-01-01T00:00:00+00:00", "git_hash": None, "environment": {"device": "CPU"},
+    }  # fmt: skip
+
+
+class Reader(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.inside = [], [], {"script": "", "style": ""}, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        self.inside = tag if tag in self.text else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside:
+            self.text[self.inside] += data
+
+
+def test_short_names():
+    assert short_names(["models/A", "models/B/"]) == ["A", "B"]
+    assert short_names(["x/a/final", "x/b/final", "c"]) == ["a/final", "b/final", "c"]
+    assert short_names(["a/z", "b/a/z"]) != short_names(["b/a/z"]) == ["z"]
+    assert len(set(short_names(["a/z", "b/a/z"]))) == 2
+    with pytest.raises(ValueError, match="stands twice"):
+        short_names(["models/A", "models/../models/A"])
+
+
+def test_differences_of_groups_equal_a_direct_bootstrap():
+    declared = load_tasks({"tasks": {"repetition": {"prompts": ["a", "b", "c", "d"]}}})
+    own, other = np.array([0.4, 0.2, 0.9, 0.1]), np.array([0.1, 0.2, 0.3, 0.0])
+    found = benchmark_report.differences(declared, {"repetition": own}, {"repetition": other}, 0)["repetition"]
+    rng = np.random.default_rng(7)
+    draws = [rng.choice(own - other, 4).mean() for _ in range(20000)]
+    assert found["difference"] == pytest.approx(0.25)
+    assert found["difference_ci95"] == pytest.approx(np.percentile(draws, [2.5, 97.5]).tolist(), abs=0.02)
+
+
+def test_table_says_what_is_noise():
+    lines = text_report(document()).splitlines()
+    assert lines[0].split() == [
+        "task",
+        "model",
+        "score",
+        "95",
+        "%",
+        "interval",
+        "n",
+        "chance",
+        "ties",
+        "baselines",
+        "minus",
+        "run/checkpoint-100",
+    ]
+    assert "not told from random, shorter" in lines[1] and "0.600" in lines[1] and "0.550 .. 0.650" in lines[1]
+    assert "+0.100 [-0.050, +0.250] ~" in lines[2] and "better than random, shorter" in lines[2]
+    assert lines[3].endswith("+0.200 [+0.150, +0.250]")
+    assert lines[-1] == f"note: a and {EVIL} have the same weights"
+    worse = {"a": {"difference": -0.2, "noise": False}, "b": {"difference": 0.1, "noise": True}}
+    assert benchmark_report.verdict({"baselines": worse}) == "worse than a; not told from b"
+    assert len({len(row) for row in table_rows(document())}) == 1
+
+
+def test_learning_curve_by_hand():
+    (curve,) = curves(document())
+    assert (curve["run"], curve["unit"]) == ("models/run", "training steps")
+    blimp = next(line for line in curve["lines"] if line["task"] == "blimp")
+    chart = benchmark_report.CHART
+    bottom, right = chart["height"] - chart["bottom"], chart["width"] - chart["right"]
+    height = bottom - chart["top"]
+    assert blimp["points"] == [
+        (chart["left"], pytest.approx(bottom - 0.6 * height)),
+        (right, pytest.approx(bottom - 0.7 * height)),
+    ]
+    assert [line["task"] for line in curve["lines"]] == ["blimp", "repetition"]
+    assert curves(document(("a", "b", "c"))) == []
+    (words,) = curves(document(("run/chck_1M", "run/chck_10M", "run/other")))
+    assert words["unit"] == "million words seen"
+
+
+def test_page_is_self_contained_and_escaped():
+    text = page(document())
+    reader = Reader(text)
+    assert reader.tags.count("script") == 1 and "img" not in reader.tags and "link" not in reader.tags
+    assert not [
+        a for a in reader.attributes if a[1] in ("src", "href", "srcset", "action", "style") or a[1].startswith("on")
+    ]
+    assert "&lt;script&gt;" in text and EVIL not in text and "\x00" not in text and "\x1b" not in text
+    (policy,) = [a[2] for a in reader.attributes if a[0] == "meta" and a[1] == "content" and "default-src" in a[2]]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    for kind in ("script", "style"):
+        assert benchmark_report.digest(reader.text[kind]) in policy
+    assert "prefers-color-scheme: dark" in text
+    assert text.index("failed: cannot be read") < text.index("<h2>Models</h2>")
+
+
+def test_page_without_any_result(tmp_path):
+    empty = {**document(), "results": {}, "models": {}, "comparison": {}}
+    assert "failed" in page(empty)
+    assert [p.suffix for p in benchmark_report.write_pages(empty, tmp_path / "b.json")] == [".html"]
+
+
+def test_the_files_beside_the_json(tmp_path):
+    made = json.loads(json.dumps(document(("a", "b", "$\\frac{$"))))
+    written = benchmark_report.write_pages(made, tmp_path / "comparison.json")
+    assert [p.name for p in written] == ["comparison.html", "comparison.png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_page_opens_in_a_browser_and_sorts(tmp_path):
+    html = tmp_path / "benchmark.html"
+    html.write_text(page(document()), encoding="utf-8")
+    flags = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+    picture = tmp_path / "page.png"
+    shot = subprocess.run(
+        [*flags, f"--screenshot={picture}", html.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000, shot.stderr
+    assert "Refused to" not in shot.stderr and "violates the following Content Security Policy" not in shot.stderr
+    # The policy forbids a click from a second script: take it away in a copy, click twice on `overall score`.
+    copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html.read_text(encoding="utf-8"))
+    click = "<script>const b = document.querySelectorAll('th button')[1]; b.click(); CLICKS</script></body>"
+    for clicks, expected in (("", ["0.100", "0.200", "0.300"]), ("b.click();", ["0.300", "0.200", "0.100"])):
+        html.write_text(copy.replace("</body>", click.replace("CLICKS", clicks)), encoding="utf-8")
+        dom = subprocess.run([*flags, "--dump-dom", html.as_uri()], capture_output=True, text=True, timeout=120).stdout
+        table = dom[dom.index("<h2>Models") : dom.index("<h2>Scores")]
+        assert re.findall(r'<td class="num"[^>]*>(0\.\d00)</td>', table) == expected

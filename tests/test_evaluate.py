@@ -1,0 +1,399 @@
+"""evaluate.py and metrics.py against naive loops, sacrebleu, worked examples and exact properties; the name trap."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, sentences
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate
+import metrics
+from evaluate import ModelEvaluator
+
+BOS = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def evaluator(model_dirs):
+    return ModelEvaluator(str(model_dirs["GPT2"]), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    base = sentences(40, seed=5)
+    return [*base, "", "a", "Ünïcode 🙂 text.", " ".join(base[:12])]  # the last is longer than the context of 64
+
+
+def naive_nats(evaluator, text: str) -> tuple[float, int]:
+    """(nats, tokens) of a text within the context, one float64 softmax at a time."""
+    ids = [BOS, *evaluator.tokenizer.encode(text, add_special_tokens=False)]
+    assert len(ids) <= 65
+    with torch.no_grad():
+        logits = evaluator.model(torch.tensor([ids[:-1]])).logits[0].double()
+    return -sum(row.log_softmax(-1)[token].item() for row, token in zip(logits, ids[1:], strict=True)), len(ids) - 1
+
+
+# ---- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_equals_sums_by_hand(evaluator, texts):
+    short = [text for text in texts[:-1] if text]
+    nats, tokens = map(sum, zip(*(naive_nats(evaluator, text) for text in short), strict=True))
+    got = evaluator.calculate_perplexity(short)
+    assert got["nats_per_token"] == got["average_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in short), rel=1e-5)
+    assert got["word_perplexity"] == pytest.approx(math.exp(nats / sum(len(t.split()) for t in short)), rel=1e-4)
+    losses = [n / k for n, k in (naive_nats(evaluator, text) for text in short)]
+    assert got["std_loss"] == pytest.approx(np.std(losses), rel=1e-4)
+    assert (got["min_loss"], got["max_loss"]) == pytest.approx((min(losses), max(losses)), rel=1e-5)
+    assert (got["num_sequences"], got["total_tokens"], got["num_empty"]) == (len(short), tokens, 0)
+    low, high = got["perplexity_ci95"]
+    assert low < got["perplexity"] < high
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, texts, batch_size):
+    other = ModelEvaluator(model_dirs["GPT2"], "cpu")
+    shuffled = random.Random(batch_size).sample(texts, len(texts))
+    a, b = evaluator.calculate_perplexity(texts), other.calculate_perplexity(shuffled, batch_size=batch_size)
+    for key in ("perplexity", "bits_per_byte", "word_perplexity", "std_loss", "num_sequences", "total_tokens"):
+        assert b[key] == pytest.approx(a[key], rel=1e-5)
+
+
+def test_empty_one_token_long_and_no_text(evaluator, texts):
+    one = evaluator.calculate_perplexity(["a"])
+    assert (one["num_sequences"], one["total_tokens"], one["std_loss"]) == (1, 1, 0.0)
+    assert one["nats_per_token"] == pytest.approx(naive_nats(evaluator, "a")[0], rel=1e-5)
+    assert all(math.isnan(x) for x in one["perplexity_ci95"])  # one text says nothing about others
+    mixed = evaluator.calculate_perplexity(["", "a", ""])
+    assert (mixed["num_sequences"], mixed["num_empty"], mixed["perplexity"]) == (1, 2, one["perplexity"])
+    long = evaluator.calculate_perplexity([texts[-1]])
+    assert long["total_tokens"] == len(evaluator.tokenizer.encode(texts[-1], add_special_tokens=False)) > 64
+    for nothing in ([], [""]):
+        got = evaluator.calculate_perplexity(nothing)
+        assert (got["num_sequences"], got["total_tokens"], got["num_empty"]) == (0, 0, len(nothing))
+        assert all(math.isnan(got[key]) for key in ("perplexity", "average_loss", "std_loss", "bits_per_byte"))
+        assert all(math.isnan(got["perplexity_ci95"][i]) for i in (0, 1))
+        probabilities = evaluator.evaluate_token_probabilities(nothing)
+        assert probabilities["num_tokens"] == 0 and math.isnan(probabilities["avg_entropy"])
+        assert math.isnan(probabilities["expected_calibration_error"])
+
+
+def test_a_single_string_is_not_a_list_of_letters(evaluator):
+    with pytest.raises(ValueError, match="texts must be a list of strings, not str 'The cat'"):
+        evaluator.calculate_perplexity("The cat")
+    with pytest.raises(ValueError, match="prompts must be a list"):
+        evaluator.evaluate_generation_quality("The cat")
+    with pytest.raises(ValueError, match="batch_size 0"):
+        evaluator.calculate_perplexity(["The cat"], batch_size=0)
+
+
+def test_a_broken_model_gives_no_finite_figure(model_dirs):
+    broken = ModelEvaluator(model_dirs["Llama"], "cpu")
+    with torch.no_grad():
+        broken.model.lm_head.weight[7] = math.nan
+    got = {**broken.calculate_perplexity(["The cat", "A dog"]), **broken.evaluate_token_probabilities(["The cat"])}
+    counts = {"num_sequences", "num_empty", "num_tokens", "total_tokens", "total_bytes", "total_words"}
+    numbers = {key: value for key, value in got.items() if isinstance(value, float | int) and key not in counts}
+    assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
+
+
+# ---- token probabilities --------------------------------------------------------------------------------------------
+
+
+def test_token_probabilities_equal_a_loop(evaluator):
+    chosen = sentences(6, seed=9)
+    top, entropies, ranks, hits = [], [], [], []
+    for text in chosen:
+        ids = [BOS, *evaluator.tokenizer.encode(text, add_special_tokens=False)]
+        with torch.no_grad():
+            rows = evaluator.model(torch.tensor([ids])).logits[0].double().softmax(-1).tolist()
+        for row, token in zip(rows, ids[1:], strict=False):
+            top.append(max(row))
+            entropies.append(-sum(p * math.log(p) for p in row))
+            ranks.append(1 + sum(p > row[token] for p in row))
+            hits.append(row[token] == max(row))
+    got = evaluator.evaluate_token_probabilities(chosen)
+    assert got["num_tokens"] == len(top)
+    assert got["avg_top_token_prob"] == pytest.approx(np.mean(top), rel=1e-5)
+    assert got["std_top_token_prob"] == pytest.approx(np.std(top), rel=1e-4)
+    assert got["avg_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert got["std_entropy"] == pytest.approx(np.std(entropies), rel=1e-3)
+    assert got["low_confidence_ratio"] == np.mean(np.array(top) < 0.1)
+    assert got["top1_accuracy"] == np.mean(hits)
+    assert (got["mean_rank"], got["median_rank"]) == (np.mean(ranks), np.median(ranks))
+    assert got["mean_reciprocal_rank"] == pytest.approx(np.mean(1 / np.array(ranks)))
+    assert sum(got["surprisal_histogram_bits"]["counts"]) == len(top)
+    assert "".join(got["surprisal_sample"]["tokens"]) == chosen[0][: len("".join(got["surprisal_sample"]["tokens"]))]
+
+
+def test_calibration_worked_by_hand():
+    confidences, hits = np.array([0.95, 0.95, 0.95, 0.95, 0.5]), np.array([1.0, 1, 1, 0, 1])
+    bins, error = metrics.calibration(confidences, hits)
+    assert bins == [
+        {"confidence": 0.5, "accuracy": 1.0, "count": 1},
+        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "count": 4},
+    ]
+    assert error == pytest.approx((4 * 0.2 + 1 * 0.5) / 5)
+    rng = np.random.default_rng(0)
+    honest = rng.random(200_000)
+    assert metrics.calibration(honest, (rng.random(200_000) < honest).astype(float))[1] < 0.01
+    assert metrics.calibration(np.array([1.0]), np.array([1.0]))[1] == 0
+
+
+def test_a_uniform_model_is_calibrated(model_dirs):
+    uniform = ModelEvaluator(model_dirs["Llama"], "cpu")
+    torch.nn.init.zeros_(uniform.model.lm_head.weight)
+    got = uniform.evaluate_token_probabilities(["The cat sleeps.", "A dog"])
+    assert got["top1_accuracy"] == pytest.approx(1 / 400, rel=1e-4)  # ties are not credited in full
+    assert got["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
+    assert uniform.calculate_perplexity(["The cat sleeps."])["perplexity"] == pytest.approx(400, rel=1e-5)
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_interval_agrees_with_the_normal_one():
+    rng = np.random.default_rng(1)
+    rows = np.stack([rng.normal(5, 2, 400), np.ones(400)], axis=1)
+    low, high = metrics.interval(metrics.resample(rows, 0)[:, 0] / 400, 400)
+    half = 1.96 * rows[:, 0].std() / math.sqrt(400)
+    assert (low, high) == pytest.approx((rows[:, 0].mean() - half, rows[:, 0].mean() + half), abs=0.15 * half)
+    assert (metrics.resample(rows, 0) == metrics.resample(rows, 0)).all()
+    assert (metrics.resample(rows, 0) != metrics.resample(rows, 1)).any()
+
+
+def test_means_leave_out_what_is_undefined():
+    scores = np.array([[0.2, math.nan], [0.4, 0.6], [math.nan, math.nan], [0.4, 0.4]])
+    got = metrics.mean_over_groups("x", scores, seed=0)
+    assert got["x"] == pytest.approx(0.4)
+    assert got["x_ci95"][0] < 0.4 < got["x_ci95"][1]
+    assert math.isnan(metrics.mean_over_groups("x", np.full((2, 2), math.nan), seed=0)["x"])
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12)
+
+
+def test_diversity_and_repetition_worked_by_hand():
+    words = ["the", "cat", "and", "the", "cat", "and", "the", "cat"]
+    assert metrics.ngram_diversity(words) == pytest.approx((3 / 8 + 3 / 7 + 3 / 6) / 3)
+    assert metrics.ngram_repetition(words) == pytest.approx(2 / 5)
+    assert metrics.ngram_diversity(["a", "b"]) == 1.0 and metrics.ngram_repetition(["a", "b", "c", "d"]) == 0.0
+    assert math.isnan(metrics.ngram_diversity([])) and math.isnan(metrics.ngram_repetition(["a"] * 3))
+    assert metrics.distinct([["a", "b"], ["a", "b", "c"]], 1) == pytest.approx(3 / 5)
+    assert metrics.distinct([["a", "b"], ["a", "b", "c"]], 2) == pytest.approx(2 / 3)
+    assert math.isnan(metrics.distinct([[]], 1))
+
+
+@given(words=WORDS.filter(bool))
+def test_a_text_is_its_own_bleu(words):
+    assert metrics.bleu(words, [words]) == pytest.approx(1.0)
+    assert metrics.self_bleu([words, words, []]) == pytest.approx(1.0)
+    assert metrics.bleu(words, [["z"]]) == 0.0
+
+
+def test_self_bleu_by_hand():
+    # "a b" against "a b c d": both its n-grams are found, but it is short: exp(1 - 4/2); the other way 2/4 and 1/3,
+    # then zeros of two 3-grams and one 4-gram, smoothed to 1/2 and 1/4
+    short, long = ["a", "b"], ["a", "b", "c", "d"]
+    there, back = math.exp(-1), (2 / 4 * 1 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (1 / 4)
+    assert metrics.self_bleu([short, long]) == pytest.approx((there + back) / 2)
+    assert math.isnan(metrics.self_bleu([short])) and math.isnan(metrics.self_bleu([short, []]))
+
+
+@given(words=WORDS.filter(bool), references=st.lists(WORDS.filter(bool), min_size=1, max_size=4))
+def test_bleu_equals_sacrebleu(words, references):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    want = sacrebleu.sentence_bleu(" ".join(words), [" ".join(r) for r in references], tokenize="none")
+    assert 100 * metrics.bleu(words, references) == pytest.approx(want.score, abs=1e-9)
+
+
+def test_generation_quality_measures_its_own_samples(evaluator):
+    prompts = ["The cat", "", "A dog"]
+    got = evaluator.evaluate_generation_quality(prompts, max_length=12, num_return_sequences=3)
+    samples = [sample["generations"] for sample in got["generation_samples"]]
+    assert [sample["prompt"] for sample in got["generation_samples"]] == prompts
+    assert [len(group) for group in samples] == [3, 3, 3]
+    words = [text.split() for group in samples for text in group]
+    assert got["num_generations"] == 9 and got["num_empty_generations"] == words.count([])
+    ones = Counter(word for text in words for word in text)
+    assert got["distinct_1"] == pytest.approx(len(ones) / sum(ones.values()))
+    assert got["avg_diversity_score"] == pytest.approx(np.nanmean(got["diversity_scores"]))
+    assert got["avg_words"] == pytest.approx(np.mean([len(text) for text in words]))
+    again = evaluator.evaluate_generation_quality(prompts, 12, 0.8, 0.95, 3)
+    assert again["generation_samples"] == got["generation_samples"]
+    other = evaluator.evaluate_generation_quality(prompts, 12, 1.2, 0.5, 3)
+    assert other["generation_samples"] != got["generation_samples"]
+    greedy = evaluator.evaluate_generation_quality(["The cat", "A dog"], max_length=12, temperature=0)
+    assert greedy["self_bleu"] == pytest.approx(1.0)
+    assert math.isnan(evaluator.evaluate_generation_quality([])["avg_diversity_score"])
+
+
+# ---- pictures, files, command line ----------------------------------------------------------------------------------
+
+
+def test_plots_of_part_or_all(evaluator, texts, tmp_path):
+    text = evaluator.evaluate_token_probabilities([r"a $\frac{ <script> cat", *texts])
+    hostile = {"generation_samples": [{"prompt": r"$\frac{", "generations": ["_^$\n\x00 <b>"]}]}
+    for number, what in enumerate(
+        [
+            text,
+            hostile,
+            {"probabilities": text, "generation": hostile},
+            {**text, **evaluator.calculate_perplexity(texts)},
+        ]
+    ):
+        path = tmp_path / f"{number}.png"
+        evaluator.plot_metrics(what, str(path))
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        evaluator.plot_metrics({"perplexity": 3.0}, tmp_path / "none.png")
+
+
+def test_passages_keep_the_text():
+    rng = random.Random(0)
+    words = ["word" * rng.randint(1, 9) for _ in range(3000)]
+    text = "".join(word + rng.choice(["\n", " ", " ", " "]) for word in words)
+    cut = list(evaluate.passages(text))
+    assert " ".join(cut).split() == words
+    assert all(0 < len(passage) <= evaluate.PASSAGE_CHARS for passage in cut)
+    assert [len(p) for p in evaluate.passages("x" * 4500)] == [2000, 2000, 500]
+    assert list(evaluate.passages(" \n ")) == []
+
+
+def test_passages_are_drawn_evenly_and_by_seed(corpus_dir):
+    everything, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
+    assert len(everything) == total == 12  # documents
+    assert evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
+    drawn = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
+    assert drawn[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
+    counts = Counter(text for chosen, _ in drawn for text in chosen)
+    assert set(counts) == set(everything) and min(counts.values()) > 60  # 100 each are expected
+    assert all(sorted(chosen, key=everything.index) == chosen for chosen, _ in drawn)
+
+
+@pytest.fixture
+def run_dir(model_dirs, corpus_dir, tmp_path):
+    """A model directory as a training run leaves it, for what evaluate.py reads."""
+    folder = tmp_path / "run"
+    shutil.copytree(model_dirs["Llama"], folder)
+    shutil.copytree(corpus_dir / "dev", tmp_path / "text")
+    (folder / "training_config.yaml").write_text(yaml.safe_dump({"data": {"eval_path": str(tmp_path / "text")}}))
+    return folder
+
+
+def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
+    assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
+    out = capsys.readouterr()
+    report = json.loads((run_dir / "evaluation_results.json").read_text(), parse_constant=pytest.fail)
+    assert set(report) == {
+        "results", "config", "versions", "n-samples", "undefined", "notes", "git_hash", "environment",
+    }  # fmt: skip
+    assert set(report["results"]) == set(report["versions"]) == set(report["n-samples"])
+    assert report["n-samples"]["perplexity"] == {"original": 12, "effective": 12}
+    assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out.out
+    assert "note: the text figures rest on 12 passages only" in out.out and report["notes"]
+    assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
+    texts, _ = evaluate.draw_passages(run_dir.parent / "text", 500, 0)
+    again = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
+    for key, value in report["results"]["perplexity"].items():
+        assert value == pytest.approx(again[key], rel=1e-5)
+
+
+def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("The cat\n\nA dog sees\n")
+    (tmp_path / "text.dev").write_text("a")
+    output = tmp_path / "deep" / "results.json"
+    arguments = [str(run_dir), "--num_samples", "5", "--output-path", str(output), "--seed", "3", "--temperature", "0"]
+    files = ["--custom-prompts", str(tmp_path / "prompts.txt"), "--eval-data", str(tmp_path / "text.dev")]
+    assert evaluate.main([*arguments, *files, "--device", "cpu"]) == 0
+    report = json.loads(output.read_text(), parse_constant=pytest.fail)
+    assert [s["prompt"] for s in report["results"]["generation"]["generation_samples"]] == ["The cat", "A dog sees"]
+    assert (report["config"]["seed"], report["config"]["temperature"]) == (3, 0)
+    assert report["results"]["perplexity"]["perplexity_ci95"] == [None, None]  # one text
+    assert "perplexity.perplexity_ci95" in report["undefined"]
+    assert output.with_name("evaluation_plots.png").is_file()
+    assert not (run_dir / "evaluation_results.json").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "error: no model directory at nowhere"),
+        (["RUN", "--eval-data", "nowhere"], "error: no held-out text at nowhere"),
+        (["RUN", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
+        (["RUN", "--custom-prompts", "nowhere.txt"], "error: [Errno 2] No such file or directory: 'nowhere.txt'"),
+        (["RUN", "--custom-prompts", "EMPTY"], "error: EMPTY holds no prompt"),
+        (["RUN", "--eval-data", "EMPTY"], "error: EMPTY holds no text"),
+        (["MODEL"], "error: MODEL/training_config.yaml does not exist: name the held-out text with --eval-data"),
+        (["ODD"], "error: ODD/training_config.yaml has no data.eval_path: name the held-out text with --eval-data"),
+        (["RUN", "--device", "tpu"], 'error: device "tpu" is unknown'),
+    ],
+)
+def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty.dev").write_text("\n\n")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "training_config.yaml").write_text("data: 3\n")
+    names = {
+        "ODD": str(tmp_path / "odd"),
+        "RUN": str(run_dir),
+        "MODEL": str(model_dirs["GPT2"]),
+        "EMPTY": str(tmp_path / "empty.dev"),
+    }
+    for name, path in names.items():
+        message = message.replace(name, path)
+    assert evaluate.main([names.get(word, word) for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message) and err.count("\n") == 1
+
+
+def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    code = f"from evaluate import ModelEvaluator; print(ModelEvaluator({str(model_dirs['Llama'])!r}).device)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpu\n" and done.stderr == "no CUDA device here: running on the CPU\n"
+
+
+# ---- the name trap --------------------------------------------------------------------------------------------------
+
+
+def test_import_is_cheap_and_silent():
+    code = (
+        "import sys, evaluate, generate\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'tqdm', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["load", "combine", "evaluator", "list_evaluation_modules", "EvaluationModule"])
+def test_the_other_packages_names_get_a_sentence(name):
+    with pytest.raises(AttributeError, match=f"evaluate.{name} does not exist: this is BabyLlama's .*Hugging Face's"):
+        getattr(evaluate, name)
+    assert not hasattr(evaluate, name)

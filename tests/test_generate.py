@@ -1,0 +1,104 @@
+"""generate.py: what is streamed is what inference.generate makes, in whole characters, from a shell and by hand."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+import generate
+from inference import encode, load_model
+from inference import generate as generate_texts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dirs):
+    return load_model(model_dirs["Llama"], "cpu")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_the_stream_is_the_text_of_generate(loaded, temperature):
+    options = {"max_new_tokens": 40, "temperature": temperature, "top_p": 1.0, "seed": 7}
+    texts = generate_texts(*loaded, ["The cat"], num_return_sequences=3, **options)[0]
+    for number, text in enumerate(texts):
+        assert "".join(generate.stream(*loaded, "The cat", stream_number=number, **options)) == text
+    assert (len(set(texts)) == 1) == (temperature == 0)
+
+
+def test_no_piece_ends_inside_a_character(tiny_model, tokenizer):
+    text = "naïve 🙂 世界 done"
+    said = encode(tokenizer, [text])[0] + [tokenizer.eos_token_id]
+    model = tiny_model("Llama").train()  # taught this one text by heart
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(torch.tensor([said]), labels=torch.tensor([said])).loss.backward()
+        optimizer.step()
+    pieces = list(generate.stream(model.eval(), tokenizer, "", max_new_tokens=50, temperature=0, top_p=1.0, seed=0))
+    assert "".join(pieces) == text
+    assert len(said) > len(text) + 5  # characters of several bytes are several tokens here
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert max(map(len, pieces)) < 8  # it came as it was made
+
+
+def test_bytes_that_are_no_text_still_come_out(loaded, tokenizer):
+    prompt = "The cat"
+    whole = generate_texts(*loaded, [prompt], max_new_tokens=1, num_return_sequences=40, top_p=1.0, temperature=5.0)[0]
+    broken = [number for number, text in enumerate(whole) if "\ufffd" in text]
+    assert broken  # a single byte of a longer character
+    options = {"max_new_tokens": 1, "temperature": 5.0, "top_p": 1.0, "seed": 0}
+    for number in broken[:3]:
+        assert "".join(generate.stream(*loaded, prompt, stream_number=number, **options)) == "\ufffd"
+
+
+def test_prompt_on_the_command_line(model_dirs, capsys):
+    arguments = [str(model_dirs["GPT2"]), "--prompt", "The cat", "--num-samples", "2", "--max-new-tokens", "5"]
+    assert generate.main([*arguments, "--seed", "1", "--device", "cpu"]) == 0
+    first = capsys.readouterr()
+    assert first.out.count("The cat") == 2 and first.err == ""
+    assert generate.main([*arguments, "--seed", "1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == first.out
+    assert generate.main([*arguments, "--seed", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out != first.out
+
+
+def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nA dog\n\nnever read\n"))
+    assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    out = capsys.readouterr()
+    assert "The cat" in out.out and "A dog" in out.out and "never read" not in out.out
+    assert out.err.count("prompt> ") == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))  # ends without an empty line
+    assert generate.main([str(model_dirs["Llama"]), "--max_new_tokens", "3", "--device", "cpu"]) == 0
+
+
+def test_an_empty_prompt_starts_from_nothing(model_dirs, capsys):
+    assert generate.main([str(model_dirs["Llama"]), "--prompt", "", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--prompt", "a"], "error: no model at nowhere: expected a directory with config.json"),
+        (["MODEL", "--prompt", "a", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
+        (["MODEL", "--prompt", "a", "--temperature", "-1"], "error: temperature -1.0 must be 0"),
+        (["MODEL", "--prompt", "a", "--top-p", "2"], "error: top_p 2.0 must be above 0"),
+        (["MODEL", "--prompt", "a", "--max-new-tokens", "0"], "error: max_new_tokens 0 must be 1 or more"),
+        (["MODEL", "--prompt", "a", "--device", "tpu"], 'error: device "tpu" is unknown'),
+    ],
+)
+def test_mistakes_get_one_line(model_dirs, capsys, arguments, message):
+    arguments = [str(model_dirs["Llama"]) if word == "MODEL" else word for word in arguments]
+    assert generate.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message) and err.count("\n") == 1
