@@ -159,7 +159,7 @@ def read_yaml_file(path: str | Path) -> Any:
     """The content of a YAML file; FileNotFoundError and ConfigError say what would be right."""
     path = Path(path)
     if not path.is_file():
-        shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
+        shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml") if p.stem != "benchmark")
         near = difflib.get_close_matches(path.name, shipped, n=1)
         hint = f"; did you mean config/{near[0]}?" if near else f"; shipped: {', '.join(shipped)} (in config/)"
         raise FileNotFoundError(f"{path}: {'is a directory' if path.is_dir() else 'no such configuration file'}{hint}")

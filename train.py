@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +140,7 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
 def _prepare_datasets(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
     """prepare_datasets_modern, and what the data processor counted: {"train": {...}, "validation": {...}}."""
     import numpy as np
+
     from data_utils import DataProcessor
 
     data = config["data"]
@@ -271,6 +271,7 @@ def run(args: argparse.Namespace) -> int:
         print_summary(run_dir, metrics)
         return 0
 
+    import torch
     import transformers
 
     from trainer import LMTrainer, RunLog, pick_precision, training_arguments
@@ -280,9 +281,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
+    if not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
+        model.set_attn_implementation("eager")  # faster here than the CPU's flash kernel: docs/benchmarks.md
     precision = pick_precision(config["training"])
-    if "asked for, but" in precision[1]:
-        log.warning("precision: %s: %s", precision[0], precision[1])
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     plan = describe(config, model, data_report["train"], len(train_data), precision, world_size)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
@@ -301,14 +302,12 @@ def run(args: argparse.Namespace) -> int:
         byte_lengths=byte_lengths(tokenizer),
         callbacks=[run_log],
     )
-    started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint latest",
-              file=sys.stderr)  # fmt: skip
+        at = trainer.state.global_step
+        print(f"interrupted after step {at}; go on with --resume_from_checkpoint latest", file=sys.stderr)
         return EXIT_INTERRUPTED
-    log.info("trained in %.0f s", time.perf_counter() - started)
     floor = floor_bits_per_byte(config["data"]["eval_path"])
     print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
     return 0
