@@ -113,3 +113,45 @@ def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
         build_tiny_model(kind).save_pretrained(root / kind)
         tokenizer.save_pretrained(root / kind)
     return {kind: root / kind for kind in ("Llama", "GPT2", "GPTJ")}
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Path:
+    """A working directory after a shrunken quick start: config, data/synthetic, data/train, data/dev, models/quickstart.
+
+    The commands are those of the Makefile, with less text and a smaller model, run in this process.
+    """
+    import create_synthetic_data
+    import train
+    import train_tokenizer
+
+    root = tmp_path_factory.mktemp("workshop")
+    (root / "config").symlink_to(ROOT / "config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        for script, arguments in quickstart_commands():
+            arguments = [{"300000": "15000", "700": "400"}.get(word, word) for word in arguments]
+            if script == "train.py":
+                arguments += ["--set", "model.hidden_size=32", "--set", "model.n_layer=2", "--num-epochs", "1"]
+            main = {"create_synthetic_data.py": create_synthetic_data.main, "train_tokenizer.py": train_tokenizer.main,
+                    "train.py": train.main}[script]  # fmt: skip
+            assert main(arguments) == 0, (script, arguments)
+        (root / "models" / "tokenizer.json").write_bytes((root / "models" / "quickstart-tokenizer.json").read_bytes())
+        for split in ("train", "dev"):
+            (root / "data" / split).symlink_to(root / "data" / "synthetic" / split)
+    return root
+
+
+def quickstart_commands() -> list[tuple[str, list[str]]]:
+    """(script, arguments) of each training command of the Makefile's target quickstart."""
+    import re
+    import shlex
+
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nquickstart:", 1)[1].split("\n\n", 1)[0]
+    lines = re.sub(r"\$\((?:if|wildcard) .*\)", "", recipe).splitlines()[1:]
+    commands = [shlex.split(line.replace("$(PY)", "python"))[1:] for line in lines]
+    return [(words[0], words[1:]) for words in commands if words[0] in TRAINING_SCRIPTS]
+
+
+TRAINING_SCRIPTS = ("create_synthetic_data.py", "train_tokenizer.py", "train.py")

@@ -15,20 +15,8 @@ import cleaners
 from data_utils import clean_text, cleaner_for, create_cleaner_registry, domain_of
 
 REGISTRY = create_cleaner_registry()
-BABYLM_NAMES = [
-    "aochildes",
-    "childes",
-    "bnc_spoken",
-    "cbt",
-    "children_stories",
-    "gutenberg",
-    "open_subtitles",
-    "qed",
-    "simple_wiki",
-    "simple_wikipedia",
-    "switchboard",
-    "wikipedia",
-]
+BABYLM_NAMES = ["aochildes", "childes", "bnc_spoken", "cbt", "children_stories", "gutenberg", "open_subtitles", "qed"]
+BABYLM_NAMES += ["simple_wiki", "simple_wikipedia", "switchboard", "wikipedia"]
 CLEANERS = {
     **{name: REGISTRY[name] for name in ("wikipedia", "subtitles", "dialogue", "gutenberg", "default")},
     "text": clean_text,
@@ -182,93 +170,11 @@ def test_books():
     book = f"{header}{start}\n\nProduced by Ann\n\nEmma Woodhouse,[1] handsome.\n\n[Illustration: Emma]\n\nShe had lived.\n\n{end}\n\n{licence}"
     assert REGISTRY["gutenberg"](book).split() == ["Emma", "Woodhouse,", "handsome.", "She", "had", "lived."]
     story = "# The Dog\n##\nA dog ran.\n##\n* License: [CC-BY]\n* Text: Ann\n* Language: en"
-    assert REGISTRY["children_stories"](story).split("\n") == ["The Dog", "", "A dog ran.", ""] or REGISTRY[
-        "children_stories"
-    ](story).split() == ["The", "Dog", "A", "dog", "ran."]
+    assert REGISTRY["children_stories"](story).strip("\n") == "The Dog\n\nA dog ran."
 
 
-FRAGMENTS = [
-    "=",
-    "==",
-    "\n",
-    "\n\n",
-    "\n\n\n",
-    "[",
-    "]",
-    "[[",
-    "]]",
-    "[12]",
-    "{",
-    "}",
-    "{{",
-    "}}",
-    "{|",
-    "|}",
-    "(",
-    ")",
-    "(laughing)",
-    "(x",
-    "<i>",
-    "</i>",
-    "<ref>",
-    "</ref>",
-    "<!--",
-    "-->",
-    "<",
-    ">",
-    "''",
-    "'''",
-    "`",
-    "``",
-    "|",
-    "*",
-    "#",
-    ":",
-    ";",
-    ",",
-    ".",
-    "...",
-    "!",
-    "?\nMARY:",
-    "*CHI:",
-    "A.1:",
-    "**Ann:**",
-    "[laughs]",
-    "\\[",
-    "00:00:01,000",
-    "-->",
-    "00:00:02,000",
-    "1",
-    "12",
-    "-",
-    "+",
-    "+...",
-    "♪",
-    "Subtitles",
-    "by",
-    "_page",
-    ":",
-    "[glossary:",
-    "{\\an8}",
-    "\t",
-    "\xa0\nhttp://a.B/c",
-    "Hello.World",
-    "ab.Cd!Ef",
-    "word",
-    "a",
-    "B",
-    "@-@",
-    "www.",
-    "***",
-    "gutenberg",
-    "[[File:",
-    "[http://x",
-    "##",
-    "License:",
-]
-fragment_text = st.lists(
-    st.one_of(st.sampled_from(FRAGMENTS), st.sampled_from([" ", "\n", "\n\n", "ab", "A"])), max_size=14
-).map("".join)
+FRAGMENTS = ['=', '= ', '== ', '\n', '\n\n', '\n\n\n', ' ', '\t', '\xa0', '[', ']', '[[', ']]', '[12]', '\\[', '[laughs]', '[glossary:', '[[File:', '[http://x', '{', '}', '{{', '}}', '{|', '|}', '{\\an8}', '(', ')', '(laughing)', '(x ', '<i>', '</i>', '<b ', '<ref>', '</ref>', '<!--', '-->', '<', '>', "''", "'''", '``', '|', '*', '#', '## ', '* License:', ':', ';', ',', '.', '...', '!', '?', 'MARY:', '*CHI:', 'A.1:', '**Ann:**', '1\n', '00:00:01,000', ' --> ', '12', '- ', '+', '+...', '♪', 'Subtitles by ', '_page :', 'http://a.B/c', 'Hello.World', 'ab.Cd!Ef', 'word', 'a', 'B', ' @-@ ', '***', 'gutenberg', 'START OF THIS PROJECT GUTENBERG']  # fmt: skip
+fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 
 
 @pytest.mark.parametrize("name", CLEANERS)
@@ -291,32 +197,39 @@ ATTACKS = ["a", " ", "\n", "=", "<", "[", "[[", "{{", "(", "*", "#", "-", ":", "
            "\\[", "{\\", "{1", "[http://a", "+.", " \n", "\u0301", "A ", "*** ", "gutenberg\n\n", "@A", "%ab:\t", "**A:** "]  # fmt: skip
 
 
-def seconds(function, text: str) -> float:
-    start = time.perf_counter()
-    function(text)
-    return time.perf_counter() - start
+def growth(function, attack: str, size: int) -> float:
+    """Time on 8 * size characters over time on size, at least 5 ms counted: 8 when linear, 64 when quadratic."""
 
+    def seconds(n: int) -> float:
+        text, start = (attack * n)[:n], time.perf_counter()
+        function(text)
+        return time.perf_counter() - start
 
-def growth(function, attack: str) -> float:
-    """Time on 256k characters over time on 32k, at least 20 ms counted: 8 when linear, 64 when quadratic."""
-    long, short = seconds(function, (attack * 2**18)[: 2**18]), seconds(function, (attack * 2**15)[: 2**15])
-    return long / max(short, 0.02)
+    return seconds(8 * size) / max(seconds(size), 0.005)
 
 
 @pytest.mark.parametrize("name", CLEANERS)
 @pytest.mark.parametrize("tail", ["", "x"])
 def test_cleaners_are_linear_in_time(name, tail):
     for attack in ATTACKS:
-        grown = growth(lambda text: CLEANERS[name](text + tail), attack)
+        grown = growth(lambda text: CLEANERS[name](text + tail), attack, 2**15)
         assert grown < 40, (attack, grown)
+
+
+BOUNDED = {
+    "_BEFORE",
+    "_AFTER",
+    "_SOUND",
+    "_MARKUP_NAME",
+}  # asked only about a word or a bracket of at most 90 characters
 
 
 def test_every_pattern_of_the_module_is_linear_in_time():
     patterns = {key: value for key, value in vars(cleaners).items() if isinstance(value, re.Pattern)}
-    assert len(patterns) > 15
-    for key, pattern in patterns.items():
+    assert len(patterns) > 15 and set(patterns) > BOUNDED
+    for key in sorted(set(patterns) - BOUNDED):
         for attack in ATTACKS:
-            grown = growth(lambda text, p=pattern: sum(1 for _ in p.finditer(text)), attack)
+            grown = growth(lambda text, p=patterns[key]: sum(1 for _ in p.finditer(text)), attack, 2**12)
             assert grown < 40, (key, attack, grown)
 
 

@@ -1,0 +1,147 @@
+"""The documents are under test: every command, flag, key, file, link and figure that they name exists, examples run."""
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import settings
+from train import create_model, load_config
+
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCS}
+ALL = "\n".join(TEXTS.values())
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def make_parser" in p.read_text(encoding="utf-8"))
+OTHER_COMMANDS = {"python3", "source", "lm_eval", "torchrun"}
+ids = [str(path.relative_to(ROOT)) for path in DOCS]
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    return importlib.import_module(script).make_parser()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(text: str) -> list[str]:
+    """Every shell command of a document: lines of bash blocks, continuations joined, and `python ...` in a sentence."""
+    lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    inline = [" ".join(found.split()) for found in re.findall(r"`(python [a-z_/]+\.py[^`]*|make [a-z]+)`", text)]
+    return [line for line in [*lines, *inline] if line.strip()]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_commands_parse(path):
+    for command in commands(TEXTS[path]):
+        program, *words = shlex.split(command, comments=True)
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), command
+        elif program == "python":
+            script, *arguments = words
+            assert (ROOT / script).is_file(), command
+            if script.removesuffix(".py") in SCRIPTS and "..." not in arguments:
+                parser_of(script.removesuffix(".py")).parse_args(arguments)  # exits, so fails, on an unknown flag
+        else:
+            assert program in OTHER_COMMANDS, f"{path.name}: what is {command!r}?"
+
+
+def flags_of(script: str) -> set[str]:
+    options = {option for action in parser_of(script)._actions for option in action.option_strings}
+    return {option for option in options if option.startswith("--")} - {"--help"}
+
+
+def test_every_flag_in_the_documents_exists():
+    known = {"--help", "--no-deps", "--check"}.union(*(flags_of(script) for script in SCRIPTS))
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= known
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_reference(script):
+    text = TEXTS[ROOT / "API_REFERENCE.md"]
+    section = text.split(f"### {script}.py\n", 1)[1].split("\n### ")[0].split("\n## ")[0]
+    missing = {flag for flag in flags_of(script) if "_" not in flag and not flag.startswith("--no-") and flag not in section}
+    assert not missing
+
+
+def test_keys_in_the_documents_exist():
+    known = {f"{name}.{key}" for name, section in settings.SECTIONS.items() for key in section.model_fields}
+    named = set(re.findall(r"(?<![\w./])((?:data|model|training|logging)\.[a-z_]+)(?![\w./(])", ALL))
+    assert named - known <= {"model.safetensors"}
+    assert known <= named, "the key table of the guide is incomplete"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[path]):
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
+
+
+def test_files_named_in_the_documents_exist():
+    named = set(re.findall(r"`((?:config|tests|docs|benchmarks)/[\w./-]+\.\w+|[a-z_]+\.py)`", ALL))
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not missing
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = TEXTS[ROOT / "README.md"].split("## What is where", 1)[1].split("```")[1]
+    listed = {word for line in tree.strip().splitlines() for word in re.split(r"  +", line)[0].split()}
+    assert {p.name for p in ROOT.glob("*.py")} == {name for name in listed if name.endswith(".py")}
+    assert all((ROOT / name).exists() for name in listed)
+
+
+def test_the_models_of_the_readme_have_these_parameters():
+    import torch
+
+    class Tokenizer:
+        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+        def __init__(self, size):
+            self.size = size
+
+        def __len__(self):
+            return self.size
+
+    rows = re.findall(r"^\| `config/([\w.-]+\.yaml)` \| ([\w-]+) \| ([\d.]+)M \|", TEXTS[ROOT / "README.md"], re.M)
+    shipped = {p.name for p in (ROOT / "config").glob("*.yaml")} - {"benchmark.yaml"}
+    assert {name for name, _, _ in rows} == shipped
+    for name, kind, millions in rows:
+        config = load_config(ROOT / "config" / name)
+        with torch.device("meta"):
+            model = create_model(config, Tokenizer(700 if name == "quickstart.yaml" else 16000))
+        assert f"{model.num_parameters() / 1e6:.1f}" == millions, name
+        assert kind.replace("-", "") == config["model"]["type"], name
+
+
+def test_python_examples_run(workshop):
+    """All Python blocks of the API reference, in order, in one process, as a notebook at the root would run them."""
+    code = "\n".join(blocks(TEXTS[ROOT / "API_REFERENCE.md"], "python"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "BABYLLAMA_CACHE": str(workshop / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "26,450,304" in done.stdout  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
+
+
+def test_no_word_of_other_places():
+    """The project speaks of itself alone."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file() and name != "tests/test_docs.py":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"/work/|pypi\.org|pythonhosted|registry\.npmjs", text), name
