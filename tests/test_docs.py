@@ -68,13 +68,15 @@ def test_every_flag_in_the_documents_exists():
 def test_every_flag_is_in_the_reference(script):
     text = TEXTS[ROOT / "API_REFERENCE.md"]
     section = text.split(f"### {script}.py\n", 1)[1].split("\n### ")[0].split("\n## ")[0]
-    missing = {flag for flag in flags_of(script) if "_" not in flag and not flag.startswith("--no-") and flag not in section}
+    missing = {
+        flag for flag in flags_of(script) if "_" not in flag and not flag.startswith("--no-") and flag not in section
+    }
     assert not missing
 
 
 def test_keys_in_the_documents_exist():
     known = {f"{name}.{key}" for name, section in settings.SECTIONS.items() for key in section.model_fields}
-    named = set(re.findall(r"(?<![\w./])((?:data|model|training|logging)\.[a-z_]+)(?![\w./(])", ALL))
+    named = set(re.findall(r"(?<![\w./])((?:data|model|training|logging)\.[a-z_0-9]+)(?![\w./(])", ALL))
     assert named - known <= {"model.safetensors"}
     assert known <= named, "the key table of the guide is incomplete"
 
@@ -132,7 +134,9 @@ def test_python_examples_run(workshop):
     """All Python blocks of the API reference, in order, in one process, as a notebook at the root would run them."""
     code = "\n".join(blocks(TEXTS[ROOT / "API_REFERENCE.md"], "python"))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BABYLLAMA_CACHE": str(workshop / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "26,450,304" in done.stdout  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
 
@@ -142,6 +146,10 @@ def test_no_word_of_other_places():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file() and name != "tests/test_docs.py":
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""}
+            and path.is_file()
+            and name != "tests/test_docs.py"
+        ):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"/work/|pypi\.org|pythonhosted|registry\.npmjs", text), name
