@@ -19,24 +19,23 @@ CLEANER_VERSION = 1  # a new number for every change of what a cleaner does: it 
 # What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
 
 _NEWLINES = re.compile(r"\n{3,}")
-_LOOSE_MARK = re.compile(r" (?=[,.;:!?](?:[\s\"'”’]|\Z))")
+_BLANKS = re.compile(r"  +")
+_LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
 _JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
 _BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
 _AFTER = re.compile(r"[A-Z][A-Za-z’'-]*[.,;:!?…\"'”’)]*\Z")
 
-_HEADER = re.compile(r"^[ \t]*=[^\n]*=[ \t]*$", re.M)
+_HEADER = re.compile(r"^ *=[^\n]*= *$", re.M)
 _CITATION = re.compile(
-    r"\[ ?(?:\d{1,3}(?: ?[-–,] ?\d{1,3}){0,9}|[a-z]|(?:note|nb) \d{1,3}|update|who\?|when\?|where\?|which\?|source\?"
-    r"|(?:citation|clarification|page|year)(?: \w+)? needed|dubious[^\]\n]{0,20}|verification needed) ?\]"
+    r"\[ *(?:\d{1,3}(?: ?[-–,] ?\d{1,3}){0,9}|[a-z]|(?:note|nb) \d{1,3}|update|who\?|when\?|where\?|which\?|source\?"
+    r"|(?:citation|clarification|page|year)(?: \w+)? needed|dubious[^\]\n]{0,20}|verification needed) *\]"
 )
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]\n]*\|)?([^\[\]|\n]*)\]\]")
 _MARKS = tuple("[]{}<>'|")
 _WIKI_FILE = re.compile(r"\[\[(?:Category|File|Image):[^\[\]\n]*\]\]", re.I)
 _WIKI_REST = re.compile(r"\[\[+|\]\]+")
 _WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\[\]]{1,500}([^\[\]\n]{0,300})\]")
-_WIKI_LINE = re.compile(
-    r"^[ \t]*(?:[|!][^\n]*|https?://\S++[ \t]*|(?:[*#:;]+[ \t]+)+)$|^[ \t]*(?:[*#:;]+[ \t]+)+", re.M
-)
+_WIKI_LINE = re.compile(r"^ *(?:[*#:;]+ +)*(?:[|!][^\n]*$|https?://\S++ *$)|^ *(?:[*#:;]+(?: +|$))+", re.M)
 _WIKI_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}(?!\})|\n\n")
 _BRACE_ENDS = {"{{": "}}", "{|": "|}"}
 _LATEX_QUOTES = re.compile(r"^[^\n`]*``[^\n]*$", re.M)
@@ -48,11 +47,11 @@ _MARKUP_NAME = re.compile(
 )
 
 _CUE = re.compile(
-    r"^(?:[ \t]*\d{1,6}[ \t]*\n)?[ \t]*(?:-?\d[-\d:.,; ]*-->[^\n]*|\d+:\d\d:\d\d[.,]\d+,\d+:\d\d:\d\d[.,]\d+"
-    r"|(?:\*TC[ \t]+)?\d\d:\d\d:\d\d[;:]\d\d)[ \t]*(?:\n|\Z)",
+    r"^(?: *\d{1,6} *\n)? *(?:-?\d[-\d:.,; ]*-->[^\n]*|\d+:\d\d:\d\d[.,]\d+,\d+:\d\d:\d\d[.,]\d+"
+    r"|(?:\*TC +)?\d\d:\d\d:\d\d[;:]\d\d) *(?:\n|\Z)",
     re.M,
 )
-_STYLE = re.compile(r"\{(?=\\|\d+\}\{)[^}\n]*+(\}?)|\{(\d+)\}")
+_STYLE = re.compile(r"\{(?:\\[^}\n]{0,200}|\d{1,7})\}")
 _CREDIT_WORDS = (
     "subtit",
     "subs",
@@ -79,33 +78,31 @@ _SOUND = re.compile(
     r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
     re.I,
 )
-_CAPS = r"[A-Z][A-Z0-9 .'’&#/-]{0,30}(?: ?\([^()\n]{1,20}\))?"
+_CAPS = r"[A-Z][A-Z0-9 .'’&#/-]{%d,30}(?: ?\([^()\n]{1,20}\))?"  # MARY, MRS. CLAUS, CDR (EAGLE)
 _LABEL = re.compile(
-    r"^[ \t-]*(?:(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
-    + _CAPS
-    + r"):)(?=\s|$)[ \t]*)+",
+    r"^(?:[ -]*(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
+    + _CAPS % 0
+    + r") *:)(?=\s|$))+ *",
     re.M,
 )
-_SCREEN_LABEL = re.compile(
-    r"^[ \t-]*(?:(?:" + _CAPS.replace("]{0,30}", "]{1,30}") + r"|(?:wo)?man(?: #?\d+)?):(?=\s|$)[ \t]*)+", re.M
-)
+_SCREEN_LABEL = re.compile(r"^(?:[ -]*(?:" + _CAPS % 1 + r"|(?:wo)?man(?: #?\d+)?) *:(?=\s|$))+ *", re.M)
 _TRANSCRIPT_LINE = re.compile(
-    r"^[ \t]*(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}:\t[^\n]*|%\w{2,4}:\t[^\n]*)[ \t]*$",
+    r"^ *(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}: [^\n]*|%\w{2,4}: [^\n]*) *$",
     re.M,
 )
-_TRAIL_OFF = re.compile(r" ?(?<!\S)\+(?:\.{2,3}|/{1,2}[.?]|!\?)(?=\s|\Z)")
+_TRAIL_OFF = re.compile(r" ?(?<!\S)(?<!\+ )\+(?:\.{2,3}|/{1,2}[.?]|!\?)(?=\s|\Z)")
 
 _BOOK_LINE = re.compile(
-    r"^(?:\* (?:License|Text|Illustration|Translation|Language|Photographs?|Adaptation|Editor|Author)s?:[^\n]*|##[ \t]*"
-    r"|(?:Release Date|Posting Date|Last Updated|Character set encoding|Language|Produced by)\b:?[^\n]*"
-    r"|(?:\*\*\*)? ?(?:START|END) OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\[(?:This file|Most recently)[^\n]*\]|#[ \t]+)$"
-    r"|^#[ \t]+|\[Illustration[^\]\n]{0,200}\]",
+    r"^(?:[# ]*+(?:\* (?:License|Text|Illustration|Translation|Language|Photograph|Adaptation|Editor|Author)s?:[^\n]*"
+    r"|(?:Release Date|Posting Date|Last Updated|Character set encoding|Language): [^\n]*|Produced by [A-Z][^\n]*"
+    r"|(?:\*\*\*)? ?(?:START|END) OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\[(?:This file|Most recently)[^\n]*\])"
+    r"|#[# ]*)$|^ *#[# ]*(?<= )",
     re.M,
 )
-_FOOTNOTE = re.compile(r"\[\d{1,3}\]|\{\d{1,3}\}")
+_FOOTNOTE = re.compile(r"\[\d{1,3}\]|\{\d{1,3}\}|\[Illustration[^\]\n]{0,200}\]")
 _LICENCE = re.compile(
     r"project gutenberg|gutenberg-tm|gutenberg\.(?:org|net)|pglaf|literary archive foundation|^\d\.[A-F]\.|electronic works?\b"
-    r"|^\*{3}|public domain (?:print )?editions|this etext|this ebook",
+    r"|^[# ]*\*{3}|public domain (?:print )?editions|this etext|this ebook",
     re.I | re.M,
 )
 
@@ -118,19 +115,24 @@ def _unjoin(match: re.Match) -> str:
     return match[0] + " " if alone else match[0]
 
 
+def _plain_blanks(text: str) -> str:
+    """Tabs, no-break and wide blanks as plain ones: for the patterns a blank is then what clean_text leaves."""
+    text = text.replace("\t", " ")
+    return text if text.isascii() else text.replace("\xa0", " ").replace("\u3000", " ")
+
+
+def _no_gaps(text: str) -> str:
+    """At most one blank line in a row."""
+    return _NEWLINES.sub("\n\n", text) if "\n\n\n" in text else text
+
+
 def clean_text(text: str) -> str:
     """Collapse runs of blanks and mend the space around punctuation; newlines stay, at most one blank line in a row.
 
     "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and 3.14 stay.
     """
-    for blank in ("\t", "\xa0", "\u3000"):
-        if blank in text:
-            text = text.replace(blank, " ")
-    while "  " in text:
-        text = text.replace("  ", " ")
-    text = text.replace(" \n", "\n").replace("\n ", "\n").strip(" ")
-    if "\n\n\n" in text:
-        text = _NEWLINES.sub("\n\n", text)
+    text = _BLANKS.sub(" ", _plain_blanks(text)).replace(" \n", "\n").replace("\n ", "\n").strip(" ")
+    text = _no_gaps(text)
     if "( " in text or " )" in text:
         text = text.replace("( ", "(").replace(" )", ")")
     return _JUNCTION.sub(_unjoin, _LOOSE_MARK.sub("", text))
@@ -147,7 +149,8 @@ def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
     def rest(match: re.Match) -> str:
         if not match[1] or "<" in match[0][1:] or not unwanted(match[0]):
             return match[0]
-        return "" if text[: match.start()][-1:].isalnum() and text[match.end() : match.end() + 1].isalnum() else " "
+        before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
+        return "" if before.isalnum() and after.isalnum() else " "
 
     return _TAG.sub(rest, text) if "<" in text else text
 
@@ -170,7 +173,7 @@ def _link_text(match: re.Match) -> str:
     """What a [[link|text]] shows, with a blank where it could join with a mark beside it."""
     if _WIKI_FILE.match(match[0]):
         return match[0]
-    before, after = match.string[match.start() - 1 : match.start()], match.string[match.end() : match.end() + 1]
+    before, after = match.string[max(0, match.start() - 1) : match.start()], match.string[match.end() : match.end() + 1]
     return " " * (before in _MARKS) + match[1] + " " * (after in _MARKS)
 
 
@@ -227,58 +230,57 @@ class DomainCleaners:
     @staticmethod
     def wikipedia(text: str) -> str:
         """Without headers (== Title ==), citations [12], references, templates, tables, link and tag markup."""
+        text = _plain_blanks(text)
         if "``" in text:
             text = _LATEX_QUOTES.sub(lambda line: line[0].replace("``", '"').replace("''", '"'), text)
         if "<" in text:
-            text = _drop_spans(_COMMENT, "-->", text)
+            text = _drop_braces(_drop_spans(_COMMENT, "-->", text))
             text = _drop_spans(_REF, "</ref>", re.sub(r"<ref\b[^<>\n]{0,300}/>", " ", text))
-            text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         if "{" in text:
             text = _drop_braces(text)
+        text = re.sub(r"''+", " ", text)
         if "[" in text:
             text = _WIKI_LINK.sub(_link_text, text)
-            text = _WEB_LINK.sub(r" \1 ", _WIKI_FILE.sub(" ", text))
-            text = _CITATION.sub(" ", _WIKI_REST.sub(" ", text))
+            text = _WIKI_REST.sub(" ", _WIKI_FILE.sub(" ", text))
+            text = _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
+        text = _CITATION.sub(" ", _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag))))
         for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
             text = text.replace(mark, plain)
-        text = re.sub(r"''+", " ", text)
-        return clean_text(_HEADER.sub("", _WIKI_LINE.sub("", text)))
+        return _no_gaps(_HEADER.sub("", _WIKI_LINE.sub("", clean_text(text))))
 
     @staticmethod
     def subtitles(text: str) -> str:
         """Without cue numbers and timings, credits, <i>/<font> tags, [sounds] and (sounds), labels in capitals."""
-        shorter = _CUE.sub("", text)
-        if shorter is not text and shorter != text:
-            text = re.sub(r"\n\n+", "\n", shorter)
+        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), lambda span: len(span) <= 80)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
-        if "{" in text:
-            text = _STYLE.sub(" ", text)
-        text = _drop(_BRACKET, text, lambda span: len(span) <= 80)
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))))
-        text = _SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " "))
-        return _without_credits(clean_text(text))
+        text = clean_text(_SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " ")))
+        shorter = _CUE.sub("", text)
+        if shorter != text:
+            text = re.sub(r"\n\n+", "\n", shorter)
+        return _no_gaps(_without_credits(text))
 
     @staticmethod
     def dialogue(text: str) -> str:
         """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
-        text = _drop_tags(text, lambda tag: len(tag) <= 60)
+        text = _plain_blanks(text)
         if "[" in text:
             text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
             text = re.sub(r"(?<=\d )\[(percent|degrees)\]", r"\1", text)
             text = re.sub(r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text)
-        text = _TRANSCRIPT_LINE.sub("", text)
         text = _drop(_BRACKET, text, lambda span: len(span) <= 80)
+        text = _drop_tags(text, lambda tag: len(tag) <= 60)
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
-        if "+" in text:
-            text = _TRAIL_OFF.sub("...", text)
-        return clean_text(_LABEL.sub("", text))
+        text = _TRANSCRIPT_LINE.sub("", clean_text(_LABEL.sub("", text)))
+        return _no_gaps(_TRAIL_OFF.sub("...", text))
 
     @staticmethod
     def books(text: str) -> str:
         """Without Project Gutenberg's header and licence, credit lines (* License:), page marks (##) and footnote marks."""
+        text = _FOOTNOTE.sub(" ", _plain_blanks(text))
         if "gutenberg" in text.lower():
             text = _drop_licence(text)
-        return clean_text(_FOOTNOTE.sub(" ", _BOOK_LINE.sub("", text)))
+        return _no_gaps(_BOOK_LINE.sub("", clean_text(text)))
 
 
 def create_cleaner_registry() -> dict[str, Callable[[str], str]]:

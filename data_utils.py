@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from cleaners import CLEANER_VERSION, DomainCleaners, clean_text, cleaner_for, create_cleaner_registry
 from documents import (
     PIECE,
+    READER_VERSION,
     Piece,
     clean_documents,
     clean_pieces,
@@ -182,7 +183,7 @@ class DataProcessor:
 
     def _key(self, folder: str, files: list[Path], max_length: int, clean: bool) -> str:
         """A hash of the files' names and contents, the tokenizer, and what is done to them."""
-        parts = [self._backend.to_str(), CLEANER_VERSION, PIECE, max_length, clean]
+        parts = [self._backend.to_str(), CLEANER_VERSION, READER_VERSION, PIECE, max_length, clean]
         parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         for path in files:
             with path.open("rb") as file:
@@ -237,7 +238,7 @@ class DataProcessor:
         import pyarrow as pa
         from datasets import Features, List, Value
 
-        report = {**new_report(), "max_length": max_length, "tokens": 0, "chunks": 0, "tokens_left_out": 0}
+        report = {**new_report(), "key": arrow.stem, "tokens": 0, "chunks": 0, "tokens_left_out": 0}
         schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
         rest = np.empty(0, dtype=self._dtype)
         arrow.parent.mkdir(parents=True, exist_ok=True)

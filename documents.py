@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+READER_VERSION = 1  # a new number for every change of what a document or a cut is: it is part of cache keys
 BLOCK = 1 << 18  # bytes read at a time
 PIECE = 1 << 15  # characters of a document that are cleaned and tokenised in one go, at most
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
@@ -92,9 +92,11 @@ def _blocks(path: Path, report: dict) -> Iterator[str]:
                 data = source.read(BLOCK)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path}: broken gzip file after {offset} bytes of text ({error})") from None
+            if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path}: this is UTF-16 text (byte 0); convert it to UTF-8")
             if offset == 0 and data.startswith(codecs.BOM_UTF8):
                 report["bom_removed"] += 1
-                data = data[len(codecs.BOM_UTF8) :]
+                data, offset = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
             report["bytes_on_disk"] = before + raw.tell()
             try:
                 text = decoder.decode(data, not data)
@@ -125,7 +127,7 @@ _DOCUMENT_END = re.compile(_END + "))")
 _WIKI_END = re.compile(_END + r"| ?= (?![=\s])[^\n]{0,250}(?<![=\s]) = ?(?:\n|\Z)|<doc ))")
 _LONG_GAP = re.compile(r"\n{4,}")
 _BLANK_LINE = re.compile(r"(?<=\n)[ \t]++(?=\n)")
-_CUTS = [re.compile(rf"(?<=\S){gap}(?=\S)") for gap in ("\n\n", "\n", " ")]
+_CUTS = [re.compile(gap) for gap in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
 
 
 def _spans(blocks: Iterable[str], end: re.Pattern) -> Iterator[tuple[str, bool]]:
@@ -192,29 +194,37 @@ def _pieces(spans: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
             held, ready, first = "", None, True
 
 
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    """The lines of a file without their newlines."""
+    parts: list[str] = []
+    for block in blocks:
+        *lines, rest = block.split("\n")
+        for line in lines:
+            yield "".join([*parts, line])
+            parts = []
+        parts.append(rest)
+    yield "".join(parts)
+
+
 def _json_spans(blocks: Iterable[str], path: Path, report: dict) -> Iterator[tuple[str, bool]]:
     """As _spans, for a file whose lines are JSON: an object with "text" or a string, one document each."""
-    number, rest = 0, ""
-    for block in itertools.chain(blocks, "\n"):
-        *lines, rest = (rest + block).split("\n")
-        for line in lines:
-            number += 1
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
-            text = record.get("text") if isinstance(record, dict) else record
-            if not isinstance(text, str):
-                raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
-            text, n = _SURROGATE.subn("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-            report["surrogates_replaced"] += n
-            report["nul_removed"] += text.count("\0")
-            text = text.replace("\0", "")
-            for start in range(0, len(text), BLOCK):  # not at once: cutting copies the rest
-                yield text[start : start + BLOCK], False
-            yield "", True
+    for number, line in enumerate(_lines(blocks), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+        text = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
+        text, n = _SURROGATE.subn("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+        report["surrogates_replaced"] += n
+        report["nul_removed"] += text.count("\0")
+        text = text.replace("\0", "")
+        for start in range(0, len(text), BLOCK):  # not at once: cutting copies the rest
+            yield text[start : start + BLOCK], False
+        yield "", True
 
 
 def read_documents(path: str | os.PathLike, report: dict | None = None) -> Iterator[Piece]:

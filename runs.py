@@ -25,6 +25,9 @@ import yaml
 log = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 CONFIG, DATA_REPORT, LOG, METRICS = "training_config.yaml", "data_report.json", "metrics.jsonl", "training_metrics.json"
+RESULTS = (
+    METRICS, "model.safetensors", "config.json", "generation_config.json", "README.md", "training_curves.png"
+)  # fmt: skip
 FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
     "training.num_epochs", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
     "training.eval_steps", "logging.wandb", "logging.project", "logging.output_dir"
@@ -41,11 +44,15 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN) so that the file is either the old one or the whole new one."""
+    """Write strict JSON (no NaN), as write_text does."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
@@ -122,16 +129,17 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
 
 def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run; ValueError where something would be lost or mixed."""
-    empty = not run_dir.exists() or not any(run_dir.iterdir())
-    if not empty and not (run_dir / CONFIG).is_file():
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG).is_file():
         raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
+        if checkpoint.parent.resolve() != run_dir.resolve():
+            raise ValueError(f"{checkpoint}: is not of this run, which is in {run_dir}")
         changed = differences(checkpoint.parent, config, report)
         if bad := [line for key, line in changed.items() if key not in FREE_ON_RESUME]:
             raise ValueError(f"{checkpoint}: belongs to another run: " + "; ".join(bad))
         return checkpoint
-    if not empty and not overwrite:
+    if (checkpoints(run_dir) or any((run_dir / name).exists() for name in RESULTS)) and not overwrite:
         state = ", ".join(differences(run_dir, config, report).values()) or "the same configuration, not finished"
         raise ValueError(
             f"{run_dir}: holds another run ({state}); add --resume_from_checkpoint latest to go on with it, "
@@ -141,14 +149,15 @@ def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwri
 
 
 def begin(run_dir: Path, config: dict, report: dict, fresh: bool) -> None:
-    """Write what the run is before its first step; a fresh run first removes an older run's checkpoints and metrics."""
+    """Write what the run is before its first step; an older run's results go, and with `fresh` its checkpoints too."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / METRICS).unlink(missing_ok=True)
+    for name in RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
     if fresh:
         for folder in checkpoints(run_dir):
             shutil.rmtree(folder)
-    (run_dir / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     write_json(run_dir / DATA_REPORT, report)
+    write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
 # ---- where a figure comes from ------------------------------------------------------------------

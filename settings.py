@@ -322,7 +322,7 @@ def check_model_section(section: Any) -> dict:
     """Check a model section alone, as a notebook writes it: `name` may be missing. ConfigError lists all problems."""
     if not isinstance(section, dict):
         raise ConfigError([f"model: {section!r} is not a section; it holds {', '.join(ModelSection.model_fields)}"])
-    if section.get("type") not in FFN_RATIO:
+    if section.get("type") not in list(FFN_RATIO):
         raise ConfigError([f"Unknown model type: {section.get('type')!r}; known: {', '.join(FFN_RATIO)}"])
     raw = {"name": "model", **section}
     return _validated(ModelSection, raw, _broken_rules({"model": raw}), ("model",))

@@ -168,19 +168,23 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
 def floor_bits_per_byte(eval_path: str) -> float | None:
     """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
     path = Path(eval_path).resolve().parent / "grammar.json"
-    return json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
 
 
-def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[str, str], world_size: int) -> dict:
+def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[str, str]) -> dict:
     """The derived numbers of a run, before its first step: parameters, tokens per step, steps, words."""
     training, seq_length = config["training"], config["data"]["seq_length"]
     accumulation = training["gradient_accumulation_steps"]
-    chunks_per_step = training["batch_size"] * accumulation * world_size
-    batches = math.ceil(n_chunks / (training["batch_size"] * world_size))
+    batches = math.ceil(n_chunks / training["batch_size"])
     return {
         "parameters": model.num_parameters(),
         "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        "tokens_per_step": chunks_per_step * seq_length,
+        "tokens_per_step": training["batch_size"] * accumulation * seq_length,
         "steps": math.ceil(batches / accumulation) * training["num_epochs"],
         "epochs": training["num_epochs"],
         "words": report["words"] * training["num_epochs"],
@@ -257,6 +261,8 @@ def run(args: argparse.Namespace) -> int:
     """Config -> datasets -> model -> trainer -> run directory."""
     config = load_config(args.config, args)
     check_inputs(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: train.py runs in one process on one device")
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if config["logging"]["wandb"]:
         prepare_wandb(config)
@@ -265,6 +271,7 @@ def run(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length = config["data"]["seq_length"]
+    lengths, floor = byte_lengths(tokenizer), floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
@@ -284,8 +291,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
         model.set_attn_implementation("eager")  # faster here than the CPU's flash kernel: docs/benchmarks.md
     precision = pick_precision(config["training"])
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    plan = describe(config, model, data_report["train"], len(train_data), precision, world_size)
+    plan = describe(config, model, data_report["train"], len(train_data), precision)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:
         print("dry run: nothing was trained and nothing written")
@@ -299,16 +305,15 @@ def run(args: argparse.Namespace) -> int:
         train_dataset=train_data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        byte_lengths=byte_lengths(tokenizer),
+        byte_lengths=lengths,
         callbacks=[run_log],
     )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        at = trainer.state.global_step
-        print(f"interrupted after step {at}; go on with --resume_from_checkpoint latest", file=sys.stderr)
+        further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
+        print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    floor = floor_bits_per_byte(config["data"]["eval_path"])
     print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
     return 0
 
@@ -319,9 +324,12 @@ def prepare_wandb(config: dict) -> None:
 
     if importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb: true, but the wandb package is not installed: pip install wandb")
-    os.environ.setdefault("WANDB_PROJECT", config["logging"]["project"])
-    if not os.environ.get("WANDB_API_KEY"):
-        os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ["WANDB_PROJECT"] = config["logging"]["project"]
+    keys = Path.home() / ".netrc"
+    logged_in = os.environ.get("WANDB_API_KEY") or (keys.is_file() and "wandb" in keys.read_text(errors="replace"))
+    if not logged_in and "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = "offline"
+        log.warning("wandb: no key on this machine: the log stays on disk (wandb sync sends it later)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -359,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -367,10 +377,12 @@ def main(argv: list[str] | None = None) -> int:
         if "out of memory" not in str(error).lower():
             raise
         training = load_config(args.config, args)["training"]
-        half = max(1, training["batch_size"] // 2)
-        steps = training["gradient_accumulation_steps"] * 2
-        print(f"error: CUDA out of memory: the same step fits in less with --batch-size {half} "
-              f"--gradient-accumulation-steps {steps} --fp16 (or --bf16)", file=sys.stderr)  # fmt: skip
+        batch, steps = training["batch_size"], training["gradient_accumulation_steps"]
+        less = f"--batch-size {batch // 2} --gradient-accumulation-steps {steps * 2} --fp16 (or --bf16) --overwrite"
+        remedy = (
+            f"the same step fits in less with {less}" if batch > 1 else "use --bf16, or a smaller model or seq_length"
+        )
+        print(f"error: CUDA out of memory: {remedy}", file=sys.stderr)
         return 2
 
 

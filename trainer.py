@@ -46,7 +46,7 @@ def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     """(precision, reason) for a training section on this machine: "fp32", "bf16" or "fp16", and why in one line."""
     asked = "fp16" if training["fp16"] else "bf16" if training["bf16"] else training["precision"]
     if torch.cuda.is_available():
-        best = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if asked == "auto":
             return best, f"the fastest that {torch.cuda.get_device_name()} has units for"
         if asked == "bf16" and best == "fp16":
@@ -149,8 +149,8 @@ class LMTrainer(Trainer):
         if acts and (self._nonfinite.item() or bad_gradient):  # fp16's loss scaler skips infinite gradients by itself
             raise TrainingError(
                 f"the loss or its gradient became NaN or infinite at or before step {self.state.global_step}; nothing "
-                "was saved after it. Try a smaller --lr, a longer training.warmup_steps, or --bf16 instead of --fp16; "
-                "an earlier checkpoint can be taken up with --resume_from_checkpoint latest"
+                "was saved after it. Train again (--overwrite) with a smaller --lr, a longer training.warmup_steps, or "
+                "--bf16 instead of --fp16"
             )
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -172,7 +172,7 @@ class RunLog(TrainerCallback):
     def __init__(self, path: Path):
         self.path, self.rows, self.bar = path, [], None
         self.seconds, self.tokens, self.clock = 0.0, 0, None
-        self.first_token = self.logged_seconds = self.logged_tokens = 0
+        self.logged_seconds, self.logged_tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step and self.path.is_file():  # resumed: rows after the checkpoint will be written anew
@@ -180,7 +180,9 @@ class RunLog(TrainerCallback):
                 self.rows = [row for row in map(json.loads, file) if row["step"] <= state.global_step]
         with self.path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-        self.first_token = self.tokens = self.logged_tokens = state.num_input_tokens_seen
+        if self.rows:
+            self.seconds = self.logged_seconds = self.rows[-1]["seconds"]
+            self.tokens = self.logged_tokens = state.num_input_tokens_seen
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -209,7 +211,10 @@ class RunLog(TrainerCallback):
         if "loss" in logs and self.seconds > self.logged_seconds:
             row["tokens_per_second"] = (self.tokens - self.logged_tokens) / (self.seconds - self.logged_seconds)
             self.logged_tokens, self.logged_seconds = self.tokens, self.seconds
+        row["seconds"] = round(self.seconds, 3)
         row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
+        if not math.isfinite(row.get("grad_norm", 0.0)):  # a step that fp16's loss scaler skipped
+            row["grad_norm"] = None
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -231,15 +236,15 @@ class RunLog(TrainerCallback):
         self.bar.close()
 
     def tokens_per_second(self) -> float:
-        """Tokens trained on per second since this process began, evaluation and saving left out; 0 before a step."""
-        return (self.tokens - self.first_token) / self.seconds if self.seconds else 0.0
+        """Tokens per second of the whole run, evaluation and saving left out."""
+        return self.tokens / self.seconds
 
 
 def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) -> TrainingArguments:
     """The only place where our keys become Trainer's; what Trainer would do in silence is set by name."""
     training = config["training"]
     use_wandb = config["logging"]["wandb"]
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run_dir),
         learning_rate=training["lr"],
         per_device_train_batch_size=training["batch_size"],
@@ -273,3 +278,6 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         run_name=config["model"]["name"],
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:  # Trainer would spread each batch over all GPUs, and batch_size would mean something else
+        arguments._n_gpu = 1
+    return arguments

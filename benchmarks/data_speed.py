@@ -2,10 +2,10 @@
 
     python benchmarks/data_speed.py --data-dir data/train --tokenizer models/tokenizer.json --repeats 5
 
-Three ways, one after the other, each in a process of its own, --repeats times over: the tokenizer alone on pieces that are
-in memory already; DataProcessor.prepare_dataset from files to an Arrow file, nothing cached, as the text is; the same with
-clean=True. Prints median, minimum and maximum of MB/s, the ratio to the tokenizer alone and the peak memory. It says nothing
-of training or of prepare_data.py.
+Three ways, one after the other, each in a process of its own, --repeats times over: the tokenizer alone on pieces
+that are in memory already; DataProcessor.prepare_dataset from files to an Arrow file, nothing cached, as the text is;
+the same with clean=True. Prints median, minimum and maximum of MB/s, the ratio to the tokenizer alone and the peak
+memory. It says nothing of training or of prepare_data.py.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure(way: str, data_dir: str, tokenizer_file: str) -> dict:
     """{"seconds", "bytes", "peak_rss_bytes"} of one way; bytes are those of the files' text, as read."""
+    import datasets  # noqa: F401  importing it is no part of what is timed
+
     from data_utils import BATCH, DataProcessor, find_files, load_tokenizer, read_documents
 
     tokenizer = load_tokenizer(tokenizer_file)

@@ -245,7 +245,7 @@ ARTEFACTS = {
 }
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the corpus is not here")
+@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpus is not here")
 @pytest.mark.parametrize("domain", ARTEFACTS)
 def test_artefacts_of_a_real_corpus_go(domain):
     text = (SHARED / "corpus" / "dev" / f"{domain}.dev").read_text(encoding="utf-8")

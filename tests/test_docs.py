@@ -18,7 +18,7 @@ DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCS}
 ALL = "\n".join(TEXTS.values())
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def make_parser" in p.read_text(encoding="utf-8"))
-OTHER_COMMANDS = {"python3", "source", "lm_eval", "torchrun"}
+OTHER_COMMANDS = {"python3", "source"}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
 
 

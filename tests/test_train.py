@@ -400,7 +400,7 @@ def test_resume_is_exact(kind, config_file, tmp_path):
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
     def timeless(text):
-        drop = ("tokens_per_second", "eval_seconds")
+        drop = ("tokens_per_second", "eval_seconds", "seconds")
         return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
 
     assert timeless((run_dir / "metrics.jsonl").read_text()) == timeless(log)
@@ -505,11 +505,53 @@ def test_a_wrong_config_is_answered_before_torch(tmp_path):
         assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
-def test_out_of_memory_says_what_helps(config_file, capsys, monkeypatch):
+def test_out_of_memory_says_what_helps(config_file, capsys):
+    """The error that torch raises, at the first step; then the flags of the message are used as they stand."""
+
     def full(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(LMTrainer, "training_step", full)
-    assert train.main(["--config", str(config_file())]) == 2
+    path = str(config_file(training__num_epochs=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LMTrainer, "training_step", full)
+        assert train.main(["--config", path]) == 2
     (line,) = errors_of(capsys)
-    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16" in line
+    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16) --overwrite" in line
+    flags = line.split("less with ")[1].replace("(or --bf16)", "").split()
+    assert train.main(["--config", path, *flags]) == 0
+
+
+def test_a_run_that_saved_nothing_is_in_nobodys_way(config_file, tmp_path):
+    config = train.load_config(config_file())
+    run_dir = tmp_path / "models" / "tiny"
+    runs.begin(run_dir, config, {"train": {}}, fresh=True)
+    assert runs.claim(run_dir, config, {"train": {"words": 1}}, resume=None, overwrite=False) is None
+
+
+def test_a_checkpoint_of_another_directory_is_refused(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    checkpoint = str(runs.checkpoints(run_dir)[0])
+    assert (
+        train.main(["--config", str(config_path), "--model-name", "new", "--resume_from_checkpoint", checkpoint]) == 2
+    )
+    assert "is not of this run" in capsys.readouterr().err
+
+
+def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
+    """fp16's loss scaler skips such steps; the log stays strict JSON."""
+    from transformers import TrainerControl, TrainerState
+
+    run_log = RunLog(tmp_path / "metrics.jsonl")
+    run_log.on_train_begin(None, TrainerState(), TrainerControl())
+    run_log.on_log(None, TrainerState(), TrainerControl(), {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert row["grad_norm"] is None
+
+
+def test_a_foreign_grammar_is_named_before_anything_is_trained(config_file, corpus_dir, tmp_path, capsys):
+    for split in ("train", "dev"):
+        shutil.copytree(corpus_dir / split, tmp_path / "own" / split)
+    (tmp_path / "own" / "grammar.json").write_text("{}")
+    assert train.main(["--config", str(config_file(data__eval_path=str(tmp_path / "own" / "dev")))]) == 2
+    assert "grammar.json: is not of create_synthetic_data.py" in errors_of(capsys)[0]
+    assert not (tmp_path / "models").exists()
