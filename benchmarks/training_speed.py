@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py --config config/llama-10M.yaml --steps 8 --repeats 3
 
 Random token ids; the model, batch and length of the configuration; our Trainer without evaluation or saving. The first
-steps do not count. The order is: every variant once, then all again, --repeats times. Prints median,
-minimum and maximum, and the ratio of the medians to float32 with the default kernel. It says nothing of what is learned.
+steps do not count. The order is: every variant once, then all again, --repeats times. Prints median, minimum and
+maximum, and the ratio of the medians to float32 with the default kernel. It says nothing of what is learned.
 """
 
 from __future__ import annotations
