@@ -288,9 +288,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
-    if not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
-        model.set_attn_implementation("eager")  # faster here than the CPU's flash kernel: docs/benchmarks.md
     precision = pick_precision(config["training"])
+    if precision[0] == "bf16" and not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
+        model.set_attn_implementation("eager")  # faster there than the CPU's flash kernel: docs/benchmarks.md
     plan = describe(config, model, data_report["train"], len(train_data), precision)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:

@@ -141,6 +141,13 @@ def test_python_examples_run(workshop):
     assert "26,450,304" in done.stdout  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
 
 
+def test_figures_name_the_commit_that_gave_them():
+    text = TEXTS[ROOT / "docs" / "benchmarks.md"]
+    sections = [part for part in re.split(r"^## ", text, flags=re.M)[1:] if re.search(r"tokens per second|MB/s", part)]
+    assert len(sections) >= 3
+    assert all(re.search(r"`[0-9a-f]{7,40}`", part) for part in sections)
+
+
 def test_no_word_of_other_places():
     """The project speaks of itself alone."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
