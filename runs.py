@@ -252,3 +252,47 @@ def model_card(metrics: dict) -> str:
     return Template(CARD, keep_trailing_newline=True).render(
         **metrics, header=yaml.safe_dump(header, sort_keys=False).strip()
     )
+
+
+# ---- what a run says of itself -------------------------------------------------------------------
+
+
+def print_plan(config: dict, plan: dict, example: str) -> None:
+    """The derived numbers and one decoded training example, on stdout."""
+    training = config["training"]
+    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
+    print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
+          f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
+    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
+    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
+          f"{plan['tokens']:,} tokens")  # fmt: skip
+    print(f"precision   {plan['precision']}")
+    print(f"example     {example!r}", flush=True)
+
+
+def print_summary(run_dir: Path, metrics: dict) -> None:
+    """What a finished run came to, on stdout."""
+    results = metrics["results"]
+    print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
+    print(f"perplexity        {results['eval_perplexity']:.2f} per token")
+    floor = results["floor_bits_per_byte"]
+    known = f" (the best any model could reach: {floor:.4f})" if floor else ""
+    print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
+    print(f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})")
+    for number, sample in enumerate(metrics["samples"], 1):
+        print(f"sample {number}          {sample!r}")
+    print(f"model, metrics, curves and card: {run_dir}/ (begin with {run_dir / 'README.md'})")
+
+
+def prepare_wandb(config: dict) -> None:
+    """Check that wandb is installed, and keep it from asking for a login: without a key it logs to files."""
+    import importlib.util
+
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging.wandb: true, but the wandb package is not installed: pip install wandb")
+    os.environ["WANDB_PROJECT"] = config["logging"]["project"]
+    keys = Path.home() / ".netrc"
+    logged_in = os.environ.get("WANDB_API_KEY") or (keys.is_file() and "wandb" in keys.read_text(errors="replace"))
+    if not logged_in and "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = "offline"
+        log.warning("wandb: no key on this machine: the log stays on disk (wandb sync sends it later)")

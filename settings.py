@@ -1,4 +1,4 @@
-"""Configuration: a YAML file -> a checked plain dict. The pydantic models below are the only schema.
+"""Configuration: a YAML file -> a checked plain dict. The keys themselves are declared in schema.py.
 
 Every problem of a file is reported at once, each with its path, the value, what is allowed and the nearest known key.
 This file does not look at the disk beyond the YAML file itself (whether the tokenizer or the data exist is the business
@@ -15,10 +15,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
+
+from schema import OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
 MAX_CONFIG_BYTES = 1_000_000
@@ -31,83 +33,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str], source: str = ""):
         self.problems = problems
         super().__init__("\n".join(f"{source}: {line}" if source else line for line in problems))
-
-
-def _key(description: str, default: Any = ..., *, typical: tuple | None = None, **limits) -> Any:
-    """A field of the schema; `typical` is a range outside which a value is allowed but pointed out."""
-    extra = {"typical": list(typical)} if typical else None
-    return Field(default, description=description, json_schema_extra=extra, **limits)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class DataSection(Section):
-    tokenizer_path: str = _key("Tokenizer: a tokenizer.json or a directory that holds one", min_length=1)
-    train_path: str = _key("Training text: a directory of .train, .txt or .jsonl files, or one file", min_length=1)
-    eval_path: str = _key("Held-out text: a directory of .dev, .txt or .jsonl files, or one file", min_length=1)
-    seq_length: int = _key("Tokens in a chunk; also the model's context", 128, ge=32, le=2048, typical=(128, 512))
-    eval_samples: int = _key("Held-out chunks to evaluate on, the same for every model", 256, ge=1)
-
-
-class ModelSection(Section):
-    type: Literal["Llama", "GPT2", "GPTJ"] = _key("Architecture")
-    name: str = _key("The run's directory under logging.output_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    hidden_size: int = _key("Width; divisible by n_head", ge=1, typical=(64, 2048))
-    intermediate_size: int | None = _key(
-        "Width of the feed-forward layer; null or missing: 8/3 x hidden_size (Llama), 4 x (GPT2, GPTJ)", None, ge=1
-    )
-    n_layer: int = _key("Number of layers", ge=1, typical=(2, 48))
-    n_head: int = _key("Number of attention heads", ge=1)
-    vocab_size: int | None = _key("Rows of the embedding; null: the tokenizer's size", None, ge=1)
-    tie_word_embeddings: bool = _key("One matrix for the input and the output embedding", False)
-    resid_pdrop: float = _key("Dropout on residual branches (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3))
-    embd_pdrop: float = _key("Dropout on embeddings (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3))
-    attn_pdrop: float = _key("Dropout on attention weights (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3))
-
-
-class TrainingSection(Section):
-    lr: float = _key("Peak learning rate of AdamW", ge=1e-6, le=1e-2, typical=(1e-5, 1e-3))
-    batch_size: int = _key("Chunks in a batch on each device", gt=0, typical=(1, 128))
-    num_epochs: int = _key("Passes over the training text", ge=1, typical=(1, 10))
-    gradient_accumulation_steps: int = _key("Batches in one optimiser step", 1, ge=1, typical=(1, 32))
-    warmup_steps: int = _key("Steps over which the learning rate rises to lr", 0, ge=0, typical=(0, 1000))
-    lr_scheduler: Literal["linear", "cosine", "constant"] = _key("What the learning rate does after warm-up", "cosine")
-    weight_decay: float = _key("Decoupled weight decay of AdamW", 0.1, ge=0)
-    max_grad_norm: float = _key("Gradients are clipped to this norm", 1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _key(
-        "Number format of matrix products; auto: the fastest that this machine has units for", "auto"
-    )
-    fp16: bool = _key("The same as precision: fp16", False)
-    bf16: bool = _key("The same as precision: bf16", False)
-    torch_compile: bool = _key("Compile the model with torch.compile: slow first step, faster steps after", False)
-    dataloader_num_workers: int = _key("Processes that load batches; 0: the training process itself", 0, ge=0)
-    logging_steps: int = _key("Steps between two rows of the log", 20, ge=1)
-    eval_steps: int | None = _key("Steps between evaluations; null: at the end of each epoch", None, ge=1)
-    save_steps: int | None = _key("Steps between checkpoints; null: at the end of each epoch", None, ge=1)
-    seed: int = _key("Seed of the initial weights, the order of the data and dropout", 42, ge=0, lt=2**31)
-
-
-class LoggingSection(Section):
-    wandb: bool = _key("Send the log to Weights & Biases (needs the wandb package; offline without a key)", False)
-    project: str | None = _key("Weights & Biases project; required with wandb: true", None)
-    output_dir: str = _key("Where run directories are made", "./models/", min_length=1)
-
-
-class Config(BaseModel):
-    """The four sections of a configuration file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, title="BabyLlama configuration")
-    data: DataSection
-    model: ModelSection
-    training: TrainingSection
-    logging: Annotated[LoggingSection, Field(default_factory=LoggingSection)]
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataSection, "model": ModelSection, "training": TrainingSection, "logging": LoggingSection
-}  # fmt: skip
 
 
 # ---- reading YAML -------------------------------------------------------------------------------
@@ -183,6 +108,9 @@ def allowed(section: type[Section], name: str) -> str:
     for option in options:
         if "enum" in option:
             parts.append(" or ".join(str(choice) for choice in option["enum"]))
+            continue
+        if "const" in option or option.get("type") == "array":
+            parts.append(option.get("const") or f"a list of {option.get('minItems', 0)} or more texts")
             continue
         kind = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
         words = kind.get(option.get("type"), "null")
@@ -263,6 +191,11 @@ def _broken_rules(raw: Any) -> list[str]:
         problems.append("training.fp16, training.bf16: both are true; choose one")
     elif chosen and training.get("precision") not in (None, "auto", chosen[0]):
         problems.append(f"training.{chosen[0]}: true, but training.precision is {training['precision']!r}; choose one")
+    if training.get("warmup_steps") and training.get("warmup_ratio"):
+        problems.append("training.warmup_steps, training.warmup_ratio: both are given; choose one")
+    peak, low = training.get("lr"), training.get("min_lr")
+    if _number(peak) and _number(low) and low > peak:
+        problems.append(f"training.min_lr: {low:g} is above training.lr ({peak:g})")
     if logging.get("wandb") is True and not logging.get("project"):
         problems.append("logging.project: missing; required with wandb: true (the Weights & Biases project)")
     return problems
@@ -273,7 +206,7 @@ def warnings_of(config: dict) -> list[str]:
     lines = []
     for name, section in SECTIONS.items():
         for key, field in section.model_fields.items():
-            value = config.get(name, {}).get(key)
+            value = (config.get(name) or {}).get(key)
             low, high = (field.json_schema_extra or {}).get("typical", (None, None))
             if low is not None and value is not None and not low <= value <= high:
                 lines.append(f"{name}.{key}: {value:g} is outside the typical range {low:g} to {high:g}")
@@ -305,6 +238,7 @@ def _validated(
         problems += list(dict.fromkeys(_line(e, root) for e in error.errors(include_url=False)))
     if problems or rules:
         raise ConfigError(problems + rules, source)
+    checked = {key: value for key, value in checked.items() if value is not None or key not in OPTIONAL}
     model = checked if root else checked["model"]
     if model["intermediate_size"] is None:
         model["intermediate_size"] = usual_intermediate_size(model["type"], model["hidden_size"])
@@ -359,7 +293,8 @@ def key_table() -> str:
     rows = ["| key | holds | default | typical | what it does |", "|---|---|---|---|---|"]
     for name, section in SECTIONS.items():
         for key, field in section.model_fields.items():
-            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            needed = f"required{f' in {name}' if name in OPTIONAL else ''}"
+            default = needed if field.is_required() else f"`{json.dumps(field.default)}`"
             low, high = (field.json_schema_extra or {}).get("typical", (None, None))
             typical = "" if low is None else f"{low:g} to {high:g}"
             rows.append(f"| `{name}.{key}` | {allowed(section, key)} | {default} | {typical} | {field.description} |")

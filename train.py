@@ -194,33 +194,6 @@ def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[
     }
 
 
-def print_plan(config: dict, plan: dict, example: str) -> None:
-    """The derived numbers and one decoded training example, on stdout."""
-    training = config["training"]
-    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
-    print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
-          f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
-    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
-    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
-          f"{plan['tokens']:,} tokens")  # fmt: skip
-    print(f"precision   {plan['precision']}")
-    print(f"example     {example!r}", flush=True)
-
-
-def print_summary(run_dir: Path, metrics: dict) -> None:
-    """What a finished run came to, on stdout."""
-    results = metrics["results"]
-    print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
-    print(f"perplexity        {results['eval_perplexity']:.2f} per token")
-    floor = results["floor_bits_per_byte"]
-    known = f" (the best any model could reach: {floor:.4f})" if floor else ""
-    print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
-    print(f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})")
-    for number, sample in enumerate(metrics["samples"], 1):
-        print(f"sample {number}          {sample!r}")
-    print(f"model, metrics, curves and card: {run_dir}/ (begin with {run_dir / 'README.md'})")
-
-
 def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, floor: float | None, data: dict) -> dict:
     """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
     from inference import generate
@@ -265,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: train.py runs in one process on one device")
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if config["logging"]["wandb"]:
-        prepare_wandb(config)
+        runs.prepare_wandb(config)
 
     from data_utils import byte_lengths, load_tokenizer
 
@@ -275,13 +248,14 @@ def run(args: argparse.Namespace) -> int:
     train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
-        print_summary(run_dir, metrics)
+        runs.print_summary(run_dir, metrics)
         return 0
 
     import torch
     import transformers
 
-    from trainer import LMTrainer, RunLog, pick_precision, training_arguments
+    from machine import pick_precision
+    from trainer import LMTrainer, RunLog, training_arguments
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -292,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
     if precision[0] == "bf16" and not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
         model.set_attn_implementation("eager")  # faster there than the CPU's flash kernel: docs/benchmarks.md
     plan = describe(config, model, data_report["train"], len(train_data), precision)
-    print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
+    runs.print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:
         print("dry run: nothing was trained and nothing written")
         return 0
@@ -314,22 +288,8 @@ def run(args: argparse.Namespace) -> int:
         further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
         print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
+    runs.print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
     return 0
-
-
-def prepare_wandb(config: dict) -> None:
-    """Check that wandb is installed, and keep it from asking for a login: without a key it logs to files."""
-    import importlib.util
-
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError("logging.wandb: true, but the wandb package is not installed: pip install wandb")
-    os.environ["WANDB_PROJECT"] = config["logging"]["project"]
-    keys = Path.home() / ".netrc"
-    logged_in = os.environ.get("WANDB_API_KEY") or (keys.is_file() and "wandb" in keys.read_text(errors="replace"))
-    if not logged_in and "WANDB_MODE" not in os.environ:
-        os.environ["WANDB_MODE"] = "offline"
-        log.warning("wandb: no key on this machine: the log stays on disk (wandb sync sends it later)")
 
 
 def make_parser() -> argparse.ArgumentParser:

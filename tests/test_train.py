@@ -18,13 +18,13 @@ from conftest import ROOT, build_tiny_model
 import runs
 import settings
 import train
+from machine import pick_precision
 from trainer import (
     LMTrainer,
     RunLog,
     TrainingError,
     collate_chunks,
     evaluate_chunks,
-    pick_precision,
     training_arguments,
 )
 
