@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
-CLEANER_VERSION = 1  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+CLEANER_VERSION = 2  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
 
 # A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
 # What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
@@ -71,6 +71,7 @@ _CREDIT = re.compile(
     r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
 )
 _BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
+_ASIDE = re.compile(r"\([^()\n]*\)|<[^<>\n]*>|\s+")
 _PAREN = re.compile(r"\([^)\n]*+(\)?)")
 _SOUND = re.compile(
     r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
@@ -141,6 +142,11 @@ def clean_text(text: str) -> str:
 def _drop(pattern: re.Pattern, text: str, unwanted: Callable[[str], bool]) -> str:
     """The text with a blank for each closed span (group 1 caught its end) that is unwanted."""
     return pattern.sub(lambda match: " " if match[1] and unwanted(match[0]) else match[0], text)
+
+
+def _short(span: str) -> bool:
+    """Whether a bracket is short enough for a remark, counted without what else may go: tags, asides, blanks."""
+    return len(_ASIDE.sub("", span)) <= 70
 
 
 def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
@@ -251,7 +257,7 @@ class DomainCleaners:
     @staticmethod
     def subtitles(text: str) -> str:
         """Without cue numbers and timings, credits, <i>/<font> tags, [sounds] and (sounds), labels in capitals."""
-        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), lambda span: len(span) <= 80)
+        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), _short)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))))
         text = clean_text(_SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " ")))
@@ -265,11 +271,12 @@ class DomainCleaners:
         """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
         text = _plain_blanks(text)
         if "[" in text:
-            text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
+            for _ in range(2):  # one may stand inside another
+                text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
             text = re.sub(r"(?<=\d )\[(percent|degrees)\]", r"\1", text)
             text = re.sub(r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text)
-        text = _drop(_BRACKET, text, lambda span: len(span) <= 80)
-        text = _drop_tags(text, lambda tag: len(tag) <= 60)
+        text = _drop(_BRACKET, text, _short)
+        text = _drop_tags(text, lambda tag: len(_ASIDE.sub("", tag[1:-1])) <= 55)
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
         text = _TRANSCRIPT_LINE.sub("", clean_text(_LABEL.sub("", text)))
         return _no_gaps(_TRAIL_OFF.sub("...", text))

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import SHARED
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cleaners
@@ -180,6 +180,9 @@ fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 @pytest.mark.parametrize("name", CLEANERS)
 @settings(max_examples=400, deadline=None)
 @given(text=st.one_of(fragment_text, st.text(max_size=30)))
+@example(text="[glossary:[glossary:[glossary:==(laughing)http://a.B/cSubtitles by =gutenberg[12]")
+@example(text="<b [http://x[glossary: {START OF THIS PROJECT GUTENBERG#(laughing) -->=}a[[")
+@example(text="[glossary:a|[glossary:+...</i>]]+")
 def test_idempotent(name, text):
     once = CLEANERS[name](text)
     assert CLEANERS[name](once) == once
