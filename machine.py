@@ -1,14 +1,22 @@
-"""What this machine can do: number formats that it has units for, and what is best to take for a run.
+"""What this machine can do: number formats it has units for, whether it can compile, how fast it multiplies matrices.
 
 It looks at the machine only; it changes no setting and knows no model.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+COMPILE_WORTH_SECONDS = 300  # compiling takes 20 to 60 s and saves between a third and a half: docs/benchmarks.md
+EAGER_SHARE, COMPILED_SHARE = 0.25, 0.5  # of the speed of matrix products, reached in training: docs/benchmarks.md
 
 
 def cpu_has_bf16_units() -> bool:
@@ -39,3 +47,60 @@ def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     if asked == "bf16" and best == "fp32":
         return "bf16", "as asked, though this CPU has no units for bf16 and float32 would be faster"
     return asked, "as asked"
+
+
+def compiler_missing() -> str | None:
+    """What torch.compile lacks on this machine, or None: a C++ compiler for a CPU, triton for a GPU."""
+    if torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "the triton package"
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
+    return None if any(name and shutil.which(name) for name in names) else "a C++ compiler (g++ or clang++)"
+
+
+def pick_compile(training: dict[str, Any], seconds: float) -> tuple[bool, str]:
+    """(whether to compile, reason) for a training section and the seconds that the run would take without.
+
+    ValueError where compilation is asked for and cannot be had.
+    """
+    asked = training["compile"] if training["torch_compile"] is None else training["torch_compile"]
+    missing = compiler_missing()
+    if asked is True and missing:
+        raise ValueError(
+            f"training.compile: true, but torch.compile needs {missing}, not found here; install it or use auto"
+        )
+    if asked != "auto":
+        return asked, "as asked"
+    if missing:
+        return False, f"torch.compile needs {missing}, not found here"
+    if seconds < COMPILE_WORTH_SECONDS:
+        return False, "a run this short would not win back the time to compile"
+    return True, "the run is long enough to win back the time to compile"
+
+
+def matmul_flops(precision: str) -> float:
+    """Floating-point operations per second of a product of two square matrices, measured now: the best of five."""
+    cuda = torch.cuda.is_available()
+    size, dtype = (
+        (8192 if cuda else 1024),
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32),
+    )
+    a, b = (torch.full((size, size), 0.5, dtype=dtype, device="cuda" if cuda else "cpu") for _ in "ab")
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        started = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has allocated on the GPU, or, without one, has held in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -53,6 +53,22 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
     figure.savefig(path, dpi=120)
 
 
+def plot_curves(losses: dict[str, list[float]], path: Path) -> None:
+    """The training loss of several runs, a value for each step, over one another, and what sets each off the first."""
+    figure, ((axis, gap),) = _figure(1, 2, 11, 4)
+    first = next(iter(losses.values()))
+    for (name, values), colour in zip(losses.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.2, label=label(name))
+        if values is not first:
+            gap.plot(
+                range(1, len(values) + 1), [a - b for a, b in zip(values, first, strict=True)], color=colour, lw=1.2
+            )
+    axis.set(xlabel="step", ylabel="training loss (nats per token)")
+    axis.legend(frameon=False)
+    gap.set(xlabel="step", ylabel="difference (nats per token)", title=f"minus {label(next(iter(losses)))}")
+    figure.savefig(path, dpi=120)
+
+
 def plot_evaluation(metrics: dict[str, Any], path: Path) -> None:
     """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
 

@@ -257,19 +257,6 @@ def model_card(metrics: dict) -> str:
 # ---- what a run says of itself -------------------------------------------------------------------
 
 
-def print_plan(config: dict, plan: dict, example: str) -> None:
-    """The derived numbers and one decoded training example, on stdout."""
-    training = config["training"]
-    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
-    print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
-          f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
-    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
-    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
-          f"{plan['tokens']:,} tokens")  # fmt: skip
-    print(f"precision   {plan['precision']}")
-    print(f"example     {example!r}", flush=True)
-
-
 def print_summary(run_dir: Path, metrics: dict) -> None:
     """What a finished run came to, on stdout."""
     results = metrics["results"]

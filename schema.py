@@ -74,6 +74,11 @@ class TrainingSection(Section):
         "Compile the model with torch.compile: slow first step, faster steps after; auto: where it pays", "auto"
     )
     torch_compile: bool | None = _key("The same; rules over compile when given", None)
+    chunked_loss: bool | Literal["auto"] = _key(
+        "Take the output layer and its loss a slice of the batch at a time: less memory; auto: on a CPU, where it is "
+        "also faster",
+        "auto",
+    )
     gradient_checkpointing: bool = _key("Recompute activations in the backward pass: less memory, slower", False)
     ema: float | None = _key(
         "Decay of an exponential moving average of the weights, which is evaluated and saved; null: none",

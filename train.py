@@ -150,7 +150,12 @@ def _prepare_datasets(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
     if len(held_out) > data["eval_samples"]:  # a fixed subset: the same chunks for every model and seed
         chosen = np.random.default_rng(0).choice(len(held_out), data["eval_samples"], replace=False)
         held_out = held_out.select(sorted(chosen.tolist()))
-    return both["train"].with_format("numpy"), held_out.with_format("numpy"), processor.reports
+    train = both["train"].with_format("numpy")
+    if data["random_offset"]:
+        from trainer import ShiftedChunks
+
+        train = ShiftedChunks(train, config["training"]["seed"])
+    return train, held_out.with_format("numpy"), processor.reports
 
 
 def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
@@ -176,35 +181,17 @@ def floor_bits_per_byte(eval_path: str) -> float | None:
         raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
 
 
-def describe(config: dict, model, report: dict, n_chunks: int, precision: tuple[str, str]) -> dict:
-    """The derived numbers of a run, before its first step: parameters, tokens per step, steps, words."""
-    training, seq_length = config["training"], config["data"]["seq_length"]
-    accumulation = training["gradient_accumulation_steps"]
-    batches = math.ceil(n_chunks / training["batch_size"])
-    return {
-        "parameters": model.num_parameters(),
-        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        "tokens_per_step": training["batch_size"] * accumulation * seq_length,
-        "steps": math.ceil(batches / accumulation) * training["num_epochs"],
-        "epochs": training["num_epochs"],
-        "words": report["words"] * training["num_epochs"],
-        "tokens": n_chunks * seq_length * training["num_epochs"],
-        "precision": f"{precision[0]} ({precision[1]})",
-        "seed": training["seed"],
-    }
-
-
 def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, floor: float | None, data: dict) -> dict:
     """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
     from inference import generate
+    from machine import peak_memory
     from plots import plot_training
     from trainer import evaluate_chunks
 
-    model, tokenizer = (
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False),
-        trainer.processing_class,
+    model, tokenizer = trainer.best_model(), trainer.processing_class
+    final = evaluate_chunks(
+        model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
     )
-    final = evaluate_chunks(model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"])
     model.save_pretrained(run_dir)
     tokenizer.save_pretrained(run_dir)
     samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
@@ -215,6 +202,8 @@ def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, flo
             "floor_bits_per_byte": floor,
             "tokens_per_second": run_log.tokens_per_second(),
             "training_seconds": run_log.seconds,
+            "first_step_seconds": run_log.rows[0]["seconds"],
+            "peak_memory_bytes": peak_memory(),
             "tokens_trained": trainer.state.num_input_tokens_seen,
         },
         "plan": plan,
@@ -251,36 +240,43 @@ def run(args: argparse.Namespace) -> int:
         runs.print_summary(run_dir, metrics)
         return 0
 
-    import torch
     import transformers
 
-    from machine import pick_precision
-    from trainer import LMTrainer, RunLog, training_arguments
+    from plan import describe, fit_to_machine, print_plan
+    from run_log import RunLog
+    from trainer import LMTrainer, training_arguments
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
-    precision = pick_precision(config["training"])
-    if precision[0] == "bf16" and not torch.cuda.is_available() and config["data"]["seq_length"] <= 512:
-        model.set_attn_implementation("eager")  # faster there than the CPU's flash kernel: docs/benchmarks.md
-    plan = describe(config, model, data_report["train"], len(train_data), precision)
-    runs.print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
+    if config["training"]["gradient_checkpointing"]:
+        older = "gradient_checkpointing_enable"  # its name before transformers 5.20 or so
+        getattr(model, "activation_checkpointing_enable", getattr(model, older, None))({"use_reentrant": False})
+    plan = describe(config, model, data_report["train"], len(train_data))
+    loss = fit_to_machine(config, model, plan, tokenizer.bos_token_id)
+    print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:
         print("dry run: nothing was trained and nothing written")
         return 0
 
     runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
-    run_log = RunLog(run_dir / runs.LOG)
+    words_per_token = data_report["train"]["words"] / data_report["train"]["tokens"]
+    run_log = RunLog(run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
+    callbacks = [run_log]
+    if patience := config["training"]["early_stopping_patience"]:
+        callbacks.append(transformers.EarlyStoppingCallback(patience))
     trainer = LMTrainer(
         model=model,
-        args=training_arguments(config, run_dir, precision[0]),
+        args=training_arguments(config, run_dir, plan["precision"]),
         train_dataset=train_data,
         eval_dataset=held_out,
         processing_class=tokenizer,
         byte_lengths=lengths,
-        callbacks=[run_log],
+        training=config["training"],
+        loss=loss,
+        callbacks=callbacks,
     )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -7,7 +7,6 @@ it is complete. It does not build models or read configs (train.py).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -16,21 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from inference import generate
+from loss import NextTokenLoss
+from optimizers import make_optimizer, schedule
 from runs import seal_checkpoint
 
 log = logging.getLogger(__name__)
+AVERAGE = "average.safetensors"  # the moving average of the weights, in a checkpoint
 
 
 class TrainingError(ValueError):
     """The run cannot go on; the message says what to change."""
 
 
-# ---- loss and evaluation ------------------------------------------------------------------------
+# ---- data ---------------------------------------------------------------------------------------
 
 
 def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -44,25 +47,51 @@ def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Sum over the batch of -log p(token | tokens before it), in nats, in float32: logits (B, T, V), ids (B, T)."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+class ShiftedChunks(TrainerCallback):
+    """Chunks cut at another offset in each epoch: row i is the end of chunk i and the beginning of chunk i + 1.
+
+    The offset (0 to T - 1) is drawn from the seed and the epoch alone, so that a resumed run cuts as the first did.
+    """
+
+    def __init__(self, chunks, seed: int):
+        self.chunks, self.seed, self.offset = chunks, seed, 0
+        self.length = len(chunks[0]["input_ids"])
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.start_epoch(int((state.epoch or 0) + 1e-6))
+
+    def start_epoch(self, epoch: int) -> None:
+        self.offset = int(np.random.default_rng((self.seed, epoch)).integers(self.length))
+
+    def __len__(self) -> int:
+        return len(self.chunks) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        two = [self.chunks[i]["input_ids"] for i in (index, index + 1)]
+        return {"input_ids": np.concatenate([two[0][self.offset :], two[1][: self.offset]])}
+
+
+# ---- loss and evaluation ------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate_chunks(model, chunks, byte_lengths: torch.Tensor, batch_size: int) -> dict[str, float]:
+def evaluate_chunks(
+    model, chunks, byte_lengths: torch.Tensor, batch_size: int, mask_from: int | None = None
+) -> dict[str, float]:
     """Loss of a model on full chunks, from sums, so that it does not depend on the batch size.
 
-    Each token of a chunk but the first is predicted from those before it in the chunk. Returns `loss` (nats per
-    predicted token), `perplexity` (exp of it), `bits_per_byte` (all nats, those of </s> included, over log 2 and
-    the UTF-8 bytes of the predicted tokens; `byte_lengths` (V,) gives each token's), `tokens` and `bytes`.
+    Each token of a chunk but the first is predicted from those before it in the chunk, or, with `mask_from` (the id of
+    BOS), from those before it in its document. Returns `loss` (nats per predicted token), `perplexity` (exp of it),
+    `bits_per_byte` (all nats, those of </s> included, over log 2 and the UTF-8 bytes of the predicted tokens;
+    `byte_lengths` (V,) gives each token's), `tokens` and `bytes`.
     """
     was_training = model.training
     model.eval()
     nll, tokens, n_bytes = 0.0, 0, 0
+    loss_of = NextTokenLoss(dtype=torch.float32, mask_from=mask_from)
     for batch in DataLoader(chunks, batch_size, collate_fn=collate_chunks):
         ids = batch["input_ids"].to(model.device)
-        nll += next_token_nll(model(input_ids=ids, use_cache=False).logits, ids).item()
+        nll += loss_of(model, ids).item()
         tokens += ids[:, 1:].numel()
         n_bytes += int(byte_lengths[ids[:, 1:].cpu()].sum())
     model.train(was_training)
@@ -77,38 +106,76 @@ def evaluate_chunks(model, chunks, byte_lengths: torch.Tensor, batch_size: int) 
 
 
 class LMTrainer(Trainer):
-    """Trainer for full chunks; `byte_lengths` (V,) is the number of UTF-8 bytes that each token stands for."""
+    """Trainer for full chunks.
 
-    def __init__(self, *args, byte_lengths: np.ndarray, **kwargs):
+    `byte_lengths` (V,) is the number of UTF-8 bytes that each token stands for, `training` the section of the
+    configuration (optimizer, schedule, average of the weights), `loss` what turns a model and a batch into nats.
+    """
+
+    def __init__(self, *args, byte_lengths: np.ndarray, training: dict[str, Any], loss: NextTokenLoss, **kwargs):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
         self.remove_callback(PrinterCallback)  # RunLog tells the same in fewer words
-        self.byte_lengths = torch.as_tensor(byte_lengths)
+        self.byte_lengths, self.training, self.loss = torch.as_tensor(byte_lengths), training, loss
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self._nonfinite = torch.zeros((), device=self.args.device)
+        self.average = None
+        if training["ema"]:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(training["ema"]))
+            self.add_callback(_UpdateAverage(self.average))
+        if isinstance(self.train_dataset, ShiftedChunks):
+            self.add_callback(self.train_dataset)
+
+    def best_model(self):
+        """What is evaluated and saved in the end: the average of the weights where there is one, else the model."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.average.module if self.average else model
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model if model is None else model, self.training)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            factor = schedule(self.training, num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer would walk all modules at each batch for a figure that nothing here reads
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
-        outputs = model(input_ids=ids, use_cache=False)
-        nll = next_token_nll(outputs.logits, ids)
+        with self.accelerator.autocast():
+            nll = self.loss(model, ids)
         items = ids[:, 1:].numel() if num_items_in_batch is None else num_items_in_batch
         loss = nll / items * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        if model.training:
-            self.state.num_input_tokens_seen += ids.numel() * self.accelerator.num_processes
-            self._nonfinite += ~torch.isfinite(
-                loss.detach()
-            )  # looked at only when logging: no wait for the device here
-        return (loss, outputs) if return_outputs else loss
+        self.state.num_input_tokens_seen += ids.numel() * self.accelerator.num_processes
+        self._nonfinite += ~torch.isfinite(loss.detach())  # looked at only when logging: no wait for the device here
+        return (loss, None) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         started = time.perf_counter()
         chunks = self.eval_dataset if eval_dataset is None else eval_dataset
-        sums = evaluate_chunks(self.model, chunks, self.byte_lengths, self.args.per_device_eval_batch_size)
+        model = self.average.module if self.average else self.model
+        sums = evaluate_chunks(
+            model, chunks, self.byte_lengths, self.args.per_device_eval_batch_size, self.loss.mask_from
+        )
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in sums.items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
-        self.log(metrics)
+        self.log(metrics | {"samples": self._samples(model)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _samples(self, model) -> list[str]:
+        """What the model makes of nothing and of the first words of the held-out text, the same draws each time."""
+        if self.processing_class is None:
+            return []
+        opening = self.processing_class.decode(self.eval_dataset[0]["input_ids"][1:9], skip_special_tokens=True)
+        made = generate(model, self.processing_class, ["", opening], max_new_tokens=20, temperature=0.8, seed=0)
+        return [prompt + text for prompt, (text,) in zip(["", opening], made, strict=True)]
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         acts = self.control.should_log or self.control.should_save or self.control.should_evaluate
@@ -124,87 +191,36 @@ class LMTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.average:
+                save_model(self.average.module, folder / AVERAGE)
+            seal_checkpoint(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_average(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, folder) -> None:
+        if self.average:
+            load_model(self.average.module, Path(folder) / AVERAGE)
+            self.average.n_averaged.fill_(1)  # not the first: the next weights are averaged in, not copied
 
 
-# ---- what a run tells ---------------------------------------------------------------------------
+class _UpdateAverage(TrainerCallback):
+    """After each step the weights enter their exponential moving average."""
+
+    def __init__(self, average: AveragedModel):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
 
 
-class RunLog(TrainerCallback):
-    """A progress bar with the time left, and metrics.jsonl: one strict JSON object for each row of the log.
-
-    The clock runs while steps run and stands still while the model is evaluated or saved.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.rows, self.bar = path, [], None
-        self.seconds, self.tokens, self.clock = 0.0, 0, None
-        self.logged_seconds, self.logged_tokens = 0.0, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step and self.path.is_file():  # resumed: rows after the checkpoint will be written anew
-            with self.path.open(encoding="utf-8") as file:
-                self.rows = [row for row in map(json.loads, file) if row["step"] <= state.global_step]
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-        if self.rows:
-            self.seconds = self.logged_seconds = self.rows[-1]["seconds"]
-            self.tokens = self.logged_tokens = state.num_input_tokens_seen
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.clock is None:
-            self.clock = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-        if control.should_log or control.should_evaluate or control.should_save:
-            self._stop_clock(state)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self._stop_clock(state)
-
-    def _stop_clock(self, state) -> None:
-        if self.clock is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self.clock
-            self.clock, self.tokens = None, state.num_input_tokens_seen
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not {"loss", "eval_loss"} & set(logs or ()):
-            return
-        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "tokens": state.num_input_tokens_seen}
-        if "loss" in logs and self.seconds > self.logged_seconds:
-            row["tokens_per_second"] = (self.tokens - self.logged_tokens) / (self.seconds - self.logged_seconds)
-            self.logged_tokens, self.logged_seconds = self.tokens, self.seconds
-        row["seconds"] = round(self.seconds, 3)
-        row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
-        if not math.isfinite(row.get("grad_norm", 0.0)):  # a step that fp16's loss scaler skipped
-            row["grad_norm"] = None
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._show(row)
-
-    def _show(self, row: dict[str, float]) -> None:
-        if "eval_loss" in row:
-            line = (
-                f"step {row['step']:>6}  held-out loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
-                f"  bits per byte {row['eval_bits_per_byte']:.4f}"
-            )
-        else:
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
-            line = f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {speed}"
-        tqdm.write(line)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-    def tokens_per_second(self) -> float:
-        """Tokens per second of the whole run, evaluation and saving left out."""
-        return self.tokens / self.seconds
+# ---- arguments ---------------------------------------------------------------------------------
 
 
 def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) -> TrainingArguments:
@@ -218,18 +234,14 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         per_device_eval_batch_size=training["batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],
         num_train_epochs=training["num_epochs"],
-        warmup_steps=training["warmup_steps"],
-        lr_scheduler_type=training["lr_scheduler"] + ("_with_warmup" if training["lr_scheduler"] == "constant" else ""),
-        weight_decay=training["weight_decay"],
         max_grad_norm=training["max_grad_norm"],
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        torch_compile=training["torch_compile"],
         use_cpu=not torch.cuda.is_available(),
         seed=training["seed"],
         data_seed=training["seed"] * 1000,  # the sampler adds the epoch: neighbouring seeds must not share an order
         dataloader_num_workers=training["dataloader_num_workers"],
-        dataloader_persistent_workers=training["dataloader_num_workers"] > 0,
+        dataloader_persistent_workers=training["dataloader_num_workers"] > 0 and not config["data"]["random_offset"],
         logging_steps=training["logging_steps"],
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -238,6 +250,9 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         save_strategy="steps" if training["save_steps"] else "epoch",
         save_steps=training["save_steps"] or 500,
         save_total_limit=2,
+        load_best_model_at_end=training["early_stopping_patience"] is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         remove_unused_columns=False,
         use_cache=True,  # written into config.json; the training forward passes False itself
         disable_tqdm=True,

@@ -1,91 +1,183 @@
-"""Tokens per second of a training step with each number format and attention kernel, side by side in one run.
+"""Tokens per second of training, ours beside a plain script on Hugging Face's Trainer, in one run.
 
-    python benchmarks/training_speed.py --config config/llama-10M.yaml --steps 8 --repeats 3
+    python benchmarks/training_speed.py --config config/llama-10M.yaml --steps 6 --repeats 3
+    python benchmarks/training_speed.py --config config/llama-10M.yaml --curves curves.png --steps 100
 
-Random token ids; the model, batch and length of the configuration; our Trainer without evaluation or saving. The first
-steps do not count. The order is: every variant once, then all again, --repeats times. Prints median, minimum and
-maximum, and the ratio of the medians to float32 with the default kernel. It says nothing of what is learned.
+The plain script is what a tutorial gives: DataCollatorForLanguageModeling, float32 (on a GPU bf16), the model's own
+loss, at each micro-batch of --micro, accumulated to the configuration's batch. Ours is LMTrainer with each choice of
+number format and compilation. Same model, ids, effective batch and seed; no evaluation, no saving. The first two steps
+do not count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats times.
+Prints median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at which
+this machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best plain
+variant's recipe and of ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 VOCABULARY, WARM_UP = 16000, 2
-VARIANTS = [("fp32", "sdpa"), ("fp32", "eager"), ("bf16", "sdpa"), ("bf16", "eager")]
 
 
-class Tokenizer:
-    """The size and the special ids that create_model asks for."""
+def tokenizer_of(config: dict):
+    """The configuration's tokenizer, or, where it is not there, one of 16,000 made-up words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+    from data_utils import load_tokenizer
 
-    def __len__(self) -> int:
-        return VOCABULARY
+    if Path(config["data"]["tokenizer_path"]).exists():
+        return load_tokenizer(config["data"]["tokenizer_path"])
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def one_turn(config: dict, precision: str, attention: str, steps: int, folder: Path) -> float:
-    """Tokens per second: the median of `steps` steps after the warm-up."""
-    import numpy as np
+class Clock:
+    """A callback that notes the time at which each step ends."""
+
+    def __new__(cls):
+        import torch
+        from transformers import TrainerCallback
+
+        class _Clock(TrainerCallback):
+            times, losses = [], []
+
+            def on_train_begin(self, *args, **kwargs):
+                self.times = [time.perf_counter()]
+                self.losses = []
+
+            def on_step_end(self, *args, **kwargs):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.times.append(time.perf_counter())
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                self.losses += [logs["loss"]] if "loss" in logs else []
+
+        return _Clock()
+
+
+def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path):
+    """Train over the rows; returns the clock. `variant` is {"micro": n} for the plain script, else how ours runs."""
+    import torch
     import transformers
 
+    from loss import NextTokenLoss
     from train import create_model
-    from trainer import LMTrainer, RunLog, training_arguments
+    from trainer import LMTrainer, training_arguments
 
-    transformers.set_seed(0)
-    model = create_model(config, Tokenizer())
-    model.set_attn_implementation(attention)
-    arguments = training_arguments(config, folder, precision)
+    transformers.set_seed(config["training"]["seed"])
+    model, clock, cuda = create_model(config, tokenizer), Clock(), torch.cuda.is_available()
+    batch = config["training"]["batch_size"]
+    arguments = training_arguments(config, folder, variant.get("precision", "bf16" if cuda else "fp32"))
     arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.max_steps, arguments.logging_steps = WARM_UP + steps, 1
-    chunks = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * (WARM_UP + steps)
-    ids = np.random.default_rng(0).integers(3, VOCABULARY, (chunks, config["data"]["seq_length"])).astype(np.uint16)
-    run_log = RunLog(folder / "metrics.jsonl")
-    with contextlib.redirect_stdout(None):
-        LMTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=[{"input_ids": row} for row in ids],
-            byte_lengths=np.ones(VOCABULARY, dtype=np.int64),
-            callbacks=[run_log],
-        ).train()
-    return statistics.median(row["tokens_per_second"] for row in run_log.rows[WARM_UP:])
+    arguments.num_train_epochs, arguments.logging_steps, arguments.load_best_model_at_end = 1, 1, False
+    common = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [clock]}
+    if "micro" in variant:
+        arguments.per_device_train_batch_size = variant["micro"]
+        arguments.gradient_accumulation_steps *= batch // variant["micro"]
+        arguments.lr_scheduler_type = config["training"]["lr_scheduler"]
+        arguments.warmup_steps, arguments.weight_decay = (
+            config["training"]["warmup_steps"],
+            config["training"]["weight_decay"],
+        )
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = transformers.Trainer(**common, data_collator=collator, processing_class=tokenizer)
+    else:
+        bf16 = variant["precision"] == "bf16"
+        if bf16 and not cuda:
+            model.set_attn_implementation("eager")
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        loss = NextTokenLoss(dtype=dtype, batch_size=batch, compile=variant["compile"], chunked=not cuda)
+        trainer = LMTrainer(**common, byte_lengths=[1] * len(tokenizer), training=config["training"], loss=loss)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return clock
+
+
+def random_rows(config: dict, n: int) -> list[dict]:
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (n, config["data"]["seq_length"]))
+    return [{"input_ids": row.tolist()} for row in ids]
+
+
+def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: Path, picture: Path) -> None:
+    """Train each variant on the first n chunks of the configuration's text, and draw their losses."""
+    from plots import plot_curves
+    from train import prepare_datasets_modern
+
+    rows = [
+        {"input_ids": row["input_ids"].tolist()}
+        for row in prepare_datasets_modern(config, tokenizer)[0].select(range(n))
+    ]
+    found = {name: train_once(config, variant, tokenizer, rows, folder).losses for name, variant in variants.items()}
+    plot_curves(found, picture)
+    names = list(found)
+    gaps = [abs(a - b) for a, b in zip(found[names[0]], found[names[1]], strict=True)]
+    last = {name: statistics.fmean(losses[-10:]) for name, losses in found.items()}
+    print(f"loss of the last 10 of {len(gaps)} steps: {last}; largest difference of a step {max(gaps):.4f}; {picture}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "config" / "llama-10M.yaml"))
-    parser.add_argument("--steps", type=int, default=8, help="counted steps of a turn (default 8)")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps of a turn (default 6)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each variant (default 3)")
+    parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="micro-batches of the plain script")
+    parser.add_argument("--formats", nargs="+", default=["fp32", "bf16"], help="number formats of ours")
+    parser.add_argument("--curves", type=Path, metavar="PNG", help="draw losses on the configuration's text instead")
+    parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.disable(logging.WARNING)
-    from train import load_config
+    from machine import matmul_flops
+    from plan import describe
+    from train import create_model, load_config
 
-    config = load_config(args.config)
-    speeds: dict[tuple[str, str], list[float]] = {variant: [] for variant in VARIANTS}
+    config = load_config(args.config, args)
+    tokenizer = tokenizer_of(config)
+    batch = config["training"]["batch_size"]
+    step = batch * config["training"]["gradient_accumulation_steps"]
+    plain = {f"plain, micro-batch {m}": {"micro": m} for m in args.micro if batch % m == 0}
+    ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}
     with tempfile.TemporaryDirectory() as folder:
+        if args.curves:
+            two = dict([next(iter(plain.items())), list(ours.items())[-1]])
+            curves(config, two, tokenizer, step * args.steps, Path(folder), args.curves)
+            return 0
+        rows, speeds, firsts = random_rows(config, step * (WARM_UP + args.steps)), {}, {}
         for _ in range(args.repeats):
-            for variant in VARIANTS:
-                speeds[variant].append(one_turn(config, *variant, args.steps, Path(folder)))
-                print(*variant, f"{speeds[variant][-1]:,.0f} tokens/s", file=sys.stderr)
-    base = statistics.median(speeds[VARIANTS[0]])
-    print(f"{'format':8}{'attention':12}{'median':>8}{'min':>8}{'max':>8}{'ratio':>7}   tokens per second")
-    for (precision, attention), found in speeds.items():
-        middle = statistics.median(found)
-        print(f"{precision:8}{attention:12}{middle:8,.0f}{min(found):8,.0f}{max(found):8,.0f}{middle / base:7.2f}")
+            for name, variant in {**plain, **ours}.items():
+                times = train_once(config, variant, tokenizer, rows, Path(folder)).times
+                seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+                middle = statistics.median(seconds[WARM_UP:])
+                speeds.setdefault(name, []).append(step * config["data"]["seq_length"] / middle)
+                firsts.setdefault(name, []).append(seconds[0])
+                print(f"{name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
+    report = {"words": 0}
+    work = describe(config, create_model(config, tokenizer), report, len(rows))["flops_per_token"]
+    best = max(statistics.median(speeds[name]) for name in plain)
+    peaks = {precision: matmul_flops(precision) for precision in ("fp32", "bf16")}
+    print("products of matrices: " + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
+    print(f"{'':28}{'median':>9}{'min':>9}{'max':>9}{'ratio':>7}{'share':>7}{'first step':>12}   tokens per second")
+    for name, found in speeds.items():
+        middle, peak = statistics.median(found), peaks["bf16" if "bf16" in name else "fp32"]
+        figures = f"{middle:9,.0f}{min(found):9,.0f}{max(found):9,.0f}{middle / best:7.2f}{middle * work / peak:7.0%}"
+        print(f"{name:28}{figures}{firsts[name][0]:10.1f} s")
     return 0
 
 

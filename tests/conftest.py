@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -155,3 +156,30 @@ def quickstart_commands() -> list[tuple[str, list[str]]]:
 
 
 TRAINING_SCRIPTS = ("create_synthetic_data.py", "train_tokenizer.py", "train.py")
+
+
+def tiny_config(root: Path, tokenizer_file: Path, corpus: Path, **changes) -> dict:
+    config = {
+        "data": {"tokenizer_path": str(tokenizer_file), "train_path": str(corpus / "train"),
+                 "eval_path": str(corpus / "dev"), "seq_length": 32, "eval_samples": 20},
+        "model": {"type": "Llama", "name": "tiny", "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "training": {"lr": 3e-3, "batch_size": 8, "num_epochs": 2, "precision": "fp32", "logging_steps": 5,
+                     "gradient_accumulation_steps": 3, "save_steps": 10},
+        "logging": {"output_dir": str(root / "models")},
+    }  # fmt: skip
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        config[section][key] = value
+    return config
+
+
+@pytest.fixture
+def config_file(tmp_path, tokenizer_file, corpus_dir, monkeypatch):
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
+
+    def write(**changes) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tiny_config(tmp_path, tokenizer_file, corpus_dir, **changes)))
+        return path
+
+    return write

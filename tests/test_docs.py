@@ -76,7 +76,11 @@ def test_every_flag_is_in_the_reference(script):
 
 def test_keys_in_the_documents_exist():
     known = {f"{name}.{key}" for name, section in settings.SECTIONS.items() for key in section.model_fields}
-    named = set(re.findall(r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])", ALL))
+    named = set(
+        re.findall(
+            r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])", ALL
+        )
+    )
     assert named - known <= {"model.safetensors"}
     assert known <= named, "the key table of the guide is incomplete"
 

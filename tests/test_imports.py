@@ -10,9 +10,9 @@ from conftest import ROOT
 FLOORS = [
     {
         "cleaners", "documents", "schema", "machine", "inference", "metrics", "tasks", "plots", "runs",
-        "create_synthetic_data",
+        "create_synthetic_data", "loss", "optimizers",
     },
-    {"data_utils", "settings", "trainer", "generate", "benchmark_report"},
+    {"data_utils", "settings", "trainer", "run_log", "plan", "generate", "benchmark_report"},
     {"train_tokenizer", "evaluate", "likelihood", "benchmark_config"},
     {"prepare_data", "train", "benchmark"},
 ]  # fmt: skip

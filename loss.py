@@ -1,0 +1,130 @@
+"""The loss of a language model: -log p of each token given those before it, in nats, summed.
+
+`next_token_nll` is the plain form, from logits. `head_nll` never holds all logits: it takes the output layer's product
+a slice of the batch at a time and computes the gradients on the way, which on a CPU is also the faster form.
+`document_mask` keeps the tokens of a chunk from seeing other documents.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32
+
+
+def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Sum over the batch of -log p(token | tokens before it), in nats, in float32: logits (B, T, V), ids (B, T)."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+
+
+def slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of -log softmax(logits)[target], its gradient by the logits): logits (N, V), targets (N,), -1 for none."""
+    logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (N, V)
+    wanted = (targets >= 0)[:, None]
+    own = logprobs.gather(1, targets.clamp(min=0)[:, None])  # (N, 1)
+    gradient = logprobs.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], torch.full_like(own, -1.0))
+    return -(own * wanted).sum(), gradient.mul_(wanted).to(logits.dtype)
+
+
+def fused_slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without writing in place, for torch.compile to fuse."""
+    logits_ = logits.float()
+    wanted = (targets >= 0)[:, None]
+    lse = logits_.logsumexp(-1, keepdim=True)
+    own = logits_.gather(1, targets.clamp(min=0)[:, None])
+    here = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]  # (N, V)
+    return ((lse - own) * wanted).sum(), (((logits_ - lse).exp() - here.float()) * wanted).to(logits.dtype)
+
+
+class _HeadNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, rows, dtype, kernel):
+        x, w = states.to(dtype), weight.to(dtype)  # (N, D), (V, D)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        by_states, by_weight = torch.empty_like(x), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        by_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=w.device)
+        for some, own, out in zip(x.split(rows), targets.split(rows), by_states.split(rows), strict=True):
+            logits = F.linear(some, w, None if bias is None else bias.to(dtype))  # (rows, V)
+            nll, gradient = kernel(logits, own)
+            total += nll
+            torch.mm(gradient, w, out=out)
+            if dtype == torch.float32:
+                by_weight.addmm_(gradient.t(), some)
+            else:
+                by_weight += gradient.t() @ some
+            if bias is not None:
+                by_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(by_states, by_weight, *([] if bias is None else [by_bias]))
+        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        gradients = [(saved * factor).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)]
+        return (*gradients, *([None] * (7 - len(gradients))))
+
+
+def head_nll(
+    states: torch.Tensor, head: torch.nn.Linear, input_ids: torch.Tensor, dtype: torch.dtype,
+    kernel: Callable = slice_nll,
+) -> torch.Tensor:  # fmt: skip
+    """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
+
+    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or a compiled fused_slice_nll.
+    """
+    n, length = input_ids.shape
+    targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
+    chunks = max(1, SLICE_ELEMENTS // (head.out_features * length))  # in a slice
+    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
+
+
+def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
+    """Additive attention mask (B, 1, T, T): 0 for tokens of the same document at or before one's own, else the lowest
+    number of `dtype`. A document begins at each BOS."""
+    document = (input_ids == bos_token_id).cumsum(1)  # (B, T)
+    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
+    seen = torch.ones(input_ids.shape[1:] * 2, dtype=torch.bool, device=input_ids.device).tril() & same
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class NextTokenLoss:
+    """nll(model, input_ids (B, T)) -> summed -log p of tokens 1 to T - 1, in nats: masked, compiled or sliced as asked.
+
+    With `compile` the batches of `batch_size` chunks go through torch.compile and others, such as the last of an epoch,
+    do not: each new shape would be compiled anew. `chunked` takes the output layer a slice at a time (loss.head_nll).
+    """
+
+    def __init__(
+        self, *, dtype=torch.float32, batch_size=0, compile=False, chunked=False, mask_from: int | None = None
+    ):
+        self.dtype, self.batch_size, self.mask_from = dtype, batch_size, mask_from
+        self.plain = functools.partial(self._sliced, slice_nll, False) if chunked else self._whole
+        self.fast, self.body = self.plain, None
+        if compile and chunked:
+            kernel = torch.compile(fused_slice_nll, dynamic=False)
+            self.fast = functools.partial(self._sliced, kernel, True)
+        elif compile:
+            self.fast = torch.compile(self._whole, dynamic=False)
+
+    def __call__(self, model, input_ids: torch.Tensor) -> torch.Tensor:
+        return (self.fast if len(input_ids) == self.batch_size else self.plain)(model, input_ids)
+
+    def _mask(self, input_ids):
+        return (
+            {} if self.mask_from is None else {"attention_mask": document_mask(input_ids, self.mask_from, self.dtype)}
+        )
+
+    def _whole(self, model, input_ids):
+        return next_token_nll(model(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).logits, input_ids)
+
+    def _sliced(self, kernel, compiled, model, input_ids):
+        if compiled and self.body is None:
+            self.body = torch.compile(model.base_model, dynamic=False)
+        states = (self.body if compiled else model.base_model)(
+            input_ids=input_ids, use_cache=False, **self._mask(input_ids)
+        ).last_hidden_state  # (B, T, D)
+        return head_nll(states, model.get_output_embeddings(), input_ids, self.dtype, kernel)

@@ -1,0 +1,95 @@
+"""What moves the weights: AdamW or Muon, the course of the learning rate, and an average of the weights.
+
+    optimizer = make_optimizer(model, config["training"])
+    factor = schedule(config["training"], total_steps=1000)     # factor(step) x lr is the learning rate
+
+It knows the keys of the `training` section and no Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WSD_DECAY = (
+    0.2  # share of the steps in which wsd falls: within the 8 to 20 % that Hu et al. 2024 (MiniCPM) found enough
+)
+
+
+def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
+    """The learning rate at each step (0, 1, ...) as a fraction of `lr`: linear warm-up, then lr_scheduler to min_lr.
+
+    wsd (warm-up, stable, decay) stays at `lr` and falls linearly over the last fifth of all steps.
+    """
+    warmup = training["warmup_steps"] or math.ceil((training["warmup_ratio"] or 0) * total_steps)
+    kind, low = training["lr_scheduler"], training["min_lr"] / training["lr"]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if kind == "cosine":
+            high = 0.5 * (1 + math.cos(math.pi * done))
+        elif kind == "linear":
+            high = 1 - done
+        elif kind == "wsd":
+            high = min(1.0, max(0, total_steps - step) / max(1, WSD_DECAY * total_steps))
+        else:
+            return 1.0
+        return low + (1 - low) * high
+
+    return factor
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on matrices, AdamW on the rest, as one optimizer with the groups of both.
+
+    Muon's step is scaled to the size of AdamW's (match_rms_adamw, Liu et al. 2025), so that both take the same `lr`.
+    """
+
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
+        self.parts = (muon, adamw)
+        super().__init__(muon.param_groups + adamw.param_groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """One list of groups, the same objects as the parts', so that a learning rate set here is set there."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self._share()
+
+
+def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW over all weights, or Muon over the matrices of the layers and AdamW over embeddings, head and vectors.
+
+    Matrices decay by training.weight_decay, vectors (norms, biases) do not. ValueError where this torch has no Muon.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
+    common = {"lr": training["lr"], "weight_decay": training["weight_decay"]}
+    betas = training["adam_beta1"], training["adam_beta2"]
+    adamw = {**common, "betas": betas, "eps": training["adam_epsilon"], "fused": True}
+    if training["optimizer"] == "adamw":
+        return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **adamw)
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training.optimizer: muon needs torch 2.9 or newer (this is {torch.__version__}); use adamw")
+    inner = [p for p in matrices if id(p) not in tables]
+    outer = [p for p in matrices if id(p) in tables]
+    muon = torch.optim.Muon(inner, **common, adjust_lr_fn="match_rms_adamw")
+    return MuonAdamW(muon, torch.optim.AdamW([{"params": outer}, {"params": vectors, "weight_decay": 0.0}], **adamw))

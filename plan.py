@@ -1,0 +1,79 @@
+"""The plan of a run, before its first step: its derived numbers, and what it takes of this machine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+import machine
+from loss import NextTokenLoss
+
+
+def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
+    """The derived numbers of a run, before its first step: parameters, tokens per step, steps, words, operations."""
+    training, seq_length = config["training"], config["data"]["seq_length"]
+    accumulation = training["gradient_accumulation_steps"]
+    batches = math.ceil(n_chunks / training["batch_size"])
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
+    return {
+        "parameters": model.num_parameters(),
+        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
+        "tokens_per_step": training["batch_size"] * accumulation * seq_length,
+        "steps": math.ceil(batches / accumulation) * training["num_epochs"],
+        "epochs": training["num_epochs"],
+        "words": report["words"] * training["num_epochs"],
+        "tokens": n_chunks * seq_length * training["num_epochs"],
+        "flops_per_token": 6 * (products + attention),  # forward 2, backward 4; causal attention sees T / 2 on average
+        "seed": training["seed"],
+    }
+
+
+def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
+    """Choose number format, compilation and attention kernel for this machine; returns the loss, says why in `plan`."""
+    training, cuda = config["training"], torch.cuda.is_available()
+    precision, why = machine.pick_precision(training)
+    matmul_flops = machine.matmul_flops(precision)
+    seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
+    compiled, why_compiled = machine.pick_compile(training, seconds / machine.EAGER_SHARE)
+    if precision == "bf16" and not cuda and config["data"]["seq_length"] <= 512:
+        model.set_attn_implementation("eager")  # faster there than the CPU's flash kernel: docs/benchmarks.md
+    plan |= {
+        "precision": precision, "precision_reason": why, "compile": compiled, "compile_reason": why_compiled,
+        "matmul_flops": matmul_flops,
+        "expected_seconds": seconds / (machine.COMPILED_SHARE if compiled else machine.EAGER_SHARE),
+    }  # fmt: skip
+    chunked = training["chunked_loss"] if training["chunked_loss"] != "auto" else not cuda
+    return NextTokenLoss(
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32, batch_size=training["batch_size"],
+        compile=compiled, chunked=chunked, mask_from=bos_token_id if config["data"]["document_mask"] else None,
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '7 min', '3.5 h'."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def print_plan(config: dict, plan: dict, example: str) -> None:
+    """The derived numbers and one decoded training example, on stdout."""
+    training = config["training"]
+    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
+    print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
+          f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
+    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
+    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
+          f"{plan['tokens']:,} tokens")  # fmt: skip
+    print(f"precision   {plan['precision']} ({plan['precision_reason']})")
+    print(f"compile     {'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})")
+    speed, work = f"{plan['matmul_flops'] / 1e9:,.0f} GFLOP/s", f"{plan['flops_per_token'] / 1e6:,.1f} MFLOP"
+    print(f"time        about {duration(plan['expected_seconds'])} ({speed} in products of matrices, {work} a token)")
+    print(f"example     {example!r}", flush=True)

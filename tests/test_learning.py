@@ -1,0 +1,357 @@
+"""Loss, optimizers, schedules, averages, masks and offsets: each is computed another way and seen to act in a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_model, tiny_config
+from torch.nn import functional as F
+
+import loss
+import machine
+import runs
+import settings
+import train
+from loss import NextTokenLoss, document_mask, fused_slice_nll, head_nll, slice_nll
+from optimizers import MuonAdamW, make_optimizer, schedule
+from trainer import ShiftedChunks
+
+
+@pytest.fixture(scope="module")
+def defaults(tmp_path_factory):
+    """The training section with every default filled in."""
+    root = tmp_path_factory.mktemp("defaults")
+    return settings.check(tiny_config(root, root, root))["training"]
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def naive(states, head, ids):
+    """Token by token in float64, with autograd through it."""
+    total = 0.0
+    for row, own in zip(states.double(), ids, strict=True):
+        for t in range(len(own) - 1):
+            logits = row[t] @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+            total = total - torch.log_softmax(logits, -1)[own[t + 1]]
+    return total
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", [slice_nll, fused_slice_nll])
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_head_nll_equals_a_naive_loop_with_its_gradients(bias, kernel, rows, monkeypatch):
+    torch.manual_seed(0)
+    head, ids = torch.nn.Linear(8, 30, bias=bias), torch.randint(0, 30, (5, 7))
+    states = torch.randn(5, 7, 8, requires_grad=True)
+    monkeypatch.setattr(loss, "SLICE_ELEMENTS", rows * 7 * 30)  # slices of `rows` chunks, the last one smaller
+    leaves = [states, *head.parameters()]
+    expected = naive(states, head, ids)
+    wanted = torch.autograd.grad(expected, leaves)
+    found = head_nll(states, head, ids, torch.float32, kernel)
+    for a, b in zip(torch.autograd.grad(3 * found, leaves), wanted, strict=True):
+        assert torch.allclose(a, 3 * b.float(), rtol=1e-4, atol=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_head_nll_in_bf16_is_as_near_as_bf16_allows():
+    torch.manual_seed(0)
+    head, ids = torch.nn.Linear(64, 300, bias=False), torch.randint(0, 300, (4, 16))
+    states = torch.randn(4, 16, 64)
+    exact = naive(states, head, ids).item()
+    assert head_nll(states, head, ids, torch.bfloat16).item() == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_the_sliced_loss_gives_the_gradients_of_the_whole_one(kind):
+    ids, gradients, values = torch.randint(3, 400, (4, 32), generator=torch.Generator().manual_seed(0)), [], []
+    for chunked in (False, True):
+        model = build_tiny_model(kind).train()
+        nll = NextTokenLoss(chunked=chunked)(model, ids)
+        nll.backward()
+        values.append(nll.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(machine.compiler_missing() is not None, reason="nothing to compile with")
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_compiled_loss_is_the_loss(chunked):
+    ids = torch.randint(3, 400, (4, 32), generator=torch.Generator().manual_seed(0))
+    model, plain = build_tiny_model("Llama").train(), build_tiny_model("Llama").train()
+    compiled = NextTokenLoss(batch_size=4, compile=True, chunked=chunked)
+    found, expected = compiled(model, ids), NextTokenLoss()(plain, ids)
+    found.backward()
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+    last = compiled(model, ids[:3])  # an odd batch is not compiled anew
+    assert last.item() == pytest.approx(NextTokenLoss()(plain, ids[:3]).item(), rel=1e-5)
+
+
+# ---- documents ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPTJ"])
+def test_with_a_mask_a_document_is_scored_as_if_alone(kind):
+    """Rotary positions are relative, so a document's tokens cost the same wherever it stands."""
+    model, rng = build_tiny_model(kind), np.random.default_rng(0)
+    first, second = ([1, *rng.integers(3, 400, n)] for n in (12, 20))
+    both = torch.tensor([[*first, *second]])
+    masked = NextTokenLoss(mask_from=1)(model, both).item()
+    alone = sum(NextTokenLoss()(model, torch.tensor([own])).item() for own in (first, second))
+    with torch.no_grad():  # the second BOS, predicted from the first document, counts as well
+        joint = -F.log_softmax(model(torch.tensor([first])).logits[0, -1], -1)[1].item()
+    assert masked == pytest.approx(alone + joint, rel=1e-5)
+    assert abs(NextTokenLoss()(model, both).item() - masked) > 1e-2
+
+
+def test_document_mask_by_hand():
+    seen = document_mask(torch.tensor([[5, 1, 6, 1]]), 1, torch.float32)[0, 0] == 0
+    assert seen.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+# ---- chunks -------------------------------------------------------------------------------------
+
+
+def test_shifted_chunks_are_slices_of_the_stream():
+    stream = np.arange(50, dtype=np.uint16)
+    chunks = [{"input_ids": stream[i : i + 10]} for i in range(0, 50, 10)]
+    shifted, offsets = ShiftedChunks(chunks, seed=3), set()
+    for epoch in range(20):
+        shifted.start_epoch(epoch)
+        offsets.add(shifted.offset)
+        rows = np.concatenate([shifted[i]["input_ids"] for i in range(len(shifted))])
+        assert rows.tolist() == stream[shifted.offset : shifted.offset + 40].tolist()
+    assert len(offsets) > 5
+    other = ShiftedChunks(chunks, seed=3)
+    other.start_epoch(7)
+    shifted.start_epoch(7)
+    assert other.offset == shifted.offset
+
+
+# ---- schedules and optimizers -------------------------------------------------------------------
+
+
+def test_schedules_by_hand(defaults):
+    def course(**keys):
+        factor = schedule({**defaults, "lr": 1e-2, **keys}, total_steps=100)
+        return [round(factor(step), 6) for step in (0, 5, 10, 55, 80, 90, 100)]
+
+    warm = {"warmup_steps": 10}
+    assert course(**warm, lr_scheduler="constant") == [0, 0.5, 1, 1, 1, 1, 1]
+    assert course(**warm, lr_scheduler="linear") == [0, 0.5, 1, 0.5, 0.222222, 0.111111, 0]
+    assert course(**warm, lr_scheduler="cosine") == [0, 0.5, 1, 0.5, 0.116978, 0.030154, 0]
+    assert course(**warm, lr_scheduler="wsd") == [0, 0.5, 1, 1, 1, 0.5, 0]
+    assert course(**warm, lr_scheduler="linear", min_lr=2e-3) == [0, 0.5, 1, 0.6, 0.377778, 0.288889, 0.2]
+    assert course(warmup_ratio=0.1, lr_scheduler="constant") == course(**warm, lr_scheduler="constant")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedules_are_those_of_transformers(defaults, kind):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=7, num_training_steps=60)
+    ours = schedule({**defaults, "lr_scheduler": kind, "warmup_steps": 7}, 60)
+    for step in range(60):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def one_step(model, optimizer):
+    ids = torch.randint(3, 400, (4, 32), generator=torch.Generator().manual_seed(0))
+    NextTokenLoss()(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_moves_matrices_and_adamw_the_rest(defaults, kind):
+    keys = {**defaults, "lr": 1e-2, "optimizer": "muon"}
+    model, same = build_tiny_model(kind).train(), build_tiny_model(kind).train()
+    optimizer = make_optimizer(model, keys)
+    matrices = [
+        p
+        for n, p in same.named_parameters()
+        if p.ndim == 2 and not any(w in n for w in ("wte", "wpe", "embed", "lm_head"))
+    ]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in same.parameters() if not any(p is m for m in matrices)]
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in rest if p.ndim == 2]}, {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0}],
+        lr=1e-2, weight_decay=0.1, fused=True,
+    )  # fmt: skip
+    for _ in range(3):
+        one_step(model, optimizer)
+        one_step(same, MuonAdamW(muon, adamw))
+    for (name, a), b in zip(model.named_parameters(), same.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+    again = make_optimizer(model, keys)
+    again.load_state_dict(optimizer.state_dict())
+    again.param_groups[0]["lr"] = 0.123  # what a scheduler does
+    assert again.parts[0].param_groups[0]["lr"] == 0.123
+    assert torch.equal(
+        again.state_dict()["muon"]["state"][0]["momentum_buffer"],
+        optimizer.state_dict()["muon"]["state"][0]["momentum_buffer"],
+    )
+
+
+def test_vectors_do_not_decay(defaults):
+    model = build_tiny_model("GPT2")
+    groups = make_optimizer(model, {**defaults, "adam_beta2": 0.95, "adam_epsilon": 1e-6}).param_groups
+    assert {g["weight_decay"]: {p.ndim for p in g["params"]} for g in groups} == {0.1: {2}, 0.0: {1}}
+    assert {(g["betas"], g["eps"]) for g in groups} == {((0.9, 0.95), 1e-6)}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+# ---- in a run -----------------------------------------------------------------------------------
+
+
+def rows_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def results_of(run_dir) -> dict:
+    return json.loads((run_dir / "training_metrics.json").read_text())["results"]
+
+
+OPTIONS = {"training__optimizer": "muon", "training__lr_scheduler": "wsd", "training__ema": 0.9, "training__min_lr": 1e-4,
+           "training__warmup_ratio": 0.2, "data__random_offset": True, "data__document_mask": True,
+           "training__gradient_checkpointing": True}  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_resume_is_exact_with_every_option(config_file, tmp_path):
+    path, run_dir = config_file(**OPTIONS), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    weights, samples = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)[-1]["samples"]
+    for name in runs.RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+    last, *_ = runs.checkpoints(run_dir)
+    assert (last / "average.safetensors").is_file()
+    for name in [last]:
+        import shutil
+
+        shutil.rmtree(name)
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    assert rows_of(run_dir)[-1]["samples"] == samples
+    assert len(samples) == 2
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "training__adam_beta1", "training__adam_beta2"])
+def test_each_option_moves_the_weights(option, config_file, tmp_path, finished_weights):
+    if option == "training__min_lr":
+        value = 1e-3
+    else:
+        value = {**OPTIONS, "training__adam_beta1": 0.5, "training__adam_beta2": 0.9}[option]
+    if value == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    assert train.main(["--config", str(config_file(**{option: value}))]) == 0
+    weights = (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes()
+    same = option == "training__gradient_checkpointing"  # that one trades time for memory and changes nothing else
+    assert (weights == finished_weights) == same
+
+
+@pytest.fixture(scope="module")
+def finished_weights(tmp_path_factory, tokenizer_file, corpus_dir) -> bytes:
+    import yaml
+
+    root = tmp_path_factory.mktemp("plain")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(tiny_config(root, tokenizer_file, corpus_dir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        assert train.main(["--config", str(root / "tiny.yaml")]) == 0
+    return (root / "models" / "tiny" / "model.safetensors").read_bytes()
+
+
+def test_the_average_is_the_average(config_file, tmp_path, monkeypatch):
+    """ema: what is saved is 0.5 x the old average + 0.5 x the new weights after each step, from the first weights on."""
+    import trainer
+
+    seen = []
+    update = trainer._UpdateAverage.on_step_end
+
+    def note(self, args, state, control, model=None, **kwargs):
+        seen.append(model.lm_head.weight.detach().clone())
+        return update(self, args, state, control, model=model, **kwargs)
+
+    monkeypatch.setattr(trainer._UpdateAverage, "on_step_end", note)
+    assert train.main(["--config", str(config_file(training__ema=0.5))]) == 0
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = 0.5 * expected + 0.5 * weights
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "models" / "tiny" / "model.safetensors")["lm_head.weight"]
+    assert len(seen) > 10
+    assert torch.allclose(saved, expected, atol=1e-6)
+    assert not torch.allclose(saved, seen[-1], atol=1e-4)
+
+
+def test_early_stopping_keeps_the_best_weights(config_file, tmp_path):
+    """A learning rate that soon does harm: the run ends early, with the weights of its best evaluation."""
+    harmful = {"training__lr": 1e-2, "training__lr_scheduler": "constant", "training__adam_beta2": 0.5}
+    path = config_file(
+        **harmful, training__num_epochs=60, training__early_stopping_patience=2, training__save_steps=None
+    )
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    losses = [row["eval_loss"] for row in rows_of(run_dir) if "eval_loss" in row]
+    assert len(losses) < 60
+    assert min(losses) not in losses[-2:]
+    assert results_of(run_dir)["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
+    assert train.main(["--config", str(config_file())]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    plan, report = (json.loads((run_dir / name).read_text()) for name in ("training_metrics.json", "data_report.json"))
+    plan, rows = plan["plan"], [row for row in rows_of(run_dir) if "tokens_per_second" in row]
+    for row in rows:
+        words = row["tokens_per_second"] * report["train"]["words"] / report["train"]["tokens"]
+        assert row["words_per_second"] == pytest.approx(words)
+        share = row["tokens_per_second"] * plan["flops_per_token"] / plan["matmul_flops"]
+        assert row["matmul_share"] == pytest.approx(share)
+        assert 10**8 < row["memory_bytes"] < 10**11
+        assert {"grad_norm", "learning_rate", "seconds_left"} <= set(row)
+    assert rows[-1]["seconds_left"] < rows[0]["seconds_left"]
+    # 2 layers of 4 D^2 + 3 D F with D = 32, F = 88, a head of D V; causal attention 2 layers x D x T
+    vocab_size = json.loads((run_dir / "config.json").read_text())["vocab_size"]
+    products = 2 * (4 * 32 * 32 + 3 * 32 * 88) + 32 * vocab_size
+    assert plan["flops_per_token"] == 6 * (products + 2 * 32 * 32)
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def test_compile_auto_looks_at_the_length_of_the_run(defaults, monkeypatch):
+    monkeypatch.setattr(machine, "compiler_missing", lambda: None)
+    assert machine.pick_compile(defaults, seconds=10)[0] is False
+    assert machine.pick_compile(defaults, seconds=10_000)[0] is True
+    assert machine.pick_compile({**defaults, "compile": True}, seconds=10) == (True, "as asked")
+    assert machine.pick_compile({**defaults, "torch_compile": False}, seconds=1e6) == (False, "as asked")
+    assert machine.pick_compile({**defaults, "compile": False, "torch_compile": True}, seconds=1)[0] is True
+    monkeypatch.setattr(machine, "compiler_missing", lambda: "a C++ compiler")
+    assert machine.pick_compile(defaults, seconds=10_000)[0] is False
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, not found here"):
+        machine.pick_compile({**defaults, "compile": True}, seconds=1)
+
+
+def test_measuring_the_machine_leaves_the_seed_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert machine.matmul_flops("fp32") > 1e8
+    assert torch.rand(1) == expected
+    assert math.isfinite(machine.peak_memory())
