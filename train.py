@@ -219,6 +219,17 @@ def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, flo
     return metrics
 
 
+def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
+    """Train to the end; False where the user interrupted it, having said how to go on."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
+        print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
+        return False
+    return True
+
+
 def run(args: argparse.Namespace) -> int:
     """Config -> datasets -> model -> trainer -> run directory."""
     config = load_config(args.config, args)
@@ -233,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length = config["data"]["seq_length"]
-    lengths, floor = byte_lengths(tokenizer), floor_bits_per_byte(config["data"]["eval_path"])
+    floor = floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
@@ -251,9 +262,6 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
-    if config["training"]["gradient_checkpointing"]:
-        older = "gradient_checkpointing_enable"  # its name before transformers 5.20 or so
-        getattr(model, "activation_checkpointing_enable", getattr(model, older, None))({"use_reentrant": False})
     plan = describe(config, model, data_report["train"], len(train_data))
     loss = fit_to_machine(config, model, plan, tokenizer.bos_token_id)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
@@ -264,25 +272,18 @@ def run(args: argparse.Namespace) -> int:
     runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
     words_per_token = data_report["train"]["words"] / data_report["train"]["tokens"]
     run_log = RunLog(run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
-    callbacks = [run_log]
-    if patience := config["training"]["early_stopping_patience"]:
-        callbacks.append(transformers.EarlyStoppingCallback(patience))
     trainer = LMTrainer(
         model=model,
         args=training_arguments(config, run_dir, plan["precision"]),
         train_dataset=train_data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        byte_lengths=lengths,
+        byte_lengths=byte_lengths(tokenizer),
         training=config["training"],
         loss=loss,
-        callbacks=callbacks,
+        callbacks=[run_log],
     )
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
-        print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
+    if not fit(trainer, run_dir, checkpoint):
         return EXIT_INTERRUPTED
     runs.print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
     return 0

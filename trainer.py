@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from inference import generate
 from loss import NextTokenLoss
@@ -119,6 +119,12 @@ class LMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self._nonfinite = torch.zeros((), device=self.args.device)
+        if training["early_stopping_patience"]:
+            self.add_callback(EarlyStoppingCallback(training["early_stopping_patience"]))
+        if training["gradient_checkpointing"]:
+            older = "gradient_checkpointing_enable"  # the name in older releases
+            enable = getattr(self.model, "activation_checkpointing_enable", getattr(self.model, older, None))
+            enable({"use_reentrant": False})
         self.average = None
         if training["ema"]:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(training["ema"]))
