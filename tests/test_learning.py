@@ -355,3 +355,22 @@ def test_measuring_the_machine_leaves_the_seed_alone():
     assert machine.matmul_flops("fp32") > 1e8
     assert torch.rand(1) == expected
     assert math.isfinite(machine.peak_memory())
+
+
+def test_our_losses_are_those_of_a_plain_trainer_script(tmp_path, tokenizer, corpus_dir, tokenizer_file):
+    """Step by step, at another micro-batch, with the stock collator, loss, optimizer and schedule on the other side."""
+    import importlib.util
+
+    from conftest import ROOT
+
+    spec = importlib.util.spec_from_file_location("training_speed", ROOT / "benchmarks" / "training_speed.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    config = settings.check(tiny_config(tmp_path, tokenizer_file, corpus_dir, training__warmup_steps=3))
+    ids = np.random.default_rng(0).integers(3, len(tokenizer), (24 * 10, 32))
+    rows = [{"input_ids": row.tolist()} for row in ids]
+    plain = benchmark.train_once(config, {"micro": 4}, tokenizer, rows, tmp_path / "a").losses
+    ours = benchmark.train_once(config, {"precision": "fp32", "compile": False}, tokenizer, rows, tmp_path / "b").losses
+    assert len(ours) == 10
+    assert ours == pytest.approx(plain, abs=1e-4)
+    assert max(ours) - min(ours) > 0.01
