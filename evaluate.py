@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
 LOW_CONFIDENCE = 0.1  # a prediction whose likeliest token has less probability than this
 PASSAGE_CHARS = 2000
 FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = 30, 1000, 10  # below these the printed figures come with a note
@@ -170,8 +171,6 @@ class ModelEvaluator:
 
     def _scores(self, texts: Sequence[str], batch_size: int) -> list:
         """TokenScores with statistics of each text; the last texts are remembered, so that two methods score once."""
-        from tqdm import tqdm
-
         import inference
 
         _check_texts(texts, "texts")
@@ -179,10 +178,7 @@ class ModelEvaluator:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
         if self._scored[0] != list(texts):
             options = {"batch_tokens": batch_size * inference.context_length(self.model), "stats": True}
-            scores = []
-            for at in tqdm(range(0, len(texts), 256), desc="scoring, 256 texts a step", disable=None):
-                part = texts[at : at + 256]
-                scores += inference.token_logprobs(self.model, self.tokenizer, part, bos=self.bos, **options)
+            scores = inference.token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options)
             self._scored = (list(texts), scores)
         return self._scored[1]
 
@@ -193,19 +189,6 @@ def _check_texts(texts: Sequence[str], name: str) -> None:
 
 
 # ---- command line -------------------------------------------------------------------------------
-
-
-def held_out_path(model_path: Path) -> Path:
-    """Where the run that made the model kept its held-out text: data.eval_path of its training_config.yaml."""
-    from settings import read_yaml_file
-
-    config = model_path / "training_config.yaml"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config} does not exist: name the held-out text with --eval-data FILE_OR_DIR")
-    try:
-        return Path(read_yaml_file(config)["data"]["eval_path"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{config} has no data.eval_path: name the held-out text with --eval-data") from None
 
 
 def passages(text: str) -> Iterator[str]:
@@ -222,25 +205,30 @@ def passages(text: str) -> Iterator[str]:
 
 def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], int]:
     """(`count` passages drawn evenly from all held-out documents, in their order; how many there are)."""
-    from data_utils import find_files, read_documents
+    from documents import find_files, new_report, read_documents
 
     if not path.exists():
         raise FileNotFoundError(f"no held-out text at {path}: name a file or a directory with --eval-data")
-    files = [path] if path.is_file() else find_files(path, "dev")
-    rng, kept, total = random.Random(seed), [], 0
-    for passage in (cut for file in files for piece in read_documents(file) for cut in passages(piece.text)):
+    rng, kept, total, report = random.Random(seed), [], 0, new_report()
+    pieces = (piece for file in find_files(path, "dev") for piece in read_documents(file, report))
+    for passage in (cut for piece in pieces for cut in passages(piece.text)):
         place = len(kept) if len(kept) < count else rng.randrange(total + 1)  # reservoir sampling
         if place < count:
             kept[place : place + 1] = [(total, passage)]
         total += 1
     if not total:
         raise ValueError(f"{path} holds no text")
+    if report["invalid_bytes"]:
+        log.warning("%d bytes not UTF-8, first at %s", report["invalid_bytes"], report["first_invalid"])
     return [passage for _, passage in sorted(kept)], total
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty."""
-    prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
     if not prompts:
         raise ValueError(f"{path} holds no prompt: one on each line is expected")
     return prompts
@@ -313,12 +301,15 @@ def run(args: argparse.Namespace) -> dict:
     model_path = Path(args.model)
     if not model_path.is_dir():
         raise FileNotFoundError(f"no model directory at {model_path}")
-    source = Path(args.eval_data) if args.eval_data else held_out_path(model_path)
+    import runs
+    from settings import run_text
+
+    source = Path(args.eval_data) if args.eval_data else run_text(model_path, "eval_path")
+    if source is None:
+        raise ValueError(f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR")
     custom = read_prompts(Path(args.custom_prompts)) if args.custom_prompts else None
     texts, total = draw_passages(source, args.num_samples, args.seed)
     prompts = custom or [" ".join(text.split()[:4]) for text in texts[:: -(-len(texts) // 10)]]
-
-    import runs
 
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {
@@ -328,13 +319,13 @@ def run(args: argparse.Namespace) -> dict:
     }
     undefined: list[str] = []
     environment = runs.environment()
-    settings = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
-    settings |= {"parameters": evaluator.model.num_parameters(), "bos": evaluator.bos, "seed": args.seed}
-    settings |= {"temperature": args.temperature, "batch_size": args.batch_size, "passage_chars": PASSAGE_CHARS}
+    config = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
+    config |= {"parameters": evaluator.model.num_parameters(), "bos": evaluator.bos, "seed": args.seed}
+    config |= {"temperature": args.temperature, "batch_size": args.batch_size, "passage_chars": PASSAGE_CHARS}
     text_counts = {"original": total, "effective": len(texts)}
     return {
         "results": strict(results, "", undefined),
-        "config": settings,
+        "config": config,
         "versions": dict.fromkeys(results, 1),
         "n-samples": {
             "perplexity": text_counts,
@@ -374,17 +365,19 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        for name in ("num_samples", "batch_size"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-        report = run(args)
+        for name, least in {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0}.items():
+            if not getattr(args, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
         output = Path(args.output_path or Path(args.model) / "evaluation_results.json")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise ValueError(f"--output-path {output} is a directory: name a file")
+        report = run(args)
         import plots
         import runs
 
+        output.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(output, report)
-        plots.plot_evaluation(report["results"], output.with_name("evaluation_plots.png"))
+        plots.plot_evaluation(report["results"], output.with_name("evaluation_plots.png"), args.model)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -26,7 +26,8 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
 
     ids, shown = [], ""
     stop = stop_ids(model, tokenizer)
-    for (token,) in generate_steps(model, encode(tokenizer, [prompt]), streams=[stream_number], stop=stop, **options):
+    rows = encode(tokenizer, [prompt], bos=None)
+    for (token,) in generate_steps(model, rows, streams=[stream_number], stop=stop, **options):
         if token is not None:
             ids.append(token)
             text = decode(tokenizer, ids)
@@ -37,7 +38,7 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
 
 
 def prompts_typed() -> Iterator[str]:
-    """Lines that a person types, until an empty one or the end of the input."""
+    """Lines that a person types or a pipe holds, until an empty one or the end of the input."""
     while True:
         print("prompt> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().rstrip("\n")
@@ -67,16 +68,19 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        if args.num_samples < 1:
-            raise ValueError(f"--num-samples {args.num_samples} must be 1 or more")
+        for name, least in {"num_samples": 1, "seed": 0}.items():
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
         from inference import load_model
 
         model, tokenizer = load_model(args.model, args.device)
         options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-        for prompt in prompts_typed() if args.prompt is None else [args.prompt]:
+        for typed in prompts_typed() if args.prompt is None else [args.prompt]:
+            prompt = typed.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes on any bytes
             for number in range(args.num_samples):
-                print(prompt, end="", flush=True)
-                for piece in stream(model, tokenizer, prompt, stream_number=number, **options):
+                pieces = stream(model, tokenizer, prompt, stream_number=number, **options)
+                print(prompt + next(pieces), end="", flush=True)
+                for piece in pieces:
                     print(piece, end="", flush=True)
                 print("\n" if number < args.num_samples - 1 else "")
     except (ValueError, OSError) as error:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +67,12 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f'dtype "{dtype}" is unknown: use float32, bfloat16 or float16')
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {path}: expected a directory with config.json, weights and tokenizer.json"
-        )
+        raise FileNotFoundError(f"no model at {path}: expected a directory with config.json, weights, tokenizer.json")
     if not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{path} has no .safetensors weights (pickled .bin files are not opened)")
-    target = pick_device(device)
-    restore = (
-        hf_logging.enable_progress_bar if hf_logging.is_progress_bar_enabled() else hf_logging.disable_progress_bar
-    )
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{path} has no tokenizer.json: the tokenizer belongs beside the weights")
+    target, shown = pick_device(device), hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         local = {"local_files_only": True, "trust_remote_code": False}
@@ -86,7 +84,8 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     except BaseException as error:  # a damaged tokenizer.json panics in Rust, which is no Exception
         raise ValueError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     finally:
-        restore()
+        if shown:
+            hf_logging.enable_progress_bar()
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
     return model.to(target).eval(), tokenizer
@@ -98,17 +97,18 @@ def context_length(model) -> int:
     return next((limit for limit in limits if limit), 2048)
 
 
-def encode(tokenizer, texts: Sequence[str | Sequence[int]], bos: bool = True) -> list[list[int]]:
+def encode(tokenizer, texts: Sequence[str | Sequence[int]], bos: bool | None = True) -> list[list[int]]:
     """Token ids of each text (a list of ids passes through), with BOS in front exactly once where `bos`.
 
-    The tokenizer's own post-processor is not asked, so nothing is appended. A tokenizer without BOS uses its EOS.
+    The tokenizer's own post-processor is not asked, so nothing is appended. A tokenizer without BOS uses its EOS; for
+    one that has neither, True is an error and None puts nothing in front.
     """
     strings = [text for text in texts if isinstance(text, str)]  # in bulk: the tokenizer works in parallel
     encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else ())
     sequences = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
-    if not bos:
-        return sequences
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if bos is False or (bos is None and start is None):
+        return sequences
     if start is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token: use bos=False")
     return [ids if ids[:1] == [start] else [start, *ids] for ids in sequences]
@@ -166,7 +166,7 @@ def ids_logprobs(
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
         with _exact(model):
             body, head = _split_head(model, windows[0].ids[:16])
-            for batch in _batches(windows, batch_tokens):
+            for batch in tqdm(list(_batches(windows, batch_tokens)), desc="scoring", disable=None, delay=5):
                 for window, values in zip(batch, _score(body, head, model, batch, stats), strict=True):
                     columns[:, window.at : window.at + values.shape[1]] = values
     return [
@@ -287,14 +287,14 @@ def generate(
     """
     if num_return_sequences < 1 or batch_size < 1:
         raise ValueError(f"num_return_sequences {num_return_sequences} and batch_size {batch_size} must be 1 or more")
-    rows = [ids for ids in encode(tokenizer, prompts) for _ in range(num_return_sequences)]
+    rows = [ids for ids in encode(tokenizer, prompts, bos=None) for _ in range(num_return_sequences)]
     rows = _fit_context(rows, max_new_tokens, context_length(model))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # like lengths together: less padding
     made: list[list[int]] = [[] for _ in rows]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     options["stop"] = stop_ids(model, tokenizer)
     with _exact(model):
-        for at in range(0, len(order), batch_size):
+        for at in tqdm(range(0, len(order), batch_size), desc="generating", disable=None, delay=5):
             batch = order[at : at + batch_size]
             for step in generate_steps(model, [rows[i] for i in batch], streams=batch, **options):
                 for i, token in zip(batch, step, strict=True):

@@ -66,22 +66,22 @@ def spans(tokenizer, items: Sequence[tasks.Item], bos: bool) -> tuple[list[list[
 def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | None:
     """log p of each token id (V,) in the model's training text, add-one smoothed; None where that text is unknown."""
     import data_utils
-    from settings import ROOT, read_yaml_file
+    import settings
 
-    config = next((p for p in (model_path, model_path.parent) if (p / "training_config.yaml").is_file()), None)
-    if config is None:
-        return None
-    named = Path(read_yaml_file(config / "training_config.yaml")["data"]["train_path"])
-    path = next((p for p in (named, ROOT / named) if p.exists()), None)
+    path = settings.run_text(model_path, "train_path")
     if path is None:
-        log.warning("%s: the training text %s is not here, so there is no unigram baseline", model_path, named)
         return None
-    files = [path] if path.is_file() else data_utils.find_files(path, "train")
+    if not path.exists():
+        log.warning("%s: the training text %s is not here, so there is no unigram baseline", model_path, path)
+        return None
+    files = data_utils.find_files(path, "train")
     counts = np.ones(vocab_size)
     for file in files:
         left = UNIGRAM_CHARS // len(files)
         for piece in data_utils.read_documents(file):
             ids = tokenizer(piece.text[:left], add_special_tokens=False, verbose=False)["input_ids"]
+            if max(ids, default=0) >= vocab_size:
+                raise ValueError(f"the tokenizer makes token {max(ids)}, the model knows 0..{vocab_size - 1}")
             counts += np.bincount(ids, minlength=vocab_size)
             left -= len(piece.text)
             if left <= 0:

@@ -84,7 +84,7 @@ def read_yaml_file(path: str | Path) -> Any:
     """The content of a YAML file; FileNotFoundError and ConfigError say what would be right."""
     path = Path(path)
     if not path.is_file():
-        shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml") if p.stem != "benchmark")
+        shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
         near = difflib.get_close_matches(path.name, shipped, n=1)
         hint = f"; did you mean config/{near[0]}?" if near else f"; shipped: {', '.join(shipped)} (in config/)"
         raise FileNotFoundError(f"{path}: {'is a directory' if path.is_dir() else 'no such configuration file'}{hint}")
@@ -95,6 +95,22 @@ def read_yaml_file(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError([f"not UTF-8 (byte {error.start})"], str(path)) from None
     return parse_yaml(text, str(path))
+
+
+def run_text(model_path: str | Path, key: str) -> Path | None:
+    """data.`key` of the run that made a model or checkpoint; None where its directory holds no training_config.yaml.
+
+    The path is seen from the working directory, else from the project's.
+    """
+    folders = [Path(model_path), Path(model_path).parent]
+    config = next((file for file in (p / "training_config.yaml" for p in folders) if file.is_file()), None)
+    if config is None:
+        return None
+    try:
+        named = Path(read_yaml_file(config)["data"][key])
+    except (KeyError, TypeError):
+        raise ValueError(f"{config} has no data.{key}") from None
+    return next((p for p in (named, ROOT / named) if p.exists()), named)
 
 
 # ---- checking -----------------------------------------------------------------------------------

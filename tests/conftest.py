@@ -117,6 +117,20 @@ def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def bare_model_dir(tmp_path_factory) -> Path:
+    """A GPT-2 whose tokenizer has neither a BOS nor an EOS token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bare")
+    bare = Tokenizer(models.WordLevel({"?": 0, **{word: i for i, word in enumerate(NOUNS, 1)}}, unk_token="?"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(folder)
+    build_tiny_model("GPT2", vocab_size=9).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Path:
     """A working directory after a shrunken quick start: config, data/synthetic, data/train, data/dev, models/quickstart.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,6 @@ import metrics
 from evaluate import ModelEvaluator
 
 BOS = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +112,19 @@ def test_a_broken_model_gives_no_finite_figure(model_dirs):
     assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
 
 
+def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
+    evaluator = ModelEvaluator(bare_model_dir, "cpu")
+    got = evaluator.calculate_perplexity(["cat dog girl", "bird"])
+    with torch.no_grad():
+        logits = evaluator.model(torch.tensor([[1, 2, 3]])).logits[0].double().log_softmax(-1)
+    assert got["total_tokens"] == 2  # the first one has nothing before it
+    assert got["average_loss"] == pytest.approx(-(logits[0, 2] + logits[1, 3]).item() / 2, rel=1e-5)
+    made = evaluator.evaluate_generation_quality(["cat dog", "bird"], max_length=4, num_return_sequences=2)
+    assert made["num_generations"] == 4
+    with pytest.raises(ValueError, match="a prompt a token"):
+        evaluator.evaluate_generation_quality([""])
+
+
 # ---- token probabilities --------------------------------------------------------------------------------------------
 
 
@@ -152,8 +158,8 @@ def test_calibration_worked_by_hand():
     confidences, hits = np.array([0.95, 0.95, 0.95, 0.95, 0.5]), np.array([1.0, 1, 1, 0, 1])
     bins, error = metrics.calibration(confidences, hits)
     assert bins == [
-        {"confidence": 0.5, "accuracy": 1.0, "count": 1},
-        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "count": 4},
+        {"confidence": 0.5, "accuracy": 1.0, "count": 1, "accuracy_ci95": metrics.wilson(1.0, 1)},
+        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "count": 4, "accuracy_ci95": metrics.wilson(0.75, 4)},
     ]
     assert error == pytest.approx((4 * 0.2 + 1 * 0.5) / 5)
     rng = np.random.default_rng(0)
@@ -323,6 +329,16 @@ def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
         assert value == pytest.approx(again[key], rel=1e-5)
 
 
+def test_a_checkpoint_is_measured_on_the_text_of_its_run(run_dir, capsys, caplog):
+    for file in (*run_dir.glob("*.json"), run_dir / "model.safetensors"):
+        (run_dir / "checkpoint-5").mkdir(exist_ok=True)
+        shutil.copy(file, run_dir / "checkpoint-5")
+    (run_dir.parent / "text" / "toy.dev").write_bytes(b"The cat sees a caf\xe9.\n\n\nThe dog.\n")
+    assert evaluate.main([str(run_dir / "checkpoint-5"), "--device", "cpu"]) == 0
+    assert "2 of 2 passages" in capsys.readouterr().out
+    assert re.fullmatch(r"1 bytes not UTF-8, first at .*toy.dev: byte 18", caplog.messages[0])
+
+
 def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("The cat\n\nA dog sees\n")
     (tmp_path / "text.dev").write_text("a")
@@ -349,13 +365,18 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
         (["RUN", "--custom-prompts", "nowhere.txt"], "error: [Errno 2] No such file or directory: 'nowhere.txt'"),
         (["RUN", "--custom-prompts", "EMPTY"], "error: EMPTY holds no prompt"),
         (["RUN", "--eval-data", "EMPTY"], "error: EMPTY holds no text"),
-        (["MODEL"], "error: MODEL/training_config.yaml does not exist: name the held-out text with --eval-data"),
-        (["ODD"], "error: ODD/training_config.yaml has no data.eval_path: name the held-out text with --eval-data"),
+        (["RUN", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
+        (["RUN", "--temperature", "nan"], "error: --temperature nan must be 0 or more"),
+        (["RUN", "--output-path", "ODD"], "error: --output-path ODD is a directory: name a file"),
+        (["RUN", "--custom-prompts", "LATIN"], "error: LATIN: not UTF-8 (byte 3)"),
+        (["MODEL"], "error: MODEL does not say what its run held out: name text with --eval-data FILE_OR_DIR"),
+        (["ODD"], "error: ODD/training_config.yaml has no data.eval_path"),
         (["RUN", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
 )
 def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments, message):
     (tmp_path / "empty.dev").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "training_config.yaml").write_text("data: 3\n")
     names = {
@@ -363,6 +384,7 @@ def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments,
         "RUN": str(run_dir),
         "MODEL": str(model_dirs["GPT2"]),
         "EMPTY": str(tmp_path / "empty.dev"),
+        "LATIN": str(tmp_path / "latin.txt"),
     }
     for name, path in names.items():
         message = message.replace(name, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -10,14 +11,6 @@ import torch
 import generate
 from inference import encode, load_model
 from inference import generate as generate_texts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +64,18 @@ def test_prompt_on_the_command_line(model_dirs, capsys):
     assert capsys.readouterr().out != first.out
 
 
+def test_bytes_of_a_shell_that_are_no_text(model_dirs, bare_model_dir, capsys, monkeypatch):
+    prompt = b"caf\xe9 noir".decode("utf-8", "surrogateescape")  # as Python passes them on
+    model = str(model_dirs["Llama"])
+    assert generate.main([model, "--prompt", prompt, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("caf\ufffd noir")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff cat\n"), "utf-8", "surrogateescape"))
+    assert generate.main([model, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("\ufffd cat")
+    assert generate.main([str(bare_model_dir), "--prompt", "cat", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("cat")  # a tokenizer without BOS and EOS
+
+
 def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nA dog\n\nnever read\n"))
     assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
@@ -91,14 +96,19 @@ def test_an_empty_prompt_starts_from_nothing(model_dirs, capsys):
     [
         (["nowhere", "--prompt", "a"], "error: no model at nowhere: expected a directory with config.json"),
         (["MODEL", "--prompt", "a", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
+        (["MODEL", "--prompt", "a", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
+        (["BARE"], "error: BARE has no tokenizer.json: the tokenizer belongs beside the weights"),
         (["MODEL", "--prompt", "a", "--temperature", "-1"], "error: temperature -1.0 must be 0"),
         (["MODEL", "--prompt", "a", "--top-p", "2"], "error: top_p 2.0 must be above 0"),
         (["MODEL", "--prompt", "a", "--max-new-tokens", "0"], "error: max_new_tokens 0 must be 1 or more"),
         (["MODEL", "--prompt", "a", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
 )
-def test_mistakes_get_one_line(model_dirs, capsys, arguments, message):
-    arguments = [str(model_dirs["Llama"]) if word == "MODEL" else word for word in arguments]
-    assert generate.main(arguments) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(message) and err.count("\n") == 1
+def test_mistakes_get_one_line(model_dirs, tmp_path, capsys, arguments, message):
+    names = {"MODEL": str(model_dirs["Llama"]), "BARE": str(tmp_path)}
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_dirs["Llama"] / name, tmp_path)
+    assert generate.main([names.get(word, word) for word in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(message.replace("BARE", str(tmp_path))) and err.count("\n") == 1
+    assert out == ""  # no prompt without a text

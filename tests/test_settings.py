@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -208,11 +209,26 @@ def test_generated_files_are_fresh():
         assert path.read_text(encoding="utf-8") == text, f"{path.relative_to(ROOT)} is stale: run python settings.py"
 
 
+def test_the_text_of_a_run(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "checkpoint-7").mkdir(parents=True)
+    assert settings.run_text(run, "eval_path") is None
+    (run / "training_config.yaml").write_text("data: {train_path: text, eval_path: tests}\n")
+    monkeypatch.chdir(tmp_path)
+    for model in (run, run / "checkpoint-7", Path("run/checkpoint-7")):
+        assert settings.run_text(model, "eval_path") == ROOT / "tests"  # seen from the project
+        assert settings.run_text(model, "train_path") == Path("text")  # nowhere: as it is written
+    (tmp_path / "tests").mkdir()
+    assert settings.run_text(run, "eval_path") == Path("tests")  # from here first
+    with pytest.raises(ValueError, match=r"training_config.yaml has no data.other"):
+        settings.run_text(run, "other")
+
+
 def test_the_schema_accepts_every_shipped_config_key():
     schema = json.loads((ROOT / "config" / "schema.json").read_text())
     references = {name: ref if "$ref" in ref else ref["anyOf"][0] for name, ref in schema["properties"].items()}
     sections = {name: schema["$defs"][ref["$ref"].split("/")[-1]] for name, ref in references.items()}
-    for path in {*(ROOT / "config").glob("*.yaml")} - {ROOT / "config" / "benchmark.yaml"}:
+    for path in {*(ROOT / "config").glob("*.yaml")} - {*(ROOT / "config").glob("benchmark*.yaml")}:
         config = settings.read_yaml_file(path)
         for name, keys in config.items():
             assert set(keys) <= set(sections[name]["properties"]), path
