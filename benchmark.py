@@ -32,7 +32,6 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,8 @@ class BenchmarkSuite:
     def run_consistency_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
         """Whether prompts that say the same get the same greedy continuation.
 
-        A group's score is the mean over its pairs of prompts of `word_overlap` of their continuations. `chance` is the
-        mean overlap with the continuation of the group's control, which says something else and ends in the same
+        A group's score is the mean over its pairs of prompts of the `word_overlap` of their continuations. `chance` is
+        the mean overlap with the continuation of the group's control, which says something else and ends in the same
         words: a model that sees no further back has no higher score than that.
         """
         import inference
@@ -106,17 +105,17 @@ class BenchmarkSuite:
         options = {"max_new_tokens": task.options["max_new_tokens"], "temperature": 0}
         texts = iter(inference.generate(self.model, self.tokenizer, [p for group in groups for p in group], **options))
         words = [[next(texts)[0].lower().split() for _ in group] for group in groups]
-        scores = [statistics.mean(word_overlap(a, b) for a, b in combinations(own[:-1], 2)) for own in words]
-        controls = [statistics.mean(word_overlap(a, own[-1]) for a in own[:-1]) for own in words]
-        gain = metrics.mean_over_groups("gain", (np.array(scores) - controls).reshape(-1, 1), self.seed)
-        noise = gain["gain_ci95"][0] <= 0 <= gain["gain_ci95"][1]
-        baseline = {"score": statistics.mean(controls), "difference": gain["gain"], "noise": noise}
+        scores = [statistics.mean(metrics.word_overlap(a, b) for a, b in combinations(own[:-1], 2)) for own in words]
+        controls = [statistics.mean(metrics.word_overlap(a, own[-1]) for a in own[:-1]) for own in words]
+        chance = statistics.mean(controls)
         return {
             "metric": "avg_consistency_score",
             **self._mean_of_groups(task, "avg_consistency_score", scores),
             "consistency_scores": scores,
-            "chance": statistics.mean(controls),
-            "baselines": {"same ending": baseline | {"difference_ci95": gain["gain_ci95"]}},
+            "chance": chance,
+            "baselines": {
+                "same ending": {"score": chance, **tasks.compare_means(np.array(scores) - controls, self.seed)}
+            },
         }
 
     def run_repetition_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
@@ -172,7 +171,7 @@ class BenchmarkSuite:
         }  # fmt: skip
         result = own.get(task.type, self.run_items)(task)
         seconds = time.perf_counter() - started
-        log.info("%s: %s %.4g (%.1f s)", name, result["metric"], result[result["metric"]], seconds)
+        log.info("  %s: %s %.4g (%.1f s)", name, result["metric"], result[result["metric"]], seconds)
         return {**result, "seconds": seconds}
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
@@ -198,13 +197,12 @@ class BenchmarkSuite:
         import torch
 
         import inference
+        import machine
 
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        machine.forget_peak_memory(self.device)
         runs = []
         for length in [min(8, steps)] + [steps] * repeats:  # the first one warms up
-            if cuda:
+            if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             clock, made = [time.perf_counter()], 0
             for tokens in inference.generate_steps(self.model, [prompt] * size, max_new_tokens=length, temperature=0):
@@ -216,7 +214,7 @@ class BenchmarkSuite:
         rate, gap, first = (statistics.median(column) for column in zip(*runs[1:], strict=True))
         return {
             "batch_size": size, "tokens_per_second": rate, "latency_ms": 1000 * gap, "first_token_ms": 1000 * first,
-            "generated_tokens": made, "memory_gb": peak_memory_gb(self.device),
+            "generated_tokens": made, "memory_gb": machine.peak_memory_gb(self.device),
         }  # fmt: skip
 
     @functools.cached_property
@@ -228,23 +226,6 @@ class BenchmarkSuite:
 def begins_with(text: str, answer: str) -> bool:
     """Whether a generated text starts with the answer as whole words, upper or lower case."""
     return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def word_overlap(a: list[str], b: list[str]) -> float:
-    """Dice's coefficient of two bags of words, 2 |a and b| / (|a| + |b|); 1 for two empty ones."""
-    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b)) if a or b else 1.0
-
-
-def peak_memory_gb(device) -> float:
-    """Peak of this batch on a CUDA device; elsewhere peak resident memory of the process so far (1e9 bytes)."""
-    import resource
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def overall(results: dict[str, dict]) -> dict[str, Any]:
@@ -292,8 +273,8 @@ def write_predictions(suite: BenchmarkSuite, name: str, folder: Path) -> None:
             )
 
 
-def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Path) -> dict[str, Any]:
-    """Benchmark every model, writing the JSON file anew after each; a model that fails leaves a line in `failed`."""
+def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Path) -> tuple[dict, list[Path]]:
+    """(what was found, files written anew after each model); a model that fails leaves a line in `failed`."""
     import benchmark_report
     import runs
 
@@ -308,8 +289,10 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
         "git_hash": environment.pop("git_hash"), "environment": environment,
     }  # fmt: skip
     scores: dict[str, dict] = {}
+    written: list[Path] = []
     for path, name in zip(args.models, names, strict=True):
         suite = None
+        log.info("%s", name)
         try:
             suite = BenchmarkSuite(path, args.device, declared, args.seed)
             results, facts = suite.run_all_benchmarks(), identify(suite)
@@ -328,10 +311,11 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
             known = isinstance(error, ValueError | OSError)
             document["failed"][name] = line if known else f"{type(error).__name__}: {line}"
             print(f"error: {name}: {document['failed'][name]}", file=sys.stderr)
-        runs.write_json(output, document)
+        if document["results"]:
+            written = benchmark_report.write_files(document, output)
         del suite
         gc.collect()
-    return document
+    return document, written
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -354,7 +338,9 @@ def make_parser() -> argparse.ArgumentParser:
 def chosen_tasks(config: str | None, names: list[str] | None) -> dict[str, BenchmarkTask]:
     """The declared tasks, or those of them that --tasks names (with blanks or commas between)."""
     declared = load_tasks(config)
-    wanted = [name for words in names or declared for name in words.split(",") if name]
+    wanted = list(declared) if names is None else [name for words in names for name in words.split(",") if name]
+    if not wanted:
+        raise ValueError(f"--tasks: none named; there are {', '.join(declared)}")
     if unknown := [name for name in wanted if name not in declared]:
         raise ValueError(f"--tasks {unknown[0]}: not declared; there are {', '.join(declared)}")
     return {name: declared[name] for name in wanted}
@@ -368,18 +354,26 @@ def main(argv: list[str] | None = None) -> int:
         declared = chosen_tasks(args.benchmark_config, args.tasks)
         alone = Path(args.models[0]) if len(args.models) == 1 and Path(args.models[0]).is_dir() else Path()
         output = Path(args.output or alone / "benchmark.json")
-        if output.suffix != ".json":
+        if output.suffix != ".json" or output.is_dir():
             raise ValueError(f"--output {output}: name a .json file; the page and the chart get its name")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed} must be 0 or more")
         output.parent.mkdir(parents=True, exist_ok=True)
         import benchmark_report
+        import inference
 
-        document = run(args, declared, output)
-        written = [output, *benchmark_report.write_pages(document, output)]
+        inference.pick_device(args.device)
+        document, written = run(args, declared, output)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
-    print(benchmark_report.text_report(document))
-    print(f"\nresults in {', '.join(map(str, written))}")
+    except KeyboardInterrupt:
+        print(f"interrupted; the models that had ended are in {output}, if any had", file=sys.stderr)
+        return 130
+    if document["results"]:
+        print(benchmark_report.text_report(document))
+        print(f"\nresults in {', '.join(map(str, written))}")
     return 2 if document["failed"] else 0
 
 

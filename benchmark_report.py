@@ -1,10 +1,10 @@
 """What a benchmark found, for people: differences between models, a table, a bar chart, one self-contained page.
 
-It measures nothing: it gets the content of benchmark.json. The page loads nothing, runs only its own few lines of
+It measures nothing: it gets what the JSON file will hold. The page loads nothing, runs only its own few lines of
 script (a content security policy says so), and shows names and generated text as text.
 
-    from benchmark_report import write_pages
-    write_pages(json.loads(Path("benchmark.json").read_text()), Path("benchmark.json"))
+    from benchmark_report import write_files
+    write_files(json.loads(Path("benchmark.json").read_text()), Path("benchmark.json"))
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import tasks
 
 UNIT_SCALE = ("accuracy", "completion_accuracy", "spearman", "avg_consistency_score", "avg_repetition_score")
+LABELS = {
+    "completion_accuracy": "accuracy", "spearman": "rank correlation", "avg_consistency_score": "overlap",
+    "avg_repetition_score": "repetition", "tokens_per_second": "tokens/s", "eye_tracking_percent": "% explained",
+}  # fmt: skip
 CHECKPOINT = re.compile(r"(checkpoint-|chck_)(\d+)(M?)")
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 CHART = {"width": 680, "height": 300, "left": 50, "right": 190, "top": 12, "bottom": 40}
@@ -48,37 +50,35 @@ def differences(declared: dict, scores: dict, reference: dict, seed: int) -> dic
         if task.items:
             found[name] = tasks.compare(task.type, task.items, own, reference[name], seed)
         else:
-            gain = own - reference[name]
-            draws = tasks.bootstrap_mean(gain, np.full(len(gain), ""), {"": 1.0}, seed)
-            found[name] = tasks.difference(float(gain.mean()), draws)
+            found[name] = tasks.compare_means(own - reference[name], seed)
     return found
 
 
 def table_rows(document: dict) -> list[dict[str, Any]]:
     """One row for each task and model: the figure, how sure it is, and what to hold it against."""
     rows = []
-    for task in document["configs"]:
+    for task, declared in document["configs"].items():
+        official = declared["type"] in tasks.TASKS and tasks.TASKS[declared["type"]].official
         for model, results in document["results"].items():
             result = results[task]
             metric = result["metric"]
             low, high = result.get(f"{metric}_ci95", (None, None))
             gap = document["comparison"].get("differences", {}).get(model, {}).get(task)
             rows.append({
-                "task": task, "model": model, "metric": metric, "value": result[metric], "low": low, "high": high,
-                "n": result["n"], "chance": result.get("chance"), "ties": result.get("ties"),
-                "official": result.get("accuracy_official"), "metric_baselines": result.get("baselines", {}),
-                "verdict": verdict(result), "difference": gap, "unit_scale": metric in UNIT_SCALE,
+                "task": task, "model": model, "metric": metric, "label": LABELS.get(metric, metric),
+                "value": result[metric], "low": low, "high": high, "n": result["n"], "chance": result.get("chance"),
+                "ties": result.get("ties"), "official": result.get("accuracy_official") if official else None,
+                "difference": gap,
+                "baselines": [baseline(*pair) for pair in result.get("baselines", {}).items()],
+                "unit_scale": metric in UNIT_SCALE,
             })  # fmt: skip
     return rows
 
 
-def verdict(result: dict) -> str:
-    """In words: which trivial baselines the model cannot be told from, or that it is better than all, or worse."""
-    baselines = result.get("baselines", {})
-    noise = [name for name, row in baselines.items() if row["noise"]]
-    worse = [name for name, row in baselines.items() if row["difference"] < 0 and not row["noise"]]
-    lines = [f"worse than {', '.join(worse)}"] * bool(worse) + [f"not told from {', '.join(noise)}"] * bool(noise)
-    return "; ".join(lines) or (f"better than {', '.join(baselines)}" if baselines else "")
+def baseline(name: str, row: dict) -> tuple[str, bool]:
+    """(a trivial baseline's name and score, marked where the model is no better; whether the model is better)."""
+    mark = " ~" if row["noise"] else " >" if row["difference"] < 0 else ""
+    return f"{name} {number(row['score'])}{mark}", not mark
 
 
 def number(value: float | None) -> str:
@@ -92,28 +92,36 @@ def gap_text(gap: dict | None) -> str:
     """A difference with its interval; `~` marks what may be noise."""
     if gap is None:
         return ""
-    low, high = gap["difference_ci95"]
-    return f"{gap['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{' ~' if gap['noise'] else ''}"
+    value, low, high = (round(x, 3) + 0.0 for x in (gap["difference"], *gap["difference_ci95"]))  # no -0.000
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]{' ~' if gap['noise'] else ''}"
+
+
+def parts_text(results: dict) -> str:
+    """An overall score with its parts."""
+    parts = dict(results["overall_parts"])
+    factor = parts.pop("one_minus_repetition")
+    mean = ", ".join(f"{task} {number(value)}" for task, value in parts.items()) or "nothing that measures quality"
+    return f"{number(results['overall_score'])} = mean of {mean}; times {number(factor)} (1 - repetition)"
 
 
 def text_report(document: dict) -> str:
     """The table for a terminal."""
     reference = document["comparison"].get("reference")
-    head = ["task", "model", "score", "95 % interval", "n", "chance", "ties", "baselines"]
+    head = ["task", "model", "figure", "score", "95 % interval", "n", "chance", "ties", "baselines"]
     head += [f"minus {reference}"] if reference else []
     lines = [head]
     for row in table_rows(document):
         between = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
-        cells = [row["task"], row["model"], number(row["value"]), between, number(row["n"]), number(row["chance"])]
-        lines.append([*cells, number(row["ties"]), row["verdict"], gap_text(row["difference"])][: len(head)])
-    for model, results in document["results"].items():
-        lines.append(["overall", model, number(results["overall_score"])] + [""] * (len(head) - 3))
+        cells = [row["task"], row["model"], row["label"], number(row["value"]), between, number(row["n"])]
+        cells += [number(row["chance"]), number(row["ties"]), ", ".join(text for text, _ in row["baselines"])]
+        lines.append([*cells, gap_text(row["difference"])][: len(head)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-    text += "\n~: the 95 % interval of the difference holds 0, so it may be noise" if reference else ""
-    return "\n".join([text, *(f"note: {line}" for line in document["notes"])])
+    overall = [f"overall score of {model}: {parts_text(results)}" for model, results in document["results"].items()]
+    legend = "~: the difference may be noise; >: this baseline does better than the model"
+    return "\n".join([text, legend, *overall, *(f"note: {line}" for line in document["notes"])])
 
 
 def curves(document: dict) -> list[dict[str, Any]]:
@@ -134,9 +142,10 @@ def curves(document: dict) -> list[dict[str, Any]]:
         xs = [CHART["left"] + width * (at - low) / (right - low) for at, _ in points]
         lines = []
         for task in names:
-            values = [document["results"][model][task] for _, model in points]
-            ys = [CHART["top"] + height * (1 - min(1.0, max(0.0, v[v["metric"]]))) for v in values]
-            lines.append({"task": task, "points": list(zip(xs, ys, strict=True))})
+            own = [document["results"][model][task] for _, model in points]
+            shares = [(r[r["metric"]], *r[f"{r['metric']}_ci95"]) for r in own]  # value, low, high
+            ys = [[CHART["top"] + height * (1 - min(1.0, max(0.0, share))) for share in three] for three in shares]
+            lines.append({"task": task, "points": [(x, *y) for x, y in zip(xs, ys, strict=True)]})
         ticks = [(x, at) for x, (at, _) in zip(xs, points, strict=True)]
         keep = max(1, len(ticks) // 6)
         grid = [(CHART["top"] + height * (1 - share), share) for share in (0, 0.25, 0.5, 0.75, 1)]
@@ -155,14 +164,14 @@ def page(document: dict) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "gap": gap_text, "plain": plain, "digest": digest}
+    environment.filters |= {"number": number, "gap": gap_text, "parts": parts_text, "plain": plain, "digest": digest}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(document=document, rows=table_rows(document), curves=curves(document), chart=CHART)
 
 
 def plain(text: Any, most: int = 2000) -> str:
-    """Text without control characters, cut to a length that a page bears."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(text)[:most])
+    """Text without control characters and lone surrogates, cut to a length that a page bears."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", str(text)[:most])
 
 
 def digest(text: str) -> str:
@@ -170,13 +179,13 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def write_pages(document: dict, output: Path) -> list[Path]:
-    """The .html page and the .png bar chart beside the JSON file; the files written."""
+def write_files(document: dict, output: Path) -> list[Path]:
+    """The JSON file, the .html page and the .png bar chart (where figures are on a scale up to 1): what was written."""
     import plots
+    import runs
 
-    written = [output.with_suffix(".html")]
-    written[0].write_bytes(page(document).encode("utf-8", errors="replace"))
+    runs.write_json(output, document)
+    runs.write_text(output.with_suffix(".html"), page(document))
     if bars := [row for row in table_rows(document) if row["unit_scale"]]:
         plots.plot_comparison(bars, output.with_suffix(".png"))
-        written.append(output.with_suffix(".png"))
-    return written
+    return [output, output.with_suffix(".html"), *[output.with_suffix(".png")] * bool(bars)]

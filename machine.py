@@ -1,10 +1,11 @@
-"""What this machine can do: number formats it has units for, whether it can compile, how fast it multiplies matrices.
+"""What this machine can do: its number formats, whether it can compile, the speed of matrix products, memory in use.
 
 It looks at the machine only; it changes no setting and knows no model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -95,12 +96,22 @@ def matmul_flops(precision: str) -> float:
     return 2 * size**3 / best
 
 
-def peak_memory() -> int:
-    """Bytes: the most that this process has allocated on the GPU, or, without one, has held in memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gb` start anew, where that can be done: CUDA devices and Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # where it is not allowed the peak stays that of the process so far
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: the peak of the resident memory
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory (1e9 bytes) since `forget_peak_memory`: allocated on a CUDA device, else resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
     except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

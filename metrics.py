@@ -17,6 +17,7 @@ import numpy as np
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
 RESAMPLES = 1000  # of the bootstrap
+Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
 
 
 def mean(values) -> float:
@@ -50,6 +51,13 @@ def interval(values, n: int) -> list[float]:
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
+def wilson(p: float, n: float) -> list[float]:
+    """95 % Wilson score interval of a proportion p of n trials (Wilson 1927)."""
+    centre, margin = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    low, high = (centre - margin) / (1 + Z95**2 / n), (centre + margin) / (1 + Z95**2 / n)
+    return [min(p, max(0.0, low)), max(p, min(1.0, high))]  # p within, in spite of rounding
+
+
 def mean_over_groups(name: str, scores, seed: int) -> dict[str, Any]:
     """{name: mean of the scores (P, K) that are not NaN, name_ci95: interval from resampled groups P that have any}."""
     known = ~np.isnan(scores)
@@ -61,9 +69,9 @@ def mean_over_groups(name: str, scores, seed: int) -> dict[str, Any]:
 
 
 def calibration(confidences, hits) -> tuple[list[dict[str, float]], float]:
-    """(bins with their mean confidence, accuracy and count; expected calibration error), for arrays of equal length.
+    """(bins with mean confidence, accuracy, its interval and count; expected calibration error).
 
-    No bins and NaN where a confidence is not finite.
+    The arrays are of equal length. No bins and NaN where a confidence is not finite.
     """
     if not np.isfinite(confidences).all():
         return [], math.nan
@@ -73,6 +81,7 @@ def calibration(confidences, hits) -> tuple[list[dict[str, float]], float]:
         for here in (places == i for i in range(CALIBRATION_BINS))
         if here.any()
     ]
+    bins = [{**b, "accuracy_ci95": wilson(b["accuracy"], b["count"])} for b in bins]
     gaps = sum(abs(b["confidence"] - b["accuracy"]) * b["count"] for b in bins)
     return bins, gaps / len(hits) if len(hits) else math.nan
 
@@ -97,6 +106,11 @@ def distinct(texts: Iterable[Sequence[str]], n: int) -> float:
     """Distinct n-grams of all texts per n-gram."""
     grams = Counter(gram for words in texts for gram in _ngrams(words, n).elements())
     return len(grams) / grams.total() if grams else math.nan
+
+
+def word_overlap(a: Sequence[str], b: Sequence[str]) -> float:
+    """Dice's coefficient of two bags of words, 2 |a and b| / (|a| + |b|); 1 for two empty ones."""
+    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b)) if a or b else 1.0
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:

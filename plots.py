@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-BLUE, ORANGE, GREEN, GREY = "#3367d6", "#e8710a", "#188038", "#80868b"
+BLUE, ORANGE, GREEN, GREY, DARK = "#3367d6", "#e8710a", "#188038", "#80868b", "#3c4043"
+COLOURS = (BLUE, ORANGE, GREEN, "#8430ce", "#b3261e", "#007b83")  # of models, those of the HTML page
 
 
 def _figure(rows: int, columns: int, width: float, height: float):
@@ -21,6 +22,7 @@ def _figure(rows: int, columns: int, width: float, height: float):
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25)
+        axis.set_axisbelow(True)
     return figure, axes
 
 
@@ -36,14 +38,20 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
     """
     train = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
     figure, ((loss, rate, speed),) = _figure(1, 3, 13, 4)
+    for axis in (loss, rate, speed):
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
+    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
+    speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     loss.plot([r["tokens"] for r in train], [r["loss"] for r in train], color=BLUE, lw=1.2, label="training")
     loss.plot(
         [r["tokens"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", color=ORANGE, ms=4, label="held-out"
     )
     if floor_nats is not None:
         loss.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=f"floor of this text, {floor_nats:.3f}")
-    loss.set(xlabel="tokens", ylabel="loss (nats per token)", title=label(title))
+    loss.set(xlabel="tokens", ylabel="loss (nats per token)", title=f"loss of {label(title)}")
     loss.legend(frameon=False)
     rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], color=BLUE)
     rate.set(xlabel="tokens", ylabel="learning rate", title="learning rate")
@@ -69,7 +77,7 @@ def plot_curves(losses: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_evaluation(metrics: dict[str, Any], path: Path) -> None:
+def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
     """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
 
     `metrics` is one such dict, several merged, or a dict of them. A panel without its figures is left out; ValueError
@@ -87,6 +95,7 @@ def plot_evaluation(metrics: dict[str, Any], path: Path) -> None:
         draw(axis, found)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    figure.suptitle(label(title))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a model may say what the font lacks: a box is drawn
         figure.savefig(path, dpi=120)
@@ -107,7 +116,9 @@ def _draw_distribution(axis, found: dict) -> None:
     total = sum(histogram["counts"]) or 1
     edges, shares = histogram["edges"], [count / total for count in histogram["counts"]]
     axis.bar(edges[:-1], shares, width=0.95, align="edge", color=BLUE)
+    last = max((edge for edge, share in zip(edges[1:], shares, strict=True) if share), default=edges[-1])
     axis.set(xlabel="surprisal of a token (bits)", ylabel="share of tokens", title="distribution of surprisal")
+    axis.set_xlim(0, last)
     if (loss := found.get("nats_per_token")) is not None:
         mean = loss / math.log(2)
         axis.axvline(mean, color=ORANGE, lw=1.5, label=f"mean, {mean:.2f} bits per token")
@@ -118,10 +129,11 @@ def _draw_reliability(axis, found: dict) -> None:
     bins = found["reliability"]
     total = sum(b["count"] for b in bins)
     axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="a calibrated model")
-    axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=BLUE, lw=1.2)
+    places, heights = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+    lows, highs = zip(*(b["accuracy_ci95"] for b in bins), strict=True)
+    axis.vlines(places, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
     sizes = [20 + 400 * b["count"] / total for b in bins]
-    axis.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, color=BLUE, alpha=0.6,
-                 label="area: share of tokens")  # fmt: skip
+    axis.scatter(places, heights, s=sizes, color=BLUE, alpha=0.6, label="area: share of tokens")
     title = f"calibration, error {found['expected_calibration_error']:.3f} over {total:,} tokens"
     axis.set(xlabel="probability of the likeliest token", ylabel="how often it is right", title=title)
     axis.set(xlim=(0, 1), ylim=(0, 1))
@@ -152,12 +164,10 @@ EVALUATION_PANELS = {
 def plot_comparison(rows: list[dict], path: Path) -> None:
     """Bars with 95 % intervals, a group for each task, a colour for each model; a mark where chance lies.
 
-    A row has `task`, `model`, `value`, `low`, `high` and `chance` (None where there is none), on a scale up to 1.
+    A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (None for none), on a scale up to 1.
     """
     tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
     figure, ((axis,),) = _figure(1, 1, max(6, 1.5 + len(tasks) * (0.7 + 0.25 * len(models))), 4.2)
-    from matplotlib import colormaps
-
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
@@ -165,12 +175,14 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
         errors = [[row["value"] - row["low"] for row in own], [row["high"] - row["value"] for row in own]]
         axis.bar(
             places, [row["value"] for row in own], width * 0.92, yerr=errors, label=label(model), capsize=2,
-            color=colormaps["tab20"](i % 20), error_kw={"lw": 1, "ecolor": GREY},
+            color=COLOURS[i % 6], hatch="/" * (i // 6), alpha=0.85, error_kw={"lw": 1.2, "ecolor": DARK},
         )  # fmt: skip
         marked = [(place, row["chance"]) for place, row in zip(places, own, strict=True) if row["chance"] is not None]
         for place, chance in marked:
             axis.hlines(chance, place - width / 2, place + width / 2, colors="black", linestyles="dotted", lw=1.4)
-    axis.set_xticks(range(len(tasks)), [label(task) for task in tasks], rotation=20 if len(tasks) > 4 else 0)
+    worse_above = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
+    names = [label(task) + "\n(lower is better)" * (task in worse_above) for task in tasks]
+    axis.set_xticks(range(len(tasks)), names, rotation=20 if len(tasks) > 6 else 0)
     axis.set(ylabel="score with 95 % interval; dotted: chance", ylim=(min(0, *(row["low"] for row in rows)), 1.02))
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

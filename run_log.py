@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from machine import peak_memory
+from machine import peak_memory_gb
 
 
 class RunLog(TrainerCallback):
@@ -67,7 +67,7 @@ class RunLog(TrainerCallback):
                 "tokens_per_second": speed,
                 "words_per_second": speed * self.words_per_token,
                 "matmul_share": speed * self.share_per_speed,
-                "memory_bytes": peak_memory(),
+                "memory_gb": round(peak_memory_gb(args.device), 3),
                 "seconds_left": round(self.seconds / state.global_step * (state.max_steps - state.global_step), 1),
             }
             self.logged_tokens, self.logged_seconds = self.tokens, self.seconds

@@ -24,10 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from metrics import wilson
+
 TIE = 1e-5  # nats; two sums that differ by less are equal as far as float32 can tell
-Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
+MIDDLE = (2.5, 97.5)  # percentiles of a 95 % interval
 RESAMPLES = 2000  # of the bootstrap over items
 SLOW_RESAMPLES = 400  # of the bootstrap of a statistic that is computed anew for each
+LEAST = 6  # items that differ; with fewer not even all of one sign are significant (sign test: 2 x 0.5^5 = 0.06)
 MISSING = {"", "NA", "NaN", "nan"}  # in the table of reading times
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 READING_FIELDS = ("Subtlex_log10", "length", "context_length", "prev_length", *EYE_TRACKING, "self_paced_reading_time")
@@ -193,6 +196,7 @@ def decode_rows(task: str, rows: Iterable[Any], source: str, stem: str, strict: 
             texts = () if item is None else (item.subset, *item.prefixes, *item.completions)
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"{next(t for t in texts if not isinstance(t, str))!r} is not text")
+            "".join(texts).encode()  # a lone surrogate is no text
             if item and not all(item.completions):
                 raise ValueError("a candidate is empty")
         except (TypeError, ValueError, AttributeError) as error:
@@ -237,12 +241,6 @@ def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
     return {n: 1 / len(set(splits)) / splits.count(s) for n, s in zip(names.tolist(), splits, strict=True)}
 
 
-def wilson(p: float, n: float) -> list[float]:
-    """95 % Wilson score interval of a proportion p of n trials (Wilson 1927)."""
-    centre, margin = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return [max(0.0, (centre - margin) / (1 + Z95**2 / n)), min(1.0, (centre + margin) / (1 + Z95**2 / n))]
-
-
 def _accuracy(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
     grades = grade(items, scores)
     names = np.array([item.subset for item in items])
@@ -253,12 +251,11 @@ def _accuracy(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str
         own = names == name
         rows[name] = {key: float(values[own].mean()) for key, values in shares.items()}
         rows[name] |= {"n": int(own.sum()), "ties": int(grades.tied[own].sum())}
-    mean = {key: sum(w * rows[name][key] for name, w in weights.items()) for key in shares}
-    accuracy = min(1.0, mean["accuracy"])  # above 1 by rounding of the weights
+        rows[name]["accuracy_ci95"] = wilson(rows[name]["accuracy"], rows[name]["n"])
+    mean = {key: min(1.0, math.fsum(w * rows[name][key] for name, w in weights.items())) for key in shares}
     effective = 1 / sum(w * w / rows[name]["n"] for name, w in weights.items())  # n, were subsets equal in size
     return {
-        "accuracy": accuracy, "accuracy_ci95": wilson(accuracy, effective), "n": len(items), "chance": mean["chance"],
-        "ties": int(grades.tied.sum()), "accuracy_official": mean["accuracy_official"],
+        **mean, "accuracy_ci95": wilson(mean["accuracy"], effective), "n": len(items), "ties": int(grades.tied.sum()),
         "correct": float(grades.credit.sum()), "average": spec.average, "interval": "Wilson", "subsets": rows,
     }  # fmt: skip
 
@@ -338,13 +335,8 @@ def score_items(task: str, items: Sequence[Item], scores: Sequence[float], seed:
     statistic, n = _statistic(spec, items, scores), len(items)
     values, rng = statistic(np.arange(n)), np.random.default_rng(seed)
     draws = [statistic(rng.integers(n, size=n)) for _ in range(SLOW_RESAMPLES)]
-    intervals = {f"{key}_ci95": interval([draw[key] for draw in draws]) for key in values}
+    intervals = {f"{key}_ci95": np.percentile([draw[key] for draw in draws], MIDDLE).tolist() for key in values}
     return {"metric": spec.metric, **values, **intervals, "n": n, "chance": 0.0, "interval": "bootstrap by item"}
-
-
-def interval(draws: Sequence[float]) -> list[float]:
-    """The middle 95 % of bootstrap draws."""
-    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int) -> np.ndarray:
@@ -358,27 +350,31 @@ def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, fl
 
 
 def compare(task: str, items: Sequence[Item], a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """How much better the scores `a` do than the scores `b` of the same items: paired bootstrap by item.
-
-    `noise` is true where the 95 % interval of the difference holds 0.
-    """
+    """How much better the scores `a` do than the scores `b` of the same items: paired bootstrap by item."""
     spec = TASKS[task]
     if spec.metric == "accuracy":
         names = np.array([item.subset for item in items])
         weights = subset_weights(spec.average, names)
         gain = grade(items, a).credit - grade(items, b).credit
         value = sum(weight * gain[names == name].mean() for name, weight in weights.items())
-        return difference(float(value), bootstrap_mean(gain, names, weights, seed))
+        return difference(float(value), bootstrap_mean(gain, names, weights, seed), np.count_nonzero(gain))
     of_a, of_b, rng = _statistic(spec, items, a), _statistic(spec, items, b), np.random.default_rng(seed)
     samples = [np.arange(len(items)), *(rng.integers(len(items), size=len(items)) for _ in range(SLOW_RESAMPLES))]
     gains = [of_a(some)[spec.metric] - of_b(some)[spec.metric] for some in samples]
-    return difference(gains[0], gains[1:])
+    return difference(gains[0], gains[1:], len(items))
 
 
-def difference(value: float, draws: Sequence[float]) -> dict[str, Any]:
-    """A difference with the interval of its bootstrap draws, and whether it may be noise."""
-    low, high = interval(draws)
-    return {"difference": value, "difference_ci95": [low, high], "noise": low <= 0 <= high}
+def compare_means(gains: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """The mean of paired differences: bootstrap over the pairs."""
+    draws = bootstrap_mean(gains, np.full(len(gains), ""), {"": 1.0}, seed)
+    return difference(float(gains.mean()), draws, np.count_nonzero(gains))
+
+
+def difference(value: float, draws: Sequence[float], differing: int) -> dict[str, Any]:
+    """A difference with the 95 % interval of its bootstrap draws; `noise` where that holds 0 or under LEAST differ."""
+    low, high = np.percentile(draws, MIDDLE).tolist()
+    noise = bool(low <= 0 <= high or differing < LEAST)
+    return {"difference": value, "difference_ci95": [low, high], "noise": noise}
 
 
 def predictions(task: str, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:

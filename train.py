@@ -184,7 +184,7 @@ def floor_bits_per_byte(eval_path: str) -> float | None:
 def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, floor: float | None, data: dict) -> dict:
     """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
     from inference import generate
-    from machine import peak_memory
+    from machine import peak_memory_gb
     from plots import plot_training
     from trainer import evaluate_chunks
 
@@ -203,7 +203,7 @@ def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, flo
             "tokens_per_second": run_log.tokens_per_second(),
             "training_seconds": run_log.seconds,
             "first_step_seconds": run_log.rows[0]["seconds"],
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_gb": peak_memory_gb(model.device),
             "tokens_trained": trainer.state.num_input_tokens_seen,
         },
         "plan": plan,

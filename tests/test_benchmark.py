@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import build_tiny_model
 import benchmark
 import inference
 import likelihood
+import machine
 import metrics
 import settings as project_settings
 import tasks
@@ -127,9 +129,9 @@ def test_begins_with_wants_whole_words():
 
 
 def test_word_overlap_by_hand():
-    assert benchmark.word_overlap(["a", "b", "c"], ["b", "c", "d", "e", "e"]) == pytest.approx(2 * 2 / 8)
-    assert benchmark.word_overlap(["a", "a"], ["a"]) == pytest.approx(2 / 3)
-    assert (benchmark.word_overlap([], []), benchmark.word_overlap(["a"], [])) == (1.0, 0.0)
+    assert metrics.word_overlap(["a", "b", "c"], ["b", "c", "d", "e", "e"]) == pytest.approx(2 * 2 / 8)
+    assert metrics.word_overlap(["a", "a"], ["a"]) == pytest.approx(2 / 3)
+    assert (metrics.word_overlap([], []), metrics.word_overlap(["a"], [])) == (1.0, 0.0)
 
 
 def test_consistency(suite, results):
@@ -137,7 +139,7 @@ def test_consistency(suite, results):
         return inference.generate(suite.model, suite.tokenizer, [prompt], max_new_tokens=6, temperature=0)[0][0].split()
 
     a, b, c, control = map(words, ["The cat sees the", "A cat sees the", "The cat finds the", "near the"])
-    dice = benchmark.word_overlap
+    dice = metrics.word_overlap
     result = results["consistency"]
     assert result["consistency_scores"][0] == pytest.approx((dice(a, b) + dice(a, c) + dice(b, c)) / 3)
     second = [words(p) for p in ["The boy helps", "A boy helps", "every day helps"]]
@@ -176,6 +178,26 @@ def test_repetition(suite, results):
         expected.append(1 - len(grams) / grams.total() if grams else 0.0)
     assert results["repetition"]["repetition_scores"] == pytest.approx(expected)
     assert metrics.ngram_repetition(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 - 4 / 5)
+
+
+def test_the_peak_of_the_memory_can_be_forgotten():
+    device = torch.device("cpu")
+    held = np.ones(30_000_000)  # 0.24 GB
+    before = machine.peak_memory_gb(device)
+    assert held.nbytes / 1e9 < before < 100
+    del held
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this machine does not let a process forget its peak")
+    machine.forget_peak_memory(device)
+    assert machine.peak_memory_gb(device) < before - 0.15
+
+
+def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
+    bare = BenchmarkSuite(bare_model_dir, "cpu", load_tasks(SMALL))
+    results = bare.run_all_benchmarks()
+    assert results["speed"]["batches"][1]["generated_tokens"] == 15 and results["completion"]["n"] == 3
 
 
 def test_speed_counts_generated_tokens(results):
@@ -239,6 +261,8 @@ def test_unigram_table_is_the_counts_of_the_training_text(model_dirs, corpus_dir
         assert table[token] == pytest.approx(math.log((counts[token] + 1) / (counts.total() + 400)), abs=0.05)
     assert np.exp(table).sum() == pytest.approx(1)
     assert likelihood.unigram_table(model_dirs["Llama"], tokenizer, 400) is None
+    with pytest.raises(ValueError, match=r"the tokenizer makes token \d+, the model knows 0..99"):
+        likelihood.unigram_table(tmp_path, tokenizer, 100)
     items = [tasks.Item("s", ("The", "The"), (" cat", " dog"))]
     model, _ = inference.load_model(model_dirs["Llama"], "cpu")
     _, baselines = likelihood.score(model, tokenizer, items, True, table)
@@ -362,6 +386,23 @@ def test_one_broken_model_does_not_lose_the_others(model_dirs, small_file, tmp_p
     assert len(json.loads((official / "predictions.json").read_text())["order"]["predictions"]) == 4
 
 
+def test_what_was_measured_survives_an_interruption(model_dirs, small_file, tmp_path, capsys, monkeypatch):
+    output, models = tmp_path / "b.json", [str(model_dirs["GPT2"]), str(model_dirs["GPTJ"])]
+    identify = benchmark.identify
+
+    def interrupted(suite):
+        if suite.model_path == model_dirs["GPTJ"]:
+            raise KeyboardInterrupt
+        return identify(suite)
+
+    monkeypatch.setattr(benchmark, "identify", interrupted)
+    argv = [*models, "--benchmark-config", str(small_file), "--tasks", "blimp", "--device", "cpu"]
+    assert benchmark.main([*argv, "--output", str(output)]) == 130
+    assert list(json.loads(output.read_text())["results"]) == ["GPT2"]
+    assert "GPT2" in output.with_suffix(".html").read_text() and output.with_suffix(".png").is_file()
+    assert capsys.readouterr().err.endswith(f"interrupted; the models that had ended are in {output}, if any had\n")
+
+
 def test_one_model_writes_into_its_own_directory(model_dirs, small_file, tmp_path, capsys):
     model = tmp_path / "run" / "chck_2M"
     build_tiny_model("GPT2").save_pretrained(model)
@@ -394,13 +435,30 @@ def test_the_same_weights_under_two_names_are_pointed_out(model_dirs, small_file
 
 
 def test_mistakes_get_one_line(model_dirs, tmp_path, capsys):
-    model = str(model_dirs["Llama"])
+    model, wrong = str(model_dirs["Llama"]), tmp_path / "wrong.yaml"
+    wrong.write_text("tasks:\n  a: 3\n  b: {type: blmp}\n")
+    (tmp_path / "folder.json").mkdir()
     for argv, said in (
         ([model, "--tasks", "completon"], "--tasks completon: not declared; there are completion, consistency"),
         ([model, "--benchmark-config", str(tmp_path / "no.yaml")], "no such configuration file"),
         ([model, model], "the same model stands twice"),
         ([model, "--output", str(tmp_path / "x.txt")], "name a .json file"),
+        ([model, "--output", str(tmp_path / "folder.json")], "name a .json file"),
+        ([model, "--device", "tpu"], 'device "tpu" is unknown'),
+        ([model, "--seed", "-1"], "--seed -1 must be 0 or more"),
+        ([model, "--tasks", ","], "--tasks: none named; there are completion"),
+        ([model, "--benchmark-config", str(wrong)], f"{wrong}: tasks.b.type: 'blmp' is unknown; did you mean blimp?"),
     ):
         assert benchmark.main(argv) == 2
         err = capsys.readouterr().err
-        assert said in err and err.startswith("error: ") and "Traceback" not in err
+        assert said in err and all(line.startswith("error: ") for line in err.splitlines())
+    assert not (model_dirs["Llama"] / "benchmark.json").exists()
+
+
+def test_where_every_model_fails_the_files_of_before_stay(tmp_path, capsys):
+    output = tmp_path / "b.json"
+    output.write_text("of before")
+    assert benchmark.main([str(tmp_path / "none"), "--output", str(output)]) == 2
+    assert output.read_text() == "of before" and not output.with_suffix(".html").exists()
+    out, err = capsys.readouterr()
+    assert "error: none: no model at" in err and out == ""

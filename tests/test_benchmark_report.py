@@ -11,7 +11,7 @@ import pytest
 
 import benchmark_report
 from benchmark_config import load_tasks
-from benchmark_report import curves, page, short_names, table_rows, text_report
+from benchmark_report import curves, gap_text, page, short_names, table_rows, text_report
 
 EVIL = '<script>alert("x")</script>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -45,7 +45,8 @@ def document(models=("run/checkpoint-100", "run/checkpoint-400", EVIL)):
         }
         results[model] = {
             "blimp": result(0.6 + 0.1 * i, noise=i == 0), "repetition": {**repetition, "n": 20, "samples": samples},
-            "speed": speed, "overall_score": 0.3 - 0.1 * i, "overall_parts": {},
+            "speed": speed, "overall_score": 0.3 - 0.1 * i,
+            "overall_parts": {"blimp": 0.25, "one_minus_repetition": 0.8},
         }  # fmt: skip
         facts[model] = {
             "path": f"models/{model}", "architecture": "LlamaForCausalLM", "parameters": 10**7, "vocab_size": 16000,
@@ -102,27 +103,19 @@ def test_differences_of_groups_equal_a_direct_bootstrap():
 
 def test_table_says_what_is_noise():
     lines = text_report(document()).splitlines()
-    assert lines[0].split() == [
-        "task",
-        "model",
-        "score",
-        "95",
-        "%",
-        "interval",
-        "n",
-        "chance",
-        "ties",
-        "baselines",
-        "minus",
-        "run/checkpoint-100",
-    ]
-    assert "not told from random, shorter" in lines[1] and "0.600" in lines[1] and "0.550 .. 0.650" in lines[1]
-    assert "+0.100 [-0.050, +0.250] ~" in lines[2] and "better than random, shorter" in lines[2]
+    head = "task model figure score 95 % interval n chance ties baselines minus run/checkpoint-100"
+    assert lines[0].split() == head.split()
+    assert "random 0.500 ~, shorter 0.400 ~" in lines[1] and "0.600" in lines[1] and "0.550 .. 0.650" in lines[1]
+    assert "+0.100 [-0.050, +0.250] ~" in lines[2] and "random 0.500, shorter 0.400 " in lines[2]
     assert lines[3].endswith("+0.200 [+0.150, +0.250]")
+    assert "overall score of run/checkpoint-400: 0.200 = mean of blimp 0.250; times 0.800 (1 - repetition)" in lines
     assert lines[-1] == f"note: a and {EVIL} have the same weights"
-    worse = {"a": {"difference": -0.2, "noise": False}, "b": {"difference": 0.1, "noise": True}}
-    assert benchmark_report.verdict({"baselines": worse}) == "worse than a; not told from b"
+    assert benchmark_report.baseline("unigram", {"score": 0.7, "difference": -0.2, "noise": False}) == (
+        "unigram 0.700 >", False,
+    )  # fmt: skip
     assert len({len(row) for row in table_rows(document())}) == 1
+    tiny = {"difference": -1e-9, "difference_ci95": [-0.1, 0.1], "noise": True}
+    assert gap_text(tiny) == "+0.000 [-0.100, +0.100] ~"
 
 
 def test_learning_curve_by_hand():
@@ -132,10 +125,10 @@ def test_learning_curve_by_hand():
     chart = benchmark_report.CHART
     bottom, right = chart["height"] - chart["bottom"], chart["width"] - chart["right"]
     height = bottom - chart["top"]
-    assert blimp["points"] == [
-        (chart["left"], pytest.approx(bottom - 0.6 * height)),
-        (right, pytest.approx(bottom - 0.7 * height)),
-    ]
+    want = [(x, *(bottom - share * height for share in shares)) for x, shares in (
+        (chart["left"], (0.6, 0.55, 0.65)), (right, (0.7, 0.65, 0.75)),  # value, low, high
+    )]  # fmt: skip
+    assert [list(point) for point in blimp["points"]] == [pytest.approx(point) for point in want]
     assert [line["task"] for line in curve["lines"]] == ["blimp", "repetition"]
     assert curves(document(("a", "b", "c"))) == []
     (words,) = curves(document(("run/chck_1M", "run/chck_10M", "run/other")))
@@ -158,17 +151,30 @@ def test_page_is_self_contained_and_escaped():
     assert text.index("failed: cannot be read") < text.index("<h2>Models</h2>")
 
 
-def test_page_without_any_result(tmp_path):
-    empty = {**document(), "results": {}, "models": {}, "comparison": {}}
-    assert "failed" in page(empty)
-    assert [p.suffix for p in benchmark_report.write_pages(empty, tmp_path / "b.json")] == [".html"]
+def test_subsets_stand_below_the_task():
+    made = document()
+    rows = {f"kind {i}": {**result(0.9), "accuracy_ci95": [0.8, 0.95]} for i in range(3)}
+    for name, results in made["results"].items():
+        results["blimp"]["subsets"] = {**rows, EVIL: result(0.1 if name == EVIL else 0.2)}
+    text = page(made)
+    assert "<summary>blimp: 4 subsets</summary>" in text and "<details open>" in text  # 4 x 3 rows
+    assert text.count("<td>kind 1</td>") == 3 and "0.800 to 0.950" in text and EVIL not in text
+    rows |= {f"more {i}": result(0.5) for i in range(30)}
+    for results in made["results"].values():
+        results["blimp"]["subsets"] = rows
+    assert "<details><summary>blimp: 33 subsets" in page(made)
 
 
 def test_the_files_beside_the_json(tmp_path):
     made = json.loads(json.dumps(document(("a", "b", "$\\frac{$"))))
-    written = benchmark_report.write_pages(made, tmp_path / "comparison.json")
-    assert [p.name for p in written] == ["comparison.html", "comparison.png"]
-    assert written[1].read_bytes().startswith(b"\x89PNG")
+    written = benchmark_report.write_files(made, tmp_path / "comparison.json")
+    assert [p.name for p in written] == ["comparison.json", "comparison.html", "comparison.png"]
+    assert written[2].read_bytes().startswith(b"\x89PNG")
+    for results in made["results"].values():  # a bar that ends at 1 by less than a rounding error
+        results["blimp"] |= {"accuracy": 1.0, "accuracy_ci95": [0.9, 1.0]}
+    assert len(benchmark_report.write_files(made, tmp_path / "perfect.json")) == 3
+    only_speed = {**made, "configs": {"speed": {"type": "speed"}}}
+    assert [p.suffix for p in benchmark_report.write_files(only_speed, tmp_path / "s.json")] == [".json", ".html"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -323,7 +322,7 @@ def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
         assert row["words_per_second"] == pytest.approx(words)
         share = row["tokens_per_second"] * plan["flops_per_token"] / plan["matmul_flops"]
         assert row["matmul_share"] == pytest.approx(share)
-        assert 10**8 < row["memory_bytes"] < 10**11
+        assert 0.1 < row["memory_gb"] < 100
         assert {"grad_norm", "learning_rate", "seconds_left"} <= set(row)
     assert rows[-1]["seconds_left"] < rows[0]["seconds_left"]
     # 2 layers of 4 D^2 + 3 D F with D = 32, F = 88, a head of D V; causal attention 2 layers x D x T
@@ -354,7 +353,7 @@ def test_measuring_the_machine_leaves_the_seed_alone():
     torch.manual_seed(3)
     assert machine.matmul_flops("fp32") > 1e8
     assert torch.rand(1) == expected
-    assert math.isfinite(machine.peak_memory())
+    assert 0.05 < machine.peak_memory_gb(torch.device("cpu")) < 100
 
 
 def test_our_losses_are_those_of_a_plain_trainer_script(tmp_path, tokenizer, corpus_dir, tokenizer_file):

@@ -10,6 +10,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metrics
 import tasks
 from tasks import Item, compare, decode_rows, grade, predictions, read_items, score_items
 
@@ -145,7 +146,10 @@ def test_averages_by_hand():
     items = [item(uid) for uid in uids]
     macro = score_items("blimp", items, scores)
     assert macro["accuracy"] == pytest.approx((0.75 + 0) / 2)
-    assert macro["subsets"]["a"] == {"accuracy": 0.75, "accuracy_official": 0.75, "chance": 0.5, "n": 4, "ties": 0}
+    row = {"accuracy": 0.75, "accuracy_official": 0.75, "chance": 0.5, "n": 4, "ties": 0}
+    assert macro["subsets"]["a"] == {**row, "accuracy_ci95": tasks.wilson(0.75, 4)}
+    perfect = score_items("blimp", [item(str(i)) for i in range(10)], [-1, -2] * 10)
+    assert perfect["accuracy"] == perfect["accuracy_ci95"][1] == 1.0  # ten tenths, not 0.9999999999999999
     assert score_items("completion", items, scores)["accuracy"] == pytest.approx(3 / 5)
     cells = ["regular_0_ops", "regular_1_ops", "ambiref_0_ops"]  # mean over splits of the mean over cells
     split = score_items("entity_tracking", [item(c) for c in cells], [-1, -2, -2, -1, -1, -2])
@@ -154,7 +158,8 @@ def test_averages_by_hand():
 
 def test_interval_is_wilson_at_the_effective_number_of_items():
     assert tasks.wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # a published worked example
-    assert tasks.wilson(1.0, 10) == pytest.approx([1 / (1 + tasks.Z95**2 / 10), 1.0])
+    assert tasks.wilson(1.0, 10) == pytest.approx([1 / (1 + metrics.Z95**2 / 10), 1.0])
+    assert all(low <= p <= high for n in range(1, 90) for p in (0.0, 1.0) for low, high in [tasks.wilson(p, n)])
     even = score_items("blimp", [item(u) for u in "aabb"], [-1, -2] * 3 + [-2, -1])
     assert even["accuracy_ci95"] == pytest.approx(tasks.wilson(0.75, 4))
     uneven = score_items("blimp", [item(u) for u in "aaab"], [-1, -2] * 4)
@@ -240,6 +245,15 @@ def test_paired_bootstrap_equals_a_direct_one():
     assert compare("blimp", items, sure, -sure)["noise"] is False
 
 
+def test_few_items_say_nothing():
+    """Five items of one sign have p = 2 x 0.5^5 = 0.06 in a sign test: the bootstrap, all draws alike, must not rule."""
+    for n, noise in ((1, True), (5, True), (6, False)):
+        scores = np.tile([-1.0, -2.0], n)
+        assert compare("blimp", [item() for _ in range(n)], scores, -scores)["noise"] is noise
+        assert tasks.compare_means(np.r_[np.full(n, 0.5), np.zeros(2)])["noise"] is (noise or n < 6)
+    assert tasks.compare_means(np.zeros(50)) == {"difference": 0.0, "difference_ci95": [0.0, 0.0], "noise": True}
+
+
 def test_compare_of_a_correlation_is_paired():
     rng = np.random.default_rng(2)
     items = [Item("wug_adj", ("", ""), ("a", "b"), facts={"ratio": r}) for r in rng.random(30)]
@@ -272,6 +286,8 @@ def test_mistakes_are_named(tmp_path):
         decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": ["c"], "anwser": 1}], "f", "x", strict=True)
     with pytest.raises(ValueError, match="all different"):
         decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": ["b"]}], "f", "x")
+    with pytest.raises(ValueError, match="item 1: .*surrogates not allowed"):
+        decode_rows("minimal_pairs", [{"sentence_good": "a", "sentence_bad": "\ud800"}], "f", "x")
     with pytest.raises(ValueError, match="scores are NaN"):
         score_items("blimp", [item()], [math.nan, -1])
     with pytest.raises(ValueError, match="do not fit"):

@@ -376,7 +376,7 @@ def test_resume_is_exact(kind, config_file, tmp_path):
 
     def timeless(text):
         drop = (
-            "tokens_per_second", "eval_seconds", "seconds", "words_per_second", "matmul_share", "memory_bytes",
+            "tokens_per_second", "eval_seconds", "seconds", "words_per_second", "matmul_share", "memory_gb",
             "seconds_left",
         )  # fmt: skip
         return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
