@@ -1,12 +1,16 @@
-# make quickstart: from nothing to a trained model.  make test: the whole test suite.  make help: the rest.
+# make quickstart: from nothing to a trained and measured model.  make test: the whole test suite.  make help: the rest.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test lint clean
+RUN := models/quickstart
+REPORT := $(RUN)/report.html
+
+.DELETE_ON_ERROR:
+.PHONY: help where quickstart test lint clean
 help:
-	@echo "make quickstart   set up .venv, make data, train a tokenizer and a small Llama, show what it learned"
+	@echo "make quickstart   set up .venv, make data, train a tokenizer and a small Llama, measure what it learned"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make lint         check style (ruff) and that the generated files are fresh"
 	@echo "make clean        remove .venv and caches; data/ and models/ stay"
@@ -18,10 +22,19 @@ $(INSTALLED): requirements.txt
 	@touch $@
 
 # A finished quick start is shown again, an interrupted one begins anew.
-quickstart: $(INSTALLED)
+quickstart: where $(INSTALLED)
 	$(PY) create_synthetic_data.py --num-tokens 300000 --complexity medium --output-dir data/synthetic
 	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 700 --output models/quickstart-tokenizer.json
-	$(PY) train.py --config config/quickstart.yaml $(if $(wildcard models/quickstart/training_metrics.json),,--overwrite)
+	$(PY) train.py --config config/quickstart.yaml $(if $(wildcard $(RUN)/training_metrics.json),,--overwrite)
+	@$(MAKE) --no-print-directory $(REPORT)
+
+where:
+	@echo "The report of the quick start: $(REPORT), complete when this command ends"
+
+# What was measured stands until the weights, the tasks, the code or the libraries change.
+$(REPORT): $(RUN)/model.safetensors $(wildcard *.py *.j2 config/benchmark*.yaml) requirements.txt
+	$(PY) evaluate.py $(RUN)
+	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json
 
 test: $(INSTALLED)
 	$(PY) -m pytest

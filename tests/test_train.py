@@ -29,7 +29,7 @@ from trainer import (
     training_arguments,
 )
 
-SHIPPED = {p.stem: p for p in sorted((ROOT / "config").glob("*.yaml")) if p.stem != "benchmark"}
+SHIPPED = {p.stem: p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.stem.startswith("benchmark")}
 
 
 class Words:
