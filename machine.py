@@ -71,6 +71,8 @@ def pick_compile(training: dict[str, Any], seconds: float) -> tuple[bool, str]:
         )
     if asked != "auto":
         return asked, "as asked"
+    if training["fsdp"]:
+        return False, "not with training.fsdp"
     if missing:
         return False, f"torch.compile needs {missing}, not found here"
     if seconds < COMPILE_WORTH_SECONDS:

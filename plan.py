@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers.pytorch_utils import Conv1D
 
 import machine
+import ranks
 from loss import NextTokenLoss
 
 
 def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
     """The derived numbers of a run, before its first step: parameters, tokens per step, steps, words, operations."""
     training, seq_length = config["training"], config["data"]["seq_length"]
-    accumulation = training["gradient_accumulation_steps"]
-    batches = math.ceil(n_chunks / training["batch_size"])
+    per_step = training["batch_size"] * training["gradient_accumulation_steps"] * ranks.count()
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
     attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
     return {
         "parameters": model.num_parameters(),
         "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        "tokens_per_step": training["batch_size"] * accumulation * seq_length,
-        "steps": math.ceil(batches / accumulation) * training["num_epochs"],
+        "processes": ranks.count(),
+        "tokens_per_step": per_step * seq_length,
+        "steps": ranks.steps_per_epoch(n_chunks, per_step) * training["num_epochs"],
         "epochs": training["num_epochs"],
         "words": report["words"] * training["num_epochs"],
         "tokens": n_chunks * seq_length * training["num_epochs"],
@@ -35,7 +34,7 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     """Choose number format, compilation and attention kernel for this machine; returns the loss, says why in `plan`."""
     training, cuda = config["training"], torch.cuda.is_available()
     precision, why = machine.pick_precision(training)
-    matmul_flops = machine.matmul_flops(precision)
+    matmul_flops = machine.matmul_flops(precision) * ranks.count()
     seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
     compiled, why_compiled = machine.pick_compile(training, seconds / machine.EAGER_SHARE)
     if precision == "bf16" and not cuda and config["data"]["seq_length"] <= 512:
@@ -66,10 +65,11 @@ def duration(seconds: float) -> str:
 def print_plan(config: dict, plan: dict, example: str) -> None:
     """The derived numbers and one decoded training example, on stdout."""
     training = config["training"]
-    batch = f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {config['data']['seq_length']}"
+    factors = training["batch_size"], training["gradient_accumulation_steps"], plan["processes"]
+    batch = " x ".join(str(factor) for factor in (*factors, config["data"]["seq_length"]))
     print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
           f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
-    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x seq_length on each device: {batch})")
+    print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x processes x seq_length: {batch})")
     print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
           f"{plan['tokens']:,} tokens")  # fmt: skip
     print(f"precision   {plan['precision']} ({plan['precision_reason']})")

@@ -115,7 +115,11 @@ def differences(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     """What differs between the run in run_dir and this configuration and text: {key: "key: was ..., is ..."}."""
     old, new = _flat(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))), _flat(config)
     lines = {k: f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)}
-    if json.loads((run_dir / DATA_REPORT).read_text(encoding="utf-8")) != report:
+    old_report, report = json.loads((run_dir / DATA_REPORT).read_text(encoding="utf-8")), dict(report)
+    was, now = (r.pop("processes", 1) for r in (old_report, report))
+    if was != now:
+        lines["processes"] = f"processes: was {was}, is {now}"
+    if old_report != report:
         lines["data"] = f"data: the text or the tokenizer has changed since ({DATA_REPORT})"
     return lines
 

@@ -48,7 +48,7 @@ class ModelSection(Section):
 
 class TrainingSection(Section):
     lr: float = _key("Peak learning rate", ge=1e-6, le=1e-2, typical=(1e-5, 1e-3))
-    batch_size: int = _key("Chunks in a batch on each device", gt=0, typical=(1, 128))
+    batch_size: int = _key("Chunks in a batch of each process (each device)", gt=0, typical=(1, 128))
     num_epochs: int = _key("Passes over the training text", ge=1, typical=(1, 10))
     gradient_accumulation_steps: int = _key("Batches in one optimiser step", 1, ge=1, typical=(1, 32))
     warmup_steps: int = _key("Steps over which the learning rate rises to lr", 0, ge=0, typical=(0, 1000))
@@ -80,6 +80,10 @@ class TrainingSection(Section):
         "auto",
     )
     gradient_checkpointing: bool = _key("Recompute activations in the backward pass: less memory, slower", False)
+    fsdp: bool = _key(
+        "Over several processes: share out weights, gradients and optimiser states (FSDP) instead of copying them",
+        False,
+    )
     ema: float | None = _key(
         "Decay of an exponential moving average of the weights, which is evaluated and saved; null: none",
         None,

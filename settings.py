@@ -209,6 +209,10 @@ def _broken_rules(raw: Any) -> list[str]:
         problems.append(f"training.{chosen[0]}: true, but training.precision is {training['precision']!r}; choose one")
     if training.get("warmup_steps") and training.get("warmup_ratio"):
         problems.append("training.warmup_steps, training.warmup_ratio: both are given; choose one")
+    untried = {"ema": training.get("ema") is not None, "optimizer": training.get("optimizer") == "muon"}
+    untried |= {key: training.get(key) is True for key in ("compile", "torch_compile")}
+    for key in (key for key, given in untried.items() if given and training.get("fsdp") is True):
+        problems.append(f"training.fsdp: true does not go with training.{key}: {training[key]}; leave one out")
     peak, low = training.get("lr"), training.get("min_lr")
     if _number(peak) and _number(low) and low > peak:
         problems.append(f"training.min_lr: {low:g} is above training.lr ({peak:g})")

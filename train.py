@@ -16,11 +16,12 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import ranks
 import runs
 import settings
 
@@ -181,14 +182,14 @@ def floor_bits_per_byte(eval_path: str) -> float | None:
         raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
 
 
-def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, floor: float | None, data: dict) -> dict:
+def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
     """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
     from inference import generate
     from machine import peak_memory_gb
     from plots import plot_training
     from trainer import evaluate_chunks
 
-    model, tokenizer = trainer.best_model(), trainer.processing_class
+    config, run_dir, tokenizer, floor = job.config, job.run_dir, job.tokenizer, job.floor
     final = evaluate_chunks(
         model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
     )
@@ -206,9 +207,9 @@ def write_results(run_dir: Path, config: dict, plan: dict, trainer, run_log, flo
             "peak_memory_gb": peak_memory_gb(model.device),
             "tokens_trained": trainer.state.num_input_tokens_seen,
         },
-        "plan": plan,
+        "plan": job.plan,
         "samples": [sample for group in samples for sample in group],
-        "data": data,
+        "data": job.data_report,
         "config": config,
         "environment": runs.environment(),
     }
@@ -225,20 +226,21 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
-        print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
+        if ranks.is_main():
+            print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
         return False
     return True
 
 
-def run(args: argparse.Namespace) -> int:
-    """Config -> datasets -> model -> trainer -> run directory."""
+def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
+    """Check everything and make what a run needs; None where nothing is to be trained (finished, --dry-run)."""
     config = load_config(args.config, args)
     check_inputs(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: train.py runs in one process on one device")
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
+    if config["training"]["fsdp"] and ranks.count() > 1:
+        ranks.require_gpus()
 
     from data_utils import byte_lengths, load_tokenizer
 
@@ -246,16 +248,15 @@ def run(args: argparse.Namespace) -> int:
     tokenizer.model_max_length = config["data"]["seq_length"]
     floor = floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
+    data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
         runs.print_summary(run_dir, metrics)
-        return 0
+        return None
 
     import transformers
 
     from plan import describe, fit_to_machine, print_plan
-    from run_log import RunLog
-    from trainer import LMTrainer, training_arguments
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -267,25 +268,47 @@ def run(args: argparse.Namespace) -> int:
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:
         print("dry run: nothing was trained and nothing written")
+        return None
+    if ranks.is_main():
+        runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
+    return SimpleNamespace(
+        config=config, run_dir=run_dir, checkpoint=checkpoint, tokenizer=tokenizer, train_data=train_data,
+        held_out=held_out, data_report=data_report, floor=floor, model=model, plan=plan, loss=loss,
+        lengths=byte_lengths(tokenizer),
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Config -> datasets -> model -> trainer -> run directory."""
+    with ranks.main_first():
+        job = prepare(args)
+    if job is None:
         return 0
 
-    runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
-    words_per_token = data_report["train"]["words"] / data_report["train"]["tokens"]
-    run_log = RunLog(run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
+    from run_log import RunLog
+    from trainer import LMTrainer, training_arguments
+
+    config, plan, words = job.config, job.plan, job.data_report["train"]
+    words_per_token = words["words"] / words["tokens"]
+    run_log = RunLog(job.run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
     trainer = LMTrainer(
-        model=model,
-        args=training_arguments(config, run_dir, plan["precision"]),
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        byte_lengths=byte_lengths(tokenizer),
+        model=job.model,
+        args=training_arguments(config, job.run_dir, plan["precision"]),
+        train_dataset=job.train_data,
+        eval_dataset=job.held_out,
+        processing_class=job.tokenizer,
+        byte_lengths=job.lengths,
         training=config["training"],
-        loss=loss,
-        callbacks=[run_log],
+        loss=job.loss,
+        callbacks=[run_log] if ranks.is_main() else [],
     )
-    if not fit(trainer, run_dir, checkpoint):
+    ranks.own_dropout(config["training"]["seed"])
+    if not fit(trainer, job.run_dir, job.checkpoint):
         return EXIT_INTERRUPTED
-    runs.print_summary(run_dir, write_results(run_dir, config, plan, trainer, run_log, floor, data_report))
+    model = trainer.best_model()
+    with ranks.main_first():
+        if ranks.is_main():
+            runs.print_summary(job.run_dir, write_results(job, trainer, model, run_log))
     return 0
 
 
@@ -323,14 +346,21 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        return run(args)
+        ranks.start()
+        code = run(args)
+        ranks.stop()
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        ranks.print_error(error)
         return 2
     except RuntimeError as error:
+        if ranks.lost_another(error):
+            ranks.print_error(
+                OSError("lost another process: it was killed (out of memory?), or its own error is above")
+            )
+            return 2
         if "out of memory" not in str(error).lower():
             raise
         training = load_config(args.config, args)["training"]
@@ -339,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         remedy = (
             f"the same step fits in less with {less}" if batch > 1 else "use --bf16, or a smaller model or seq_length"
         )
-        print(f"error: CUDA out of memory: {remedy}", file=sys.stderr)
+        ranks.print_error(MemoryError(f"CUDA out of memory: {remedy}"))
         return 2
 
 

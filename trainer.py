@@ -18,8 +18,16 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+import ranks
 from inference import generate
 from loss import NextTokenLoss
 from optimizers import make_optimizer, schedule
@@ -31,6 +39,8 @@ AVERAGE = "average.safetensors"  # the moving average of the weights, in a check
 
 class TrainingError(ValueError):
     """The run cannot go on; the message says what to change."""
+
+    on_all_ranks = True
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -76,32 +86,39 @@ class ShiftedChunks(TrainerCallback):
 
 @torch.no_grad()
 def evaluate_chunks(
-    model, chunks, byte_lengths: torch.Tensor, batch_size: int, mask_from: int | None = None
+    model, chunks, byte_lengths: torch.Tensor, batch_size: int, mask_from: int | None = None, together: bool = False
 ) -> dict[str, float]:
     """Loss of a model on full chunks, from sums, so that it does not depend on the batch size.
 
     Each token of a chunk but the first is predicted from those before it in the chunk, or, with `mask_from` (the id of
     BOS), from those before it in its document. Returns `loss` (nats per predicted token), `perplexity` (exp of it),
     `bits_per_byte` (all nats, those of </s> included, over log 2 and the UTF-8 bytes of the predicted tokens;
-    `byte_lengths` (V,) gives each token's), `tokens` and `bytes`.
+    `byte_lengths` (V,) gives each token's), `tokens` and `bytes`. With `together` all processes call this, each takes
+    its share of the chunks, and all get the same sums.
     """
     was_training = model.training
     model.eval()
     nll, tokens, n_bytes = 0.0, 0, 0
     loss_of = NextTokenLoss(dtype=torch.float32, mask_from=mask_from)
-    for batch in DataLoader(chunks, batch_size, collate_fn=collate_chunks):
+    how = {"batch_size": batch_size}
+    if together := together and 1 < ranks.count() <= len(chunks):
+        how = {"batch_sampler": ranks.deal(np.arange(len(chunks)), ranks.rounds_of(len(chunks), batch_size))}
+    for batch in DataLoader(chunks, collate_fn=collate_chunks, **how):
         ids = batch["input_ids"].to(model.device)
         nll += loss_of(model, ids).item()
         tokens += ids[:, 1:].numel()
         n_bytes += int(byte_lengths[ids[:, 1:].cpu()].sum())
     model.train(was_training)
+    if together:
+        sums = torch.tensor([nll, tokens, n_bytes], dtype=torch.float64, device=model.device)
+        nll, tokens, n_bytes = ranks.total(sums).tolist()  # counts are exact below 2**53
     loss = nll / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": nll / math.log(2) / n_bytes,
-        "tokens": tokens,
-        "bytes": n_bytes,
+        "tokens": int(tokens),
+        "bytes": int(n_bytes),
     }
 
 
@@ -132,10 +149,25 @@ class LMTrainer(Trainer):
         if isinstance(self.train_dataset, ShiftedChunks):
             self.add_callback(self.train_dataset)
 
-    def best_model(self):
-        """What is evaluated and saved in the end: the average of the weights where there is one, else the model."""
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return self.average.module if self.average else model
+    def best_model(self) -> torch.nn.Module | None:
+        """What is evaluated and saved in the end: the average of the weights where there is one, else the model.
+
+        All processes call it. Where the model is sharded (FSDP) it is a whole copy, for rank 0 alone.
+        """
+        if not self.is_fsdp_enabled:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            return self.average.module if self.average else model
+        weights = self.accelerator.get_state_dict(self.model)
+        if not ranks.is_main():
+            return None
+        model = AutoModelForCausalLM.from_config(self.model.config)
+        model.load_state_dict(weights)
+        return model.to(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if ranks.count() == 1:
+            return super().get_train_dataloader()
+        return ranks.train_loader(self.train_dataset, self.args, self.data_collator)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -155,10 +187,12 @@ class LMTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
         with self.accelerator.autocast():
-            nll = self.loss(model, ids)
+            nll = ranks.through(model, self.loss, ids)
         items = ids[:, 1:].numel() if num_items_in_batch is None else num_items_in_batch
         loss = nll / items * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        self.state.num_input_tokens_seen += ids.numel() * self.accelerator.num_processes
+        per_step = self.get_total_train_batch_size(self.args)
+        seen = ranks.chunks_after(self.state.global_step + 1, len(self.train_dataset), per_step)
+        self.state.num_input_tokens_seen = seen * ids.shape[1]
         self._nonfinite += ~torch.isfinite(loss.detach())  # looked at only when logging: no wait for the device here
         return (loss, None) if return_outputs else loss
 
@@ -166,9 +200,8 @@ class LMTrainer(Trainer):
         started = time.perf_counter()
         chunks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.average.module if self.average else self.model
-        sums = evaluate_chunks(
-            model, chunks, self.byte_lengths, self.args.per_device_eval_batch_size, self.loss.mask_from
-        )
+        batch_size = self.args.per_device_eval_batch_size
+        sums = evaluate_chunks(model, chunks, self.byte_lengths, batch_size, self.loss.mask_from, together=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in sums.items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics | {"samples": self._samples(model)})
@@ -177,7 +210,7 @@ class LMTrainer(Trainer):
 
     def _samples(self, model) -> list[str]:
         """What the model makes of nothing and of the first words of the held-out text, the same draws each time."""
-        if self.processing_class is None:
+        if self.processing_class is None or self.is_fsdp_enabled or not ranks.is_main():
             return []
         opening = self.processing_class.decode(self.eval_dataset[0]["input_ids"][1:9], skip_special_tokens=True)
         made = generate(model, self.processing_class, ["", opening], max_new_tokens=20, temperature=0.8, seed=0)
@@ -186,7 +219,8 @@ class LMTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         acts = self.control.should_log or self.control.should_save or self.control.should_evaluate
         bad_gradient = not self.args.fp16 and grad_norm is not None and acts and not math.isfinite(float(grad_norm))
-        if acts and (self._nonfinite.item() or bad_gradient):  # fp16's loss scaler skips infinite gradients by itself
+        nonfinite = acts and ranks.total(self._nonfinite).item()  # all processes come to the same end
+        if nonfinite or bad_gradient:  # fp16's loss scaler skips infinite gradients by itself
             raise TrainingError(
                 f"the loss or its gradient became NaN or infinite at or before step {self.state.global_step}; nothing "
                 "was saved after it. Train again (--overwrite) with a smaller --lr, a longer training.warmup_steps, or "
@@ -196,6 +230,7 @@ class LMTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        ranks.barrier()  # each process writes the state of its random numbers
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if self.average:
@@ -265,6 +300,8 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         report_to=["wandb"] if use_wandb else [],
         run_name=config["model"]["name"],
         ddp_find_unused_parameters=False,
+        fsdp=training["fsdp"] and ranks.count() > 1,
+        fsdp_config={"version": 2},
     )
     if arguments.n_gpu > 1:  # Trainer would spread each batch over all GPUs, and batch_size would mean something else
         arguments._n_gpu = 1
