@@ -136,7 +136,7 @@ CLOCK = {
     "tokens_per_second",
     "words_per_second",
     "matmul_share",
-    "memory_bytes",
+    "memory_gb",
     "seconds_left",
     "eval_seconds",
     "seconds",
