@@ -137,7 +137,7 @@ def _draw_reliability(axis, found: dict) -> None:
     title = f"calibration, error {found['expected_calibration_error']:.3f} over {total:,} tokens"
     axis.set(xlabel="probability of the likeliest token", ylabel="how often it is right", title=title)
     axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower right")
 
 
 def _draw_samples(axis, found: dict) -> None:
@@ -182,8 +182,10 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
             axis.hlines(chance, place - width / 2, place + width / 2, colors="black", linestyles="dotted", lw=1.4)
     worse_above = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
     names = [label(task) + "\n(lower is better)" * (task in worse_above) for task in tasks]
-    axis.set_xticks(range(len(tasks)), names, rotation=20 if len(tasks) > 6 else 0)
-    axis.set(ylabel="score with 95 % interval; dotted: chance", ylim=(min(0, *(row["low"] for row in rows)), 1.02))
+    tilted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 6 else {}
+    axis.set_xticks(range(len(tasks)), names, **tilted)
+    lowest = min(row["low"] for row in rows)
+    axis.set(ylabel="score with 95 % interval; dotted: chance", ylim=(lowest - 0.02 if lowest < 0 else 0, 1.02))
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
