@@ -164,3 +164,32 @@ def test_no_word_of_other_places():
         ):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"/work/|pypi\.org|pythonhosted|registry\.npmjs", text), name
+
+
+def test_every_key_of_a_result_is_in_the_reference(model_dirs):
+    from benchmark import BenchmarkSuite
+    from benchmark_config import load_tasks
+    from evaluate import ModelEvaluator
+
+    text = TEXTS[ROOT / "API_REFERENCE.md"]
+    sections = {name: text.split(f"\n### {name}\n", 1)[1].split("\n### ")[0] for name in ("evaluate", "benchmark")}
+    evaluator = ModelEvaluator(model_dirs["GPT2"], "cpu")
+    found = [
+        evaluator.calculate_perplexity(["The cat.", "A dog."]),
+        evaluator.evaluate_token_probabilities(["The cat."]),
+    ]
+    found += [evaluator.evaluate_generation_quality(["The"], max_length=5), found[1]["reliability"][0]]
+    keys = {"evaluate": set().union(*found)}
+    items = [{"prompt": "The cat", "answer": "sees", "wrong": ["the"]}]
+    prompts = {"groups": [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2, "max_new_tokens": 4}
+    declared = {
+        "completion": {"items": items},
+        "consistency": prompts,
+        "repetition": {"prompts": ["The", "A"], "max_new_tokens": 4},
+    }
+    declared["speed"] = {"batch_sizes": [1], "max_new_tokens": 3, "repeats": 1}
+    results = BenchmarkSuite(model_dirs["GPT2"], "cpu", load_tasks({"tasks": declared})).run_all_benchmarks()
+    keys["benchmark"] = set().union(*(results[name] for name in declared), results["speed"]["batches"][0])
+    keys["benchmark"] |= set(results) - set(declared) | set(results["completion"]["baselines"]["shorter"])
+    for name, section in sections.items():
+        assert keys[name] - set(re.findall(r"`(\w+)`", section)) == set(), name
