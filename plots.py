@@ -189,3 +189,38 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
+
+
+def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None:
+    """Held-out bits per byte against the values of each key, a panel for each; runs that differ in this key alone are
+    joined, and a star marks the run named `best`.
+
+    A row has `name`, `values` (by key) and `eval_bits_per_byte`, or `error`, in which case it is left out.
+    """
+    done = [row for row in rows if "error" not in row]
+    figure, (axes,) = _figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
+    for axis, key in zip(axes, keys, strict=True):
+        _draw_sweep(axis, key, done, best)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
+    values = [row["values"][key] for row in rows]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    names = list(dict.fromkeys(map(str, sorted(values) if numbers else values)))
+    places = {name: float(name) if numbers else i for i, name in enumerate(names)}
+    lines: dict[str, list[tuple]] = {}  # by what else the runs have in common
+    for row in rows:
+        others = ", ".join(f"{k.split('.')[1]} {v}" for k, v in row["values"].items() if k != key)
+        lines.setdefault(others, []).append((places[str(row["values"][key])], row["eval_bits_per_byte"]))
+        if row["name"] == best:
+            axis.plot(*lines[others][-1], "*", ms=14, color="black", zorder=3, label="best")
+    for others, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", ms=4, lw=1.2, label=label(others or "_alone"))
+    if numbers and min(values) > 0 and max(values) >= 8 * min(values):
+        axis.set_xscale("log")
+    axis.set_xticks(list(places.values()), [label(name) for name in places])
+    axis.minorticks_off()
+    axis.set(xlabel=label(key), ylabel="held-out bits per byte")
+    if len(lines) <= 8:
+        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

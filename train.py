@@ -90,6 +90,13 @@ def check_inputs(config: dict) -> None:
             )
 
 
+def checked_config(args: argparse.Namespace) -> dict:
+    """The configuration of a command line, after the inputs that it names were found."""
+    config = load_config(args.config, args)
+    check_inputs(config)
+    return config
+
+
 # ---- model and data -----------------------------------------------------------------------------
 
 
@@ -234,8 +241,7 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
 
 def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     """Check everything and make what a run needs; None where nothing is to be trained (finished, --dry-run)."""
-    config = load_config(args.config, args)
-    check_inputs(config)
+    config = checked_config(args)
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
@@ -337,30 +343,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("wandb", action=argparse.BooleanOptionalAction, default=None, help="logging.wandb: log to Weights & Biases")
     add("wandb-project", help="logging.project: the Weights & Biases project")
     add("set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration; may be repeated")
+    add("sweep", metavar="FILE", help="train every combination of the values in this YAML file (section.key: [values])")
     add("overwrite", action="store_true", help="replace a run of the same name")
     add("dry-run", action="store_true", help="prepare everything, print the derived numbers, train nothing")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
+    """run(args): the exit code, and the error where the user can mend it; others are raised."""
     try:
-        ranks.start()
-        code = run(args)
-        ranks.stop()
-        return code
+        return run(args), None
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, None
     except (ValueError, OSError) as error:
-        ranks.print_error(error)
-        return 2
+        return 2, error
     except RuntimeError as error:
         if ranks.lost_another(error):
-            ranks.print_error(
-                OSError("lost another process: it was killed (out of memory?), or its own error is above")
-            )
-            return 2
+            return 2, OSError("lost another process: it was killed (out of memory?), or its own error is above")
         if "out of memory" not in str(error).lower():
             raise
         training = load_config(args.config, args)["training"]
@@ -369,8 +368,26 @@ def main(argv: list[str] | None = None) -> int:
         remedy = (
             f"the same step fits in less with {less}" if batch > 1 else "use --bf16, or a smaller model or seq_length"
         )
-        ranks.print_error(MemoryError(f"CUDA out of memory: {remedy}"))
-        return 2
+        return 2, MemoryError(f"CUDA out of memory: {remedy}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        ranks.start()
+        if args.sweep:
+            from sweep import run_sweep
+
+            return run_sweep(args, checked_config, attempt)
+        code, error = attempt(args)
+    except (ValueError, OSError) as mistake:
+        code, error = 2, mistake
+    if error:
+        ranks.print_error(error)
+    if not code:
+        ranks.stop()
+    return code
 
 
 if __name__ == "__main__":
