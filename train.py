@@ -4,6 +4,8 @@
     python train.py --config config/llama-10M.yaml --lr 5e-4 --batch-size 16 --model_name my-model
     python train.py --config config/llama-10M.yaml --resume_from_checkpoint latest
     python train.py --config config/llama-10M.yaml --set training.weight_decay=0.05 --dry-run
+    python train.py --config config/llama-10M.yaml --sweep sweep.yaml
+    torchrun --nproc_per_node=2 train.py --config config/llama-95M.yaml
 
 It reads text and a tokenizer that are there already (prepare_data.py and train_tokenizer.py make them) and writes the
 run directory <logging.output_dir>/<model.name>: a plain Hugging Face model with the resolved configuration, the

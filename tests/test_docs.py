@@ -37,19 +37,70 @@ def commands(text: str) -> list[str]:
     return [line for line in [*lines, *inline] if line.strip()]
 
 
+def launchers() -> dict[str, argparse.ArgumentParser]:
+    """The command lines of other programs that start ours."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    return {"torchrun": get_args_parser(), "accelerate": launch_command_parser()}
+
+
+def parse_ours(script: str, arguments: list[str]) -> None:
+    assert (ROOT / script).is_file(), script
+    if script.removesuffix(".py") in SCRIPTS and "..." not in arguments:
+        parser_of(script.removesuffix(".py")).parse_args(arguments)  # exits, so fails, on an unknown flag
+
+
 @pytest.mark.parametrize("path", DOCS, ids=ids)
 def test_commands_parse(path):
     for command in commands(TEXTS[path]):
-        program, *words = shlex.split(command, comments=True)
+        program, *words = shlex.split(re.sub(r"^OMP_NUM_THREADS=\d+ ", "", command), comments=True)
         if program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), command
         elif program == "python":
-            script, *arguments = words
-            assert (ROOT / script).is_file(), command
-            if script.removesuffix(".py") in SCRIPTS and "..." not in arguments:
-                parser_of(script.removesuffix(".py")).parse_args(arguments)  # exits, so fails, on an unknown flag
+            parse_ours(words[0], words[1:])
+        elif program in ("torchrun", "accelerate"):
+            args = launchers()[program].parse_args(words[program == "accelerate" :])
+            parse_ours(args.training_script, args.training_script_args)
+        elif program == "sbatch":
+            assert (ROOT / words[0]).is_file(), command
+            parse_ours("train.py", words[1:])
         else:
             assert program in OTHER_COMMANDS, f"{path.name}: what is {command!r}?"
+
+
+def test_the_sweep_of_the_guide(tmp_path):
+    from sweep import points_of, read_grid
+
+    (text,) = (b for b in blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "yaml") if b.startswith("training.lr:"))
+    (tmp_path / "sweep.yaml").write_text(text)
+    points = points_of(read_grid(str(tmp_path / "sweep.yaml")))
+    assert len(points) == 6
+    for point in points:
+        args = argparse.Namespace(set=[f"{key}={value}" for key, value in point.items()])
+        load_config(ROOT / "config" / "llama-10M.yaml", args)
+
+
+def test_the_batch_script_for_slurm():
+    """bash reads it, and its torchrun line is right once the variables that SLURM sets are there."""
+    path = ROOT / "docs" / "train.sbatch"
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    line = path.read_text(encoding="utf-8").replace("\\\n", " ").split("torchrun ")[-1]
+    for variable, value in {
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_ID": "7",
+        "head": "node1",
+    }.items():
+        line = line.replace(f"${variable}", value)
+    args = launchers()["torchrun"].parse_args(shlex.split(line.replace('"$@"', "--config config/llama-10M.yaml")))
+    assert (args.nnodes, args.nproc_per_node, args.rdzv_endpoint, args.rdzv_backend) == (
+        "2",
+        "4",
+        "node1:29500",
+        "c10d",
+    )
+    parse_ours(args.training_script, args.training_script_args)
 
 
 def flags_of(script: str) -> set[str]:
@@ -59,6 +110,8 @@ def flags_of(script: str) -> set[str]:
 
 def test_every_flag_in_the_documents_exists():
     known = {"--help", "--no-deps", "--check"}.union(*(flags_of(script) for script in SCRIPTS))
+    for parser in launchers().values():
+        known |= {option for action in parser._actions for option in action.option_strings}
     for path in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= known
