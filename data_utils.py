@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths", "clean_documents",
-    "clean_text", "cleaner_for", "create_cleaner_registry", "domain_of", "find_files", "load_tokenizer", "new_report",
-    "read_documents",
+    "clean_text", "cleaner_for", "create_cleaner_registry", "default_cache_dir", "domain_of", "find_files",
+    "load_tokenizer", "new_report", "read_documents", "vocabulary_difference",
 ]  # fmt: skip
 logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
@@ -97,6 +97,23 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return lengths
 
 
+def vocabulary_difference(theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast) -> str | None:
+    """How the content of two tokenizers differs (token -> id, special tokens), in words, or None."""
+    found, wanted = theirs.get_vocab(), ours.get_vocab()
+    other = [token for token in found.keys() | wanted.keys() if found.get(token) != wanted.get(token)]
+    if other:
+        first = min(other, key=lambda token: (wanted.get(token, len(wanted)), token))
+        ids = f"id {found.get(first)} there, {wanted.get(first)} here"
+        return f"another vocabulary: {len(other):,} tokens differ, the first is {first!r} ({ids})"
+    special = [{i: t.content for i, t in one.added_tokens_decoder.items() if t.special} for one in (theirs, ours)]
+    return None if special[0] == special[1] else f"its special tokens are {special[0]}, not {special[1]}"
+
+
+def default_cache_dir() -> Path:
+    """$BABYLLAMA_CACHE, or data/cache beside this file."""
+    return Path(os.environ.get("BABYLLAMA_CACHE") or Path(__file__).resolve().parent / "data" / "cache")
+
+
 class DataProcessor:
     """Text files -> datasets of token chunks. `reports` holds the counts of each split that was prepared."""
 
@@ -109,8 +126,7 @@ class DataProcessor:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no bos_token or eos_token, which mark where documents begin and end")
         self.tokenizer = tokenizer
-        default = os.environ.get("BABYLLAMA_CACHE") or Path(__file__).resolve().parent / "data" / "cache"
-        self.cache_dir = Path(cache_dir or default)
+        self.cache_dir = Path(cache_dir or default_cache_dir())
         self.reports: dict[str, dict] = {}
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to set as we need it
         self._backend.no_truncation()

@@ -76,10 +76,20 @@ def head_nll(
 
     Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or a compiled fused_slice_nll.
     """
-    n, length = input_ids.shape
-    targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
-    chunks = max(1, SLICE_ELEMENTS // (head.out_features * length))  # in a slice
-    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
+    nothing = input_ids.new_full((len(input_ids), 1), -1)
+    return sliced_head(states, head, torch.cat([input_ids[:, 1:], nothing], dim=1), dtype, kernel)
+
+
+def sliced_head(
+    states: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, dtype: torch.dtype, kernel: Callable
+) -> torch.Tensor:
+    """The sum of `kernel` over slices of a few whole chunks, in order: states (B, T, D), targets (B, T).
+
+    kernel(logits (N, V), targets (N,)) gives a sum and its gradient by the logits, (N, V).
+    """
+    length = targets.shape[1]
+    rows = max(1, SLICE_ELEMENTS // (head.out_features * length)) * length  # in a slice
+    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets.flatten(), rows, dtype, kernel)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,12 +111,12 @@ class NextTokenLoss:
     def __init__(
         self, *, dtype=torch.float32, batch_size=0, compile=False, chunked=False, mask_from: int | None = None
     ):
-        self.dtype, self.batch_size, self.mask_from = dtype, batch_size, mask_from
-        self.plain = functools.partial(self._sliced, slice_nll, False) if chunked else self._whole
+        self.dtype, self.batch_size, self.compile, self.mask_from = dtype, batch_size, compile, mask_from
+        self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
         self.fast, self.body = self.plain, None
         if compile and chunked:
             kernel = torch.compile(fused_slice_nll, dynamic=False)
-            self.fast = functools.partial(self._sliced, kernel, True)
+            self.fast = functools.partial(self._sliced, kernel)
         elif compile:
             self.fast = torch.compile(self._whole, dynamic=False)
 
@@ -121,10 +131,13 @@ class NextTokenLoss:
     def _whole(self, model, input_ids):
         return next_token_nll(model(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).logits, input_ids)
 
-    def _sliced(self, kernel, compiled, model, input_ids):
-        if compiled and self.body is None:
-            self.body = torch.compile(model.base_model, dynamic=False)
-        states = (self.body if compiled else model.base_model)(
-            input_ids=input_ids, use_cache=False, **self._mask(input_ids)
-        ).last_hidden_state  # (B, T, D)
-        return head_nll(states, model.get_output_embeddings(), input_ids, self.dtype, kernel)
+    def states(self, model, input_ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (B, T, D), from the compiled model where that was asked for and the batch is full."""
+        body = model.base_model
+        if self.compile and len(input_ids) == self.batch_size:
+            self.body = body = self.body or torch.compile(model.base_model, dynamic=False)
+        return body(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).last_hidden_state
+
+    def _sliced(self, kernel, model, input_ids):
+        states, head = self.states(model, input_ids), model.get_output_embeddings()
+        return head_nll(states, head, input_ids, self.dtype, kernel)

@@ -50,6 +50,11 @@ def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     return asked, "as asked"
 
 
+def eager_is_faster(precision: str, seq_length: int) -> bool:
+    """Whether plain attention beats the CPU's flash kernel here: docs/benchmarks.md."""
+    return precision == "bf16" and not torch.cuda.is_available() and seq_length <= 512
+
+
 def compiler_missing() -> str | None:
     """What torch.compile lacks on this machine, or None: a C++ compiler for a CPU, triton for a GPU."""
     if torch.cuda.is_available():

@@ -27,7 +27,20 @@ def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
         "tokens": n_chunks * seq_length * training["num_epochs"],
         "flops_per_token": 6 * (products + attention),  # forward 2, backward 4; causal attention sees T / 2 on average
         "seed": training["seed"],
+        "loss": loss_in_words(config.get("distillation")),
     }
+
+
+def loss_in_words(distillation: dict | None) -> str:
+    """What is minimised, in words."""
+    if distillation is None:
+        return "cross-entropy"
+    alpha, temperature = distillation["alpha"], distillation["temperature"]
+    kept = f", {distillation['top_k']} tokens of each place from a cache" if distillation["cache"] == "top_k" else ""
+    return (
+        f"{alpha:g} x cross-entropy + {1 - alpha:g} x {temperature:g}^2 x KL at temperature {temperature:g} from the "
+        f"average of the teachers' {distillation['average']} (reduction {distillation['reduction']}{kept})"
+    )
 
 
 def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
@@ -37,8 +50,8 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     matmul_flops = machine.matmul_flops(precision) * ranks.count()
     seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
     compiled, why_compiled = machine.pick_compile(training, seconds / machine.EAGER_SHARE)
-    if precision == "bf16" and not cuda and config["data"]["seq_length"] <= 512:
-        model.set_attn_implementation("eager")  # faster there than the CPU's flash kernel: docs/benchmarks.md
+    if machine.eager_is_faster(precision, config["data"]["seq_length"]):
+        model.set_attn_implementation("eager")
     plan |= {
         "precision": precision, "precision_reason": why, "compile": compiled, "compile_reason": why_compiled,
         "matmul_flops": matmul_flops,
@@ -75,5 +88,9 @@ def print_plan(config: dict, plan: dict, example: str) -> None:
     print(f"precision   {plan['precision']} ({plan['precision_reason']})")
     print(f"compile     {'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})")
     speed, work = f"{plan['matmul_flops'] / 1e9:,.0f} GFLOP/s", f"{plan['flops_per_token'] / 1e6:,.1f} MFLOP"
-    print(f"time        about {duration(plan['expected_seconds'])} ({speed} in products of matrices, {work} a token)")
+    teachers = config.get("distillation", {}).get("teachers", [])
+    if teachers:
+        print(f"teachers    {', '.join(teachers)}; loss = {plan['loss']}")
+    time = duration(plan["expected_seconds"]) + (" without the teachers' part" if teachers else "")
+    print(f"time        about {time} ({speed} in products of matrices, {work} a token)")
     print(f"example     {example!r}", flush=True)

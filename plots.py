@@ -45,7 +45,8 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    loss.plot([r["tokens"] for r in train], [r["loss"] for r in train], color=BLUE, lw=1.2, label="training")
+    on_text = [r.get("ce_loss", r["loss"]) for r in train]  # with teachers, the part that compares with held-out
+    loss.plot([r["tokens"] for r in train], on_text, color=BLUE, lw=1.2, label="training")
     loss.plot(
         [r["tokens"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", color=ORANGE, ms=4, label="held-out"
     )

@@ -120,7 +120,8 @@ def differences(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     if was != now:
         lines["processes"] = f"processes: was {was}, is {now}"
     if old_report != report:
-        lines["data"] = f"data: the text or the tokenizer has changed since ({DATA_REPORT})"
+        what = "the text, the tokenizer or a teacher" if "distillation" in config else "the text or the tokenizer"
+        lines["data"] = f"data: {what} has changed since ({DATA_REPORT})"
     return lines
 
 
@@ -162,6 +163,26 @@ def begin(run_dir: Path, config: dict, report: dict, fresh: bool) -> None:
             shutil.rmtree(folder)
     write_json(run_dir / DATA_REPORT, report)
     write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
+
+
+def is_model(folder: str | Path) -> bool:
+    """Whether a directory holds a model that can be loaded: a config.json and weights."""
+    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """One hash of a model's weights and config.json."""
+    files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def require_teacher(folder: str) -> None:
+    """FileNotFoundError where no trained model is in folder; with the command that trains it, if a config has its name."""
+    if not is_model(folder):
+        config = Path("config", f"{Path(folder).name}.yaml")
+        shipped = (Path(__file__).parent / config).is_file()
+        remedy = f"python train.py --config {config}" if shipped else "it needs config.json and .safetensors weights"
+        raise FileNotFoundError(f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}")
 
 
 # ---- where a figure comes from ------------------------------------------------------------------
@@ -221,6 +242,11 @@ Text `{{ config.data.train_path }}`, tokenizer `{{ config.data.tokenizer_path }}
 ({{ config.training.lr_scheduler }}), seed {{ config.training.seed }}, precision {{ plan.precision }}. The whole configuration is in
 `training_config.yaml`, what the data processor counted in `data_report.json`, every row of the log in `metrics.jsonl`,
 versions and the git commit in `training_metrics.json`.
+{%- if config.distillation %}
+
+Besides the text it learned from the distributions of {{ config.distillation.teachers | length }} teachers,
+{% for teacher in config.distillation.teachers %}`{{ teacher }}`{{ ", " if not loop.last }}{% endfor %}: {{ plan.loss }}.
+{%- endif %}
 
 ## Samples
 

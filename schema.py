@@ -113,9 +113,13 @@ class DistillationSection(Section):
     alpha: float = _key("Weight of the text's own next tokens; the teachers weigh 1 - alpha", 0.5, ge=0, le=1)
     average: Literal["probabilities", "logits"] = _key("What is averaged over several teachers", "probabilities")
     reduction: Literal["mean", "batchmean"] = _key(
-        "mean: per token; batchmean: sum over the tokens of a chunk, the scale of the published recipe", "mean"
+        "mean: KL per token; batchmean: KL summed over a chunk, the published scale, where the teachers weigh "
+        "seq_length times more",
+        "mean",
     )
-    cache: Literal["none", "top_k"] = _key("top_k: ask each teacher once and keep its best tokens on disk", "none")
+    cache: Literal["none", "top_k"] = _key(
+        "top_k: ask the teachers once for each place of the text and keep their best tokens on disk", "none"
+    )
     top_k: int = _key("Tokens kept for each place, with cache: top_k", 64, ge=1)
 
 

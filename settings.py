@@ -216,6 +216,11 @@ def _broken_rules(raw: Any) -> list[str]:
     peak, low = training.get("lr"), training.get("min_lr")
     if _number(peak) and _number(low) and low > peak:
         problems.append(f"training.min_lr: {low:g} is above training.lr ({peak:g})")
+    if _section(raw, "data").get("random_offset") is True and _section(raw, "distillation").get("cache") == "top_k":
+        problems.append(
+            "distillation.cache: top_k keeps the teachers' answers for fixed chunks, but data.random_offset: true cuts "
+            "others in each epoch; choose one"
+        )
     if logging.get("wandb") is True and not logging.get("project"):
         problems.append("logging.project: missing; required with wandb: true (the Weights & Biases project)")
     return problems

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +89,9 @@ def check_inputs(config: dict) -> None:
                 f"{data[key]} not found (data.{key}): prepare the text first: python prepare_data.py --babylm-10m DIR "
                 "--babylm-dev DIR, or python create_synthetic_data.py"
             )
+    section = config.get("distillation", {"teachers": (), "cache": "none"})
+    for teacher in section["teachers"] if section["cache"] == "none" else ():  # a cache may do without its teachers
+        runs.require_teacher(teacher)
 
 
 def checked_config(args: argparse.Namespace) -> dict:
@@ -177,6 +179,18 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
+def _prepare_inputs(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
+    """_prepare_datasets; teachers are compared with the tokenizer before, and their identity is in the report."""
+    if "distillation" not in config:
+        return _prepare_datasets(config, tokenizer)
+    from distillation import identify
+    from teachers import check_teachers
+
+    check_teachers(config, tokenizer)
+    train_data, held_out, report = _prepare_datasets(config, tokenizer)
+    return train_data, held_out, {**report, "teachers": identify(config, report["train"]["key"])}
+
+
 # ---- the run ------------------------------------------------------------------------------------
 
 
@@ -189,44 +203,6 @@ def floor_bits_per_byte(eval_path: str) -> float | None:
         return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
-
-
-def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
-    """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card."""
-    from inference import generate
-    from machine import peak_memory_gb
-    from plots import plot_training
-    from trainer import evaluate_chunks
-
-    config, run_dir, tokenizer, floor = job.config, job.run_dir, job.tokenizer, job.floor
-    final = evaluate_chunks(
-        model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
-    )
-    model.save_pretrained(run_dir)
-    tokenizer.save_pretrained(run_dir)
-    samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
-                       temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip
-    metrics = {
-        "results": {
-            **{f"eval_{key}": value for key, value in final.items()},
-            "floor_bits_per_byte": floor,
-            "tokens_per_second": run_log.tokens_per_second(),
-            "training_seconds": run_log.seconds,
-            "first_step_seconds": run_log.rows[0]["seconds"],
-            "peak_memory_gb": peak_memory_gb(model.device),
-            "tokens_trained": trainer.state.num_input_tokens_seen,
-        },
-        "plan": job.plan,
-        "samples": [sample for group in samples for sample in group],
-        "data": job.data_report,
-        "config": config,
-        "environment": runs.environment(),
-    }
-    floor_nats = floor * math.log(2) * final["bytes"] / final["tokens"] if floor else None
-    plot_training(run_log.rows, run_dir / "training_curves.png", config["model"]["name"], floor_nats)
-    (run_dir / "README.md").write_text(runs.model_card(metrics), encoding="utf-8")
-    runs.write_json(run_dir / runs.METRICS, metrics)  # last: its presence says that the run is finished
-    return metrics
 
 
 def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
@@ -255,7 +231,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length = config["data"]["seq_length"]
     floor = floor_bits_per_byte(config["data"]["eval_path"])
-    train_data, held_out, data_report = _prepare_datasets(config, tokenizer)
+    train_data, held_out, data_report = _prepare_inputs(config, tokenizer)
     data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
@@ -293,13 +269,15 @@ def run(args: argparse.Namespace) -> int:
     if job is None:
         return 0
 
+    from distillation import trainer_of
+    from results import write_results
     from run_log import RunLog
-    from trainer import LMTrainer, training_arguments
+    from trainer import training_arguments
 
     config, plan, words = job.config, job.plan, job.data_report["train"]
     words_per_token = words["words"] / words["tokens"]
     run_log = RunLog(job.run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
-    trainer = LMTrainer(
+    trainer = trainer_of(config, job.data_report)(
         model=job.model,
         args=training_arguments(config, job.run_dir, plan["precision"]),
         train_dataset=job.train_data,

@@ -184,12 +184,16 @@ class LMTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer would walk all modules at each batch for a figure that nothing here reads
 
+    def batch_loss(self, model, inputs: dict[str, torch.Tensor], items) -> torch.Tensor:
+        """This batch's part of a step's loss, which is the mean over the `items` predicted tokens of the whole step."""
+        return ranks.through(model, self.loss, inputs["input_ids"]) / items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
-        with self.accelerator.autocast():
-            nll = ranks.through(model, self.loss, ids)
         items = ids[:, 1:].numel() if num_items_in_batch is None else num_items_in_batch
-        loss = nll / items * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        with self.accelerator.autocast():
+            loss = self.batch_loss(model, inputs, items)
+        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         per_step = self.get_total_train_batch_size(self.args)
         seen = ranks.chunks_after(self.state.global_step + 1, len(self.train_dataset), per_step)
         self.state.num_input_tokens_seen = seen * ids.shape[1]

@@ -13,7 +13,10 @@ FLOORS = [
         "create_synthetic_data", "loss", "optimizers",
     },
     {"data_utils", "settings", "trainer", "run_log", "plan", "generate", "tasks"},
-    {"train_tokenizer", "evaluate", "likelihood", "benchmark_config", "sweep", "benchmark_report"},
+    {
+        "train_tokenizer", "evaluate", "likelihood", "benchmark_config", "sweep", "benchmark_report", "distillation",
+        "teachers", "results",
+    },
     {"prepare_data", "train", "benchmark"},
 ]  # fmt: skip
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 
+import distillation
 import ranks
 import runs
 import train
@@ -80,7 +81,7 @@ def nan_of_one(config: str, name: str) -> None:
             return loss * (float("nan") if ranks.rank() == 1 and self.state.global_step == 2 else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LMTrainer", Bad)
+        patch.setattr(distillation, "LMTrainer", Bad)  # where train.py takes it from
         assert train.main(["--config", config, "--model-name", name]) == 2
 
 

@@ -1,0 +1,48 @@
+"""What a finished run leaves in its directory: the model, its scores in float32, metrics, curves and card."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import runs
+from inference import generate
+from machine import peak_memory_gb
+from plots import plot_training
+from trainer import evaluate_chunks
+
+
+def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
+    """Evaluate the trained model in float32, save it as a plain model directory, and write metrics, curves and card.
+
+    `job` is what train.prepare put together; returns the content of training_metrics.json.
+    """
+    config, run_dir, tokenizer, floor = job.config, job.run_dir, job.tokenizer, job.floor
+    final = evaluate_chunks(
+        model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
+    )
+    model.save_pretrained(run_dir)
+    tokenizer.save_pretrained(run_dir)
+    samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
+                       temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip
+    metrics = {
+        "results": {
+            **{f"eval_{key}": value for key, value in final.items()},
+            "floor_bits_per_byte": floor,
+            "tokens_per_second": run_log.tokens_per_second(),
+            "training_seconds": run_log.seconds,
+            "first_step_seconds": run_log.rows[0]["seconds"],
+            "peak_memory_gb": peak_memory_gb(model.device),
+            "tokens_trained": trainer.state.num_input_tokens_seen,
+        },
+        "plan": job.plan,
+        "samples": [sample for group in samples for sample in group],
+        "data": job.data_report,
+        "config": config,
+        "environment": runs.environment(),
+    }
+    floor_nats = floor * math.log(2) * final["bytes"] / final["tokens"] if floor else None
+    plot_training(run_log.rows, run_dir / "training_curves.png", config["model"]["name"], floor_nats)
+    (run_dir / "README.md").write_text(runs.model_card(metrics), encoding="utf-8")
+    runs.write_json(run_dir / runs.METRICS, metrics)  # last: its presence says that the run is finished
+    return metrics
