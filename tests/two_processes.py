@@ -105,7 +105,7 @@ def sharded(config: str, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialState, "_prepare_backend", backend)
         patch.setattr(ranks, "require_gpus", lambda: None)
-        patch.setattr(trainer, "LMTrainer", Spy)
+        patch.setattr(distillation, "LMTrainer", Spy)
         train_and_resume(config, name, "--set", "training.fsdp=true")
     whole, here = (sum(column) for column in zip(*held, strict=True))
     assert 0.4 < here / whole < 0.6, "each process should hold one half of the weights"
