@@ -18,10 +18,18 @@ from typing import Any
 
 import tasks
 
-UNIT_SCALE = ("accuracy", "completion_accuracy", "spearman", "avg_consistency_score", "avg_repetition_score")
+UNIT_SCALE = (
+    "accuracy", "completion_accuracy", "generation_accuracy", "spearman", "avg_consistency_score",
+    "avg_repetition_score",
+)  # fmt: skip
+SECOND = {  # a figure beside the main one, and what its rows are called
+    "completion_accuracy": {"generation_accuracy": "written"},
+    "eye_tracking_percent": {"self_paced_reading_percent": "self-paced"},
+}
 LABELS = {
     "completion_accuracy": "accuracy", "spearman": "rank correlation", "avg_consistency_score": "overlap",
     "avg_repetition_score": "repetition", "tokens_per_second": "tokens/s", "eye_tracking_percent": "% explained",
+    "self_paced_reading_percent": "% explained", "generation_accuracy": "accuracy",
 }  # fmt: skip
 CHECKPOINT = re.compile(r"(checkpoint-|chck_)(\d+)(M?)")
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
@@ -55,23 +63,25 @@ def differences(declared: dict, scores: dict, reference: dict, seed: int) -> dic
 
 
 def table_rows(document: dict) -> list[dict[str, Any]]:
-    """One row for each task and model: the figure, how sure it is, and what to hold it against."""
+    """One row for each task and model (and second figure): the figure, how sure it is, and what to hold it against."""
     rows = []
     for task, declared in document["configs"].items():
+        of_models = {model: results[task] for model, results in document["results"].items()}
+        main = next(iter(of_models.values()))["metric"]
         official = declared["type"] in tasks.TASKS and tasks.TASKS[declared["type"]].official
-        for model, results in document["results"].items():
-            result = results[task]
-            metric = result["metric"]
-            low, high = result.get(f"{metric}_ci95", (None, None))
-            gap = document["comparison"].get("differences", {}).get(model, {}).get(task)
-            rows.append({
-                "task": task, "model": model, "metric": metric, "label": LABELS.get(metric, metric),
-                "value": result[metric], "low": low, "high": high, "n": result["n"], "chance": result.get("chance"),
-                "ties": result.get("ties"), "official": result.get("accuracy_official") if official else None,
-                "difference": gap,
-                "baselines": [baseline(*pair) for pair in result.get("baselines", {}).items()],
-                "unit_scale": metric in UNIT_SCALE,
-            })  # fmt: skip
+        second = {metric: f"{task} ({word})" for metric, word in SECOND.get(main, {}).items()}
+        for metric, name in {main: task, **second}.items():
+            for model, result in of_models.items():
+                low, high = result.get(f"{metric}_ci95", (None, None))
+                beside = result if metric == main else {}
+                gaps = document["comparison"].get("differences", {}).get(model, {}) if metric == main else {}
+                rows.append({
+                    "task": name, "model": model, "metric": metric, "label": LABELS.get(metric, metric),
+                    "value": result[metric], "low": low, "high": high, "n": result["n"], "chance": beside.get("chance"),
+                    "ties": beside.get("ties"), "official": beside.get("accuracy_official") if official else None,
+                    "baselines": [baseline(*pair) for pair in beside.get("baselines", {}).items()],
+                    "difference": gaps.get(task), "unit_scale": metric in UNIT_SCALE,
+                })  # fmt: skip
     return rows
 
 

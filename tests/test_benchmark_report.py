@@ -118,6 +118,20 @@ def test_table_says_what_is_noise():
     assert gap_text(tiny) == "+0.000 [-0.100, +0.100] ~"
 
 
+def test_a_second_figure_has_rows_of_its_own():
+    made = document()
+    for results in made["results"].values():
+        results["blimp"] |= {
+            "metric": "completion_accuracy", "completion_accuracy": 0.6, "completion_accuracy_ci95": [0.5, 0.7],
+            "generation_accuracy": 0.25, "generation_accuracy_ci95": [0.2, 0.3],
+        }  # fmt: skip
+    rows = [row for row in table_rows(made) if row["task"] == "blimp (written)"]
+    assert [(row["model"], row["value"], row["low"], row["high"]) for row in rows] == [
+        (model, 0.25, 0.2, 0.3) for model in made["results"]
+    ]  # fmt: skip
+    assert all(row["chance"] is None and row["difference"] is None and row["baselines"] == [] for row in rows)
+
+
 def test_learning_curve_by_hand():
     (curve,) = curves(document())
     assert (curve["run"], curve["unit"]) == ("models/run", "training steps")
