@@ -381,6 +381,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print_report(report)
     print(f"\nresults in {output}, pictures in {output.with_name('evaluation_plots.png')}")
     return 0

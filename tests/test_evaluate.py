@@ -393,6 +393,16 @@ def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments,
     assert err.startswith(message) and err.count("\n") == 1
 
 
+def test_an_interruption_is_one_line(run_dir, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate_token_probabilities", interrupted)
+    assert evaluate.main([str(run_dir), "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert not (run_dir / "evaluation_results.json").exists()
+
+
 def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
