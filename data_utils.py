@@ -34,6 +34,7 @@ from documents import (
     find_files,
     new_report,
     read_documents,
+    source_of,
 )
 
 if TYPE_CHECKING:
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths", "clean_documents",
     "clean_text", "cleaner_for", "create_cleaner_registry", "default_cache_dir", "domain_of", "find_files",
-    "load_tokenizer", "new_report", "read_documents", "vocabulary_difference",
+    "load_tokenizer", "new_report", "read_documents", "source_of", "vocabulary_difference",
 ]  # fmt: skip
 logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
 BATCH = 48  # pieces given to the tokenizer in one go
+CACHE_VERSION = 2  # a new number when what lies in the cache changes
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -133,6 +135,10 @@ class DataProcessor:
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
         self._dtype = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
+        try:
+            self._lengths = byte_lengths(tokenizer)
+        except ValueError:  # not byte-level: text can be cut with it, but its words cannot be located
+            self._lengths = None
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
         """The documents of a split as they are: a row each, columns text and source (the file's name), in memory."""
@@ -160,7 +166,7 @@ class DataProcessor:
             cuts.append(cut(text, cuts[-1]))
         texts = [text[start:end] for start, end in itertools.pairwise(cuts)]
         pieces = [Piece(part, i == 0, i == len(texts) - 1) for i, part in enumerate(texts)]
-        ids = [int(i) for batch in self._encode(iter(pieces)) for i in batch]
+        ids = [int(i) for _, batch, _ in self._encode((0, piece) for piece in pieces) for i in batch]
         return {"input_ids": [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]}
 
     def prepare_dataset(
@@ -174,8 +180,9 @@ class DataProcessor:
         """Full chunks of max_length token ids, column input_ids: 'train' and 'validation', mapped from Arrow files.
 
         A split is BOS, text, EOS for each document in turn; what the last chunk leaves out is in `reports`. `clean`
-        applies clean_text. The files in cache_dir are named by a hash of all that they depend on. num_proc bounds the
-        tokenizer's threads unless $RAYON_NUM_THREADS is set or they run already; no process is forked.
+        applies clean_text. The files in cache_dir are named by a hash of all that they depend on; beside the chunks
+        lie the report and, in .words, how many words begin in each token (words.py). num_proc bounds the tokenizer's
+        threads unless $RAYON_NUM_THREADS is set or they run already; no process is forked.
         ValueError when a split does not fill one chunk, FileNotFoundError when it has no files.
         """
         from datasets import Dataset, DatasetDict
@@ -185,9 +192,11 @@ class DataProcessor:
         inputs = {split: find_files(folder, split) for split, folder in folders.items()}
         prepared = DatasetDict()
         for split, files in inputs.items():
-            arrow = self.cache_dir / f"{split}-{self._key(folders[split], files, max_length, clean)}.arrow"
+            root = Path(folders[split])
+            sources = [source_of(path, path.relative_to(root).as_posix() if path != root else "") for path in files]
+            arrow = self.cache_dir / f"{split}-{self._key(sources, max_length, clean)}.arrow"
             if not arrow.is_file():
-                self._write(arrow, split, files, max_length, clean)
+                self._write(arrow, split, files, sources, max_length, clean)
             self.reports[split] = report = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
             counts = ", ".join(f"{report[key]:,} {key}" for key in ("files", "documents", "words", "tokens", "chunks"))
             left_out, invalid = report["tokens_left_out"], report["invalid_bytes"]
@@ -197,37 +206,36 @@ class DataProcessor:
             prepared[split] = Dataset.from_file(str(arrow))
         return prepared
 
-    def _key(self, folder: str, files: list[Path], max_length: int, clean: bool) -> str:
+    def _key(self, sources: list[dict], max_length: int, clean: bool) -> str:
         """A hash of the files' names and contents, the tokenizer, and what is done to them."""
-        parts = [self._backend.to_str(), CLEANER_VERSION, READER_VERSION, PIECE, max_length, clean]
+        parts = [self._backend.to_str(), CLEANER_VERSION, READER_VERSION, CACHE_VERSION, PIECE, max_length, clean]
         parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        for path in files:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            parts += [path.relative_to(folder).as_posix() if path != Path(folder) else path.name, digest]
+        parts += [[source["file"], source["sha256"]] for source in sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
-    def _encode(self, pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
-        """The token ids of the pieces, BOS and EOS around documents, in arrays of a batch each.
+    def _encode(self, pieces: Iterator[tuple[int, Piece]]) -> Iterator[tuple[list, np.ndarray, list[int]]]:
+        """Numbered pieces -> batches of them, their token ids with BOS and EOS around documents, and ids of each piece.
 
         One thread waits for the Rust threads; in this one the next batch is read and the last one collected meanwhile.
         """
         import numpy as np
 
-        def collect(batch: list[Piece], encodings: list) -> np.ndarray:
+        def collect(batch: list, encodings: list) -> tuple[list, np.ndarray, list[int]]:
             ids: list[int] = []
-            for piece, encoding in zip(batch, encodings, strict=True):
+            ends = [0]
+            for (_, piece), encoding in zip(batch, encodings, strict=True):
                 if piece.first:
                     ids.append(self.tokenizer.bos_token_id)
                 ids += encoding.ids
                 if piece.last:
                     ids.append(self.tokenizer.eos_token_id)
-            return np.array(ids, dtype=self._dtype)
+                ends.append(len(ids))
+            return batch, np.array(ids, dtype=self._dtype), [b - a for a, b in itertools.pairwise(ends)]
 
         with ThreadPoolExecutor(1) as pool:
             running = None
             while batch := list(itertools.islice(pieces, BATCH)):
-                texts = [piece.text for piece in batch]
+                texts = [piece.text for _, piece in batch]
                 future = pool.submit(self._backend.encode_batch_fast, texts, add_special_tokens=False)
                 if running:
                     yield collect(running[0], running[1].result())
@@ -235,34 +243,39 @@ class DataProcessor:
             if running:
                 yield collect(running[0], running[1].result())
 
-    def _pieces_of(self, files: list[Path], split: str, clean: bool, report: dict) -> Iterator[Piece]:
-        """The pieces of all documents, counted, with a progress bar in bytes of the files."""
+    def _pieces_of(self, files: list[Path], split: str, clean: bool, report: dict) -> Iterator[tuple[int, Piece]]:
+        """The number of each file with the pieces of its documents, counted, with a progress bar in bytes."""
         from tqdm import tqdm
 
         total = sum(path.stat().st_size for path in files)
         with tqdm(total=total, desc=f"tokenising {split}", unit="B", unit_scale=True, disable=None) as bar:
-            for path in files:
+            for number, path in enumerate(files):
                 pieces = read_documents(path, report)
                 for piece in clean_pieces(pieces, clean_text) if clean else pieces:
                     bar.update(report["bytes_on_disk"] - bar.n)
-                    yield piece
+                    yield number, piece
             bar.update(report["bytes_on_disk"] - bar.n)
 
-    def _write(self, arrow: Path, split: str, files: list[Path], max_length: int, clean: bool) -> None:
-        """Write the chunks of a split and, beside them, the report; under their names only when complete."""
+    def _write(self, arrow: Path, split: str, files: list[Path], sources: list[dict], max_length: int, clean: bool):
+        """Write the chunks of a split and, beside them, words and report; under their names only when complete."""
         import numpy as np
         import pyarrow as pa
         from datasets import Features, List, Value
 
-        report = {**new_report(), "key": arrow.stem, "tokens": 0, "chunks": 0, "tokens_left_out": 0}
+        from words import WordFile
+
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        report = {**new_report(), "key": arrow.stem, "tokens": 0, "chunks": 0, "tokens_left_out": 0, "sources": sources}
         schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
         rest = np.empty(0, dtype=self._dtype)
         arrow.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arrow.parent, prefix=".writing-") as folder:
             draft = Path(folder, arrow.name)
-            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-                for ids in self._encode(self._pieces_of(files, split, clean, report)):
+            words = WordFile(draft.with_suffix(".words"), self._lengths, bos, eos, sources)
+            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream, words:
+                for batch, ids, sizes in self._encode(self._pieces_of(files, split, clean, report)):
                     report["tokens"] += len(ids)
+                    words.add(batch, ids, sizes)
                     rest = np.concatenate([rest, ids])
                     full = len(rest) // max_length * max_length
                     column = pa.FixedSizeListArray.from_arrays(pa.array(rest[:full]), type=schema.field(0).type)
@@ -274,5 +287,6 @@ class DataProcessor:
                 where = ", ".join(map(str, files[:3]))
                 raise ValueError(f"{split}: {report['tokens']} tokens in {where} do not fill one chunk of {max_length}")
             draft.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-            draft.with_suffix(".json").replace(arrow.with_suffix(".json"))
-            draft.replace(arrow)
+            for file in (words.path, draft.with_suffix(".json"), draft):  # the chunks last: they say that all is there
+                if file.is_file():
+                    file.replace(arrow.with_name(file.name))

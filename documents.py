@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,13 @@ WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 def domain_of(path: str | os.PathLike) -> str:
     """The domain that a file's name says: "open_subtitles" for data/Open_Subtitles.train.gz."""
     return re.sub(r"(?:\.(?:train|dev|test|txt|jsonl))?(?:\.gz)?$", "", Path(path).name.lower())
+
+
+def source_of(path: Path, name: str = "") -> dict:
+    """What identifies a file of text: `file` (its own name unless another is given), `sha256`, `domain`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": name or path.name, "sha256": digest, "domain": domain_of(path)}
 
 
 def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
@@ -240,10 +248,12 @@ def read_documents(path: str | os.PathLike, report: dict | None = None) -> Itera
         spans = _json_spans(blocks, path, report)
     else:
         spans = _spans(blocks, _WIKI_END if domain_of(path) in WIKI_DOMAINS else _DOCUMENT_END)
-    before = report["documents"]
+    before, within = report["documents"], False
     for piece in _pieces(spans):
         report["documents"] += piece.first
-        report["words"] += len(piece.text.split())
+        within &= not piece.first and bool(piece.text[:1].strip())
+        report["words"] += len(piece.text.split()) - within  # a piece can begin within a word of more than its size
+        within = bool(piece.text[-1:].strip())
         report["bytes"] += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         yield piece
     report["empty_files"] += report["documents"] == before

@@ -471,5 +471,5 @@ def test_real_files(tmp_path, tokenizer, name):
     assert report["words"] == len(path.read_text(encoding="utf-8").split()) and report["invalid_bytes"] == 0
     assert len(found) == {"qed": 8, "childes": 1}.get(name, len(found)) and (name != "wikipedia" or len(found) > 60)
     processor = DataProcessor(tokenizer, cache_dir=tmp_path)
-    ids = [i for piece in processor._encode(read_documents(path)) for i in piece.tolist()]
+    ids = [i for _, batch, _ in processor._encode((0, p) for p in read_documents(path)) for i in batch.tolist()]
     assert ids == reference(processor, found)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FLOORS = [
     {
-        "cleaners", "documents", "schema", "machine", "ranks", "inference", "metrics", "plots", "runs",
+        "cleaners", "documents", "schema", "machine", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers",
     },
     {"data_utils", "settings", "trainer", "run_log", "plan", "generate", "tasks"},
