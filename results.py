@@ -34,7 +34,9 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
             "first_step_seconds": run_log.rows[0]["seconds"],
             "peak_memory_gb": peak_memory_gb(model.device),
             "tokens_trained": trainer.state.num_input_tokens_seen,
+            "words_trained": trainer.word_log.words_seen(trainer.state.global_step) if trainer.word_log else None,
         },
+        "babylm": trainer.word_log.compliance() if trainer.word_log else None,
         "plan": job.plan,
         "samples": [sample for group in samples for sample in group],
         "data": job.data_report,
@@ -44,5 +46,7 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
     floor_nats = floor * math.log(2) * final["bytes"] / final["tokens"] if floor else None
     plot_training(run_log.rows, run_dir / "training_curves.png", config["model"]["name"], floor_nats)
     (run_dir / "README.md").write_text(runs.model_card(metrics), encoding="utf-8")
+    if metrics["babylm"]:
+        runs.write_json(run_dir / runs.COMPLIANCE, metrics["babylm"])
     runs.write_json(run_dir / runs.METRICS, metrics)  # last: its presence says that the run is finished
     return metrics

@@ -4,7 +4,7 @@ It knows file names and formats only: nothing here trains, scores or imports tor
 
     models/<name>/  config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
                     training_config.yaml  data_report.json  metrics.jsonl  training_metrics.json
-                    training_curves.png  README.md  checkpoint-<step>/
+                    training_curves.png  README.md  checkpoint-<step>/  compliance.json  chck_<N>M/
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import yaml
 log = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 CONFIG, DATA_REPORT, LOG, METRICS = "training_config.yaml", "data_report.json", "metrics.jsonl", "training_metrics.json"
+COMPLIANCE = "compliance.json"
+MILLION = 1_000_000  # words, the unit in the names of BabyLM's checkpoints
 RESULTS = (
-    METRICS, "model.safetensors", "config.json", "generation_config.json", "README.md", "training_curves.png"
+    METRICS, COMPLIANCE, "model.safetensors", "config.json", "generation_config.json", "README.md", "training_curves.png"
 )  # fmt: skip
 FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
     "training.num_epochs", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
@@ -88,6 +90,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
+def milestone(words: int) -> str:
+    """The name of BabyLM's checkpoint at so many words seen, whole millions."""
+    return f"chck_{words // MILLION}M"
+
+
+def milestones(run_dir: Path) -> list[Path]:
+    """The chck_<N>M directories of a run, fewest words first."""
+    found = {int(p.name[5:-1]): p for p in run_dir.glob("chck_*M") if p.is_dir() and p.name[5:-1].isdigit()}
+    return [found[millions] for millions in sorted(found)]
+
+
 def find_checkpoint(which: str, run_dir: Path) -> Path:
     """The checkpoint that `latest` or a path stands for; ValueError or FileNotFoundError where none is whole."""
     if which == "latest":
@@ -144,11 +157,13 @@ def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwri
         if bad := [line for key, line in changed.items() if key not in FREE_ON_RESUME]:
             raise ValueError(f"{checkpoint}: belongs to another run: " + "; ".join(bad))
         return checkpoint
-    if (checkpoints(run_dir) or any((run_dir / name).exists() for name in RESULTS)) and not overwrite:
+    saved = checkpoints(run_dir)
+    if (saved or milestones(run_dir) or any((run_dir / name).exists() for name in RESULTS)) and not overwrite:
         state = ", ".join(differences(run_dir, config, report).values()) or "the same configuration, not finished"
         raise ValueError(
-            f"{run_dir}: holds another run ({state}); add --resume_from_checkpoint latest to go on with it, "
-            "--overwrite to replace it, or choose another --model_name"
+            f"{run_dir}: holds another run ({state}); add "
+            + "--resume_from_checkpoint latest to go on with it, " * bool(saved)
+            + "--overwrite to replace it, or choose another --model_name"
         )
     return None
 
@@ -159,7 +174,7 @@ def begin(run_dir: Path, config: dict, report: dict, fresh: bool) -> None:
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
     if fresh:
-        for folder in checkpoints(run_dir):
+        for folder in (*checkpoints(run_dir), *milestones(run_dir)):
             shutil.rmtree(folder)
     write_json(run_dir / DATA_REPORT, report)
     write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
@@ -217,7 +232,7 @@ CARD = """\
 # {{ config.model.name }}
 
 A {{ config.model.type }} language model of {{ "{:,}".format(plan.parameters) }} parameters, trained from scratch on
-{{ "{:,}".format(data.train.words) }} words ({{ plan.epochs }} epochs, {{ "{:,}".format(plan.words) }} words seen) with BabyLlama.
+{{ "{:,}".format(data.train.words) }} words ({{ plan.epochs }} epochs, {{ "{:,}".format(results.words_trained or plan.words) }} words seen) with BabyLlama.
 
 | score | value | unit |
 |---|---|---|
@@ -248,6 +263,21 @@ Besides the text it learned from the distributions of {{ config.distillation.tea
 {% for teacher in config.distillation.teachers %}`{{ teacher }}`{{ ", " if not loop.last }}{% endfor %}: {{ plan.loss }}.
 {%- endif %}
 
+{% if babylm -%}
+## BabyLM
+
+Track {{ babylm.track }}: {{ "{:,}".format(babylm.words) }} words of training text, of {{ "{:,}".format(babylm.words_allowed) }} allowed
+({% for domain, words in (babylm.words_by_domain.items() | list)[:12] %}{{ domain }} {{ "{:,}".format(words) }}{{ ", " if not loop.last }}{% endfor %}{{ ", ..." if babylm.words_by_domain | length > 12 }}),
+{{ "%.4g" % babylm.epochs }} of {{ babylm.epochs_allowed }} epochs, {{ "{:,}".format(babylm.words_seen) }} words seen.
+{% for path, words in babylm.other_words_learned_from.items() -%}
+`{{ path }}` learned from {% if words is none %}text that is not recorded{% elif words %}{{ "{:,}".format(words) }} words of other text, which count too{% else %}this text alone{% endif %}.
+{% endfor -%}
+{% if babylm.checkpoints -%}
+Checkpoints, each with the words seen at its step: {% for made in babylm.checkpoints %}`{{ made.name }}` {{ "{:,}".format(made.words_seen) }}{{ ", " if not loop.last }}{% endfor %}.
+{% endif -%}
+A word is what stands between white space. All of this, by domain and step, is in `compliance.json`.
+
+{% endif -%}
 ## Samples
 
 Unprompted, temperature 0.8, top-p 0.95:
@@ -272,11 +302,12 @@ def model_card(metrics: dict) -> str:
     ]
     dataset = {"type": "text", "name": config["data"]["eval_path"]}
     measured = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": scores}]
+    track = [metrics["babylm"]["track"]] if metrics["babylm"] else []
     header = {
         "language": "en",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["babylm", "trained-from-scratch", config["model"]["type"].lower()],
+        "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],
         "model-index": [{"name": config["model"]["name"], "results": measured}],
     }
     return Template(CARD, keep_trailing_newline=True).render(

@@ -123,6 +123,10 @@ class DistillationSection(Section):
     top_k: int = _key("Tokens kept for each place, with cache: top_k", 64, ge=1)
 
 
+TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM's tracks: words of training text allowed
+MAX_EPOCHS = 10  # in both
+
+
 class BabyLMSection(Section):
     track: Literal["strict-small", "strict"] = _key("Words allowed: 10M (strict-small) or 100M (strict), 10 epochs")
 

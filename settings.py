@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from schema import OPTIONAL, SECTIONS, Config, ModelSection, Section
+from schema import MAX_EPOCHS, OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
 MAX_CONFIG_BYTES = 1_000_000
@@ -220,6 +220,12 @@ def _broken_rules(raw: Any) -> list[str]:
         problems.append(
             "distillation.cache: top_k keeps the teachers' answers for fixed chunks, but data.random_offset: true cuts "
             "others in each epoch; choose one"
+        )
+    epochs = training.get("num_epochs")
+    if _section(raw, "babylm") and _number(epochs) and epochs > MAX_EPOCHS:
+        problems.append(
+            f"training.num_epochs: {epochs}: BabyLM allows {MAX_EPOCHS} epochs over the training text, and that is "
+            f"{epochs - MAX_EPOCHS:g} too many; use {MAX_EPOCHS} or fewer, or take the babylm section out"
         )
     if logging.get("wandb") is True and not logging.get("project"):
         problems.append("logging.project: missing; required with wandb: true (the Weights & Biases project)")

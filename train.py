@@ -75,8 +75,11 @@ def load_config(config_path: str, args: Any = None) -> dict:
     return config
 
 
-def check_inputs(config: dict) -> None:
-    """Raise FileNotFoundError with the command that makes it if the tokenizer or a text is not there."""
+def check_inputs(config: dict) -> dict | None:
+    """Raise FileNotFoundError with the command that makes it if the tokenizer or a text is not there.
+
+    With a babylm section: what counts toward its budget (ledger.check_budget), or ValueError where that is too much.
+    """
     data = config["data"]
     if not Path(data["tokenizer_path"]).exists():
         raise FileNotFoundError(
@@ -92,6 +95,11 @@ def check_inputs(config: dict) -> None:
     section = config.get("distillation", {"teachers": (), "cache": "none"})
     for teacher in section["teachers"] if section["cache"] == "none" else ():  # a cache may do without its teachers
         runs.require_teacher(teacher)
+    if "babylm" not in config:
+        return None
+    from ledger import check_budget
+
+    return check_budget(config)
 
 
 def checked_config(args: argparse.Namespace) -> dict:
@@ -219,7 +227,8 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
 
 def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     """Check everything and make what a run needs; None where nothing is to be trained (finished, --dry-run)."""
-    config = checked_config(args)
+    config = load_config(args.config, args)
+    budget = check_inputs(config)
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
@@ -258,7 +267,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     return SimpleNamespace(
         config=config, run_dir=run_dir, checkpoint=checkpoint, tokenizer=tokenizer, train_data=train_data,
         held_out=held_out, data_report=data_report, floor=floor, model=model, plan=plan, loss=loss,
-        lengths=byte_lengths(tokenizer),
+        lengths=byte_lengths(tokenizer), budget=budget,
     )  # fmt: skip
 
 
@@ -270,6 +279,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     from distillation import trainer_of
+    from ledger import follow
     from results import write_results
     from run_log import RunLog
     from trainer import training_arguments
@@ -288,6 +298,7 @@ def run(args: argparse.Namespace) -> int:
         loss=job.loss,
         callbacks=[run_log] if ranks.is_main() else [],
     )
+    trainer.word_log = follow(trainer, config, words, job.budget)
     ranks.own_dropout(config["training"]["seed"])
     if not fit(trainer, job.run_dir, job.checkpoint):
         return EXIT_INTERRUPTED

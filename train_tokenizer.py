@@ -5,8 +5,9 @@
 It reads the training files of a directory (.train, .txt, .jsonl, each also gzipped) and writes one tokenizer.json. All
 256 bytes are in the alphabet and nothing is normalised, so any Unicode text survives the round trip. <pad>, <s>, </s>
 are the ids 0, 1, 2; <s> is put in front of every text, </s> is never appended. The same text gives the same file, byte
-for byte. Beside a file called tokenizer.json it writes a small tokenizer_config.json that names the special tokens, so
-that AutoTokenizer, PreTrainedTokenizerFast and GPT2TokenizerFast load the *directory* of the file to the same ids.
+for byte. <name>.source.json beside it lists the files it was learned from and their words, which BabyLM counts. By a
+file called tokenizer.json lies also a small tokenizer_config.json that names the special tokens, so that AutoTokenizer,
+PreTrainedTokenizerFast and GPT2TokenizerFast load the *directory* of the file to the same ids.
 
 It does not clean text (prepare_data.py does). A text that spells a special token, such as "</s>", is read as that
 token, as with every Hugging Face tokenizer; `encode_special_tokens = True` on a tokenizers.Tokenizer, or
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_utils import SPECIAL_TOKENS, find_files, read_documents
+from data_utils import SPECIAL_TOKENS, find_files, new_report, read_documents, source_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,11 +115,13 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     check_request(vocab_size, output)
     started = time.monotonic()
     sample: list[str] = []
-    counted = {"bytes": 0}
+    counted = {"bytes": 0, "sources": []}
     tokenizer = train_bpe_tokenizer(_texts_with_progress(files, sample, counted), vocab_size)
     if not counted["bytes"]:
         raise ValueError(f"no text to train on: {files[0].parent} has only empty files")
     save_tokenizer(tokenizer, output)
+    record = {"tokenizer_sha256": source_of(output)["sha256"], "sources": counted["sources"]}
+    write_text_atomically(output.with_suffix(".source.json"), json.dumps(record, indent=1) + "\n")
     tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False))
     return {
         "files": len(files),
@@ -129,15 +132,16 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     }
 
 
-def _texts_with_progress(files: list[Path], sample: list[str], counted: dict[str, int]) -> Iterator[str]:
-    """Yield the pieces of all documents, keep an even sample of them and count their bytes on the way."""
+def _texts_with_progress(files: list[Path], sample: list[str], counted: dict) -> Iterator[str]:
+    """Yield the pieces of all documents, keep an even sample of them and count bytes, and words by file, on the way."""
     from tqdm import tqdm
 
     total = sum(file.stat().st_size for file in files)
     sampled = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for file in files:
-            for piece in read_documents(file):
+            report = new_report()
+            for piece in read_documents(file, report):
                 n_bytes = len(piece.text.encode())
                 if sampled * total <= SAMPLE_BYTES * counted["bytes"]:
                     sample.append(piece.text)
@@ -145,6 +149,7 @@ def _texts_with_progress(files: list[Path], sample: list[str], counted: dict[str
                 counted["bytes"] += n_bytes
                 bar.update(n_bytes)
                 yield piece.text
+            counted["sources"].append({**source_of(file), "words": report["words"]})
         bar.set_description("merging")
 
 

@@ -71,7 +71,10 @@ class ShiftedChunks(TrainerCallback):
         self.start_epoch(int((state.epoch or 0) + 1e-6))
 
     def start_epoch(self, epoch: int) -> None:
-        self.offset = int(np.random.default_rng((self.seed, epoch)).integers(self.length))
+        self.offset = self.offset_in(epoch)
+
+    def offset_in(self, epoch: int) -> int:
+        return int(np.random.default_rng((self.seed, epoch)).integers(self.length))
 
     def __len__(self) -> int:
         return len(self.chunks) - 1
@@ -163,6 +166,14 @@ class LMTrainer(Trainer):
         model = AutoModelForCausalLM.from_config(self.model.config)
         model.load_state_dict(weights)
         return model.to(self.args.device)
+
+    def save_plain(self, folder: Path) -> None:
+        """A model directory of what best_model is now. All processes call it; rank 0 writes."""
+        if self.average is None:
+            self.save_model(str(folder), _internal_call=True)
+        elif self.args.should_save:
+            self.average.module.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
 
     def get_train_dataloader(self) -> DataLoader:
         if ranks.count() == 1:

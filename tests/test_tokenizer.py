@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -207,7 +208,13 @@ def test_the_report(text_dir, tmp_path, capsys):
     tokens = len(load_tokenizer(output)(text, add_special_tokens=False)["input_ids"])
     assert "2 files" in said and "300 tokens" in said and "note" not in said
     assert float(said.split(" bytes per token")[0].split()[-1]) == pytest.approx(len(text.encode()) / tokens, rel=0.01)
-    assert sorted(path.name for path in output.parent.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "tokenizer.json", "tokenizer.source.json", "tokenizer_config.json"
+    ]  # fmt: skip
+    record = json.loads(output.with_name("tokenizer.source.json").read_text())
+    words = {name: len((text_dir / name).read_text().split()) for name in ("more.txt", "toy.train")}
+    assert {source["file"]: source["words"] for source in record["sources"]} == words
+    assert record["tokenizer_sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
 
 
 def test_compressed_and_json_lines_give_the_same_tokenizer(text_dir, tmp_path):

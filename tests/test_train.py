@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -75,8 +76,8 @@ def test_shipped_configs_build_with_the_size_of_their_name(name):
     assert config["model"]["name"] == name
     with torch.device("meta"):
         model = train.create_model(config, Words())
-    if "-" in name:
-        millions = float(name.split("-")[1].removesuffix("M"))
+    if size := re.search(r"-(\d+)M", name):
+        millions = float(size[1])
         assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
     published = ["model.intermediate_size: 1024 is 2.00 x hidden_size; 2.67 x is usual for Llama (1368)"]
     expected = published if name == "distill-58M" else []
@@ -84,7 +85,8 @@ def test_shipped_configs_build_with_the_size_of_their_name(name):
 
 
 def test_the_promised_configs_are_shipped():
-    promised = ["quickstart", "llama-10M", "llama-16M", "llama-95M", "llama-360M", "gpt2-97M", "gpt2-705M", "gptj-97M"]
+    promised = ["babylm-strict-small", "babylm-strict"]
+    promised += ["quickstart", "llama-10M", "llama-16M", "llama-95M", "llama-360M", "gpt2-97M", "gpt2-705M", "gptj-97M"]
     assert set(promised) <= set(SHIPPED)
 
 
