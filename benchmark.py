@@ -4,10 +4,12 @@ It trains nothing and downloads nothing. The items of the built-in tasks lie in 
 
     python benchmark.py models/quickstart
     python benchmark.py models/A models/B models/C --output comparison.json
+    python benchmark.py models/A/chck_* --benchmark-config blimp.yaml --output learning.json
     python benchmark.py models/A --benchmark-config custom_benchmarks.yaml --tasks blimp,ewok --device cpu
 
 Written: the JSON file, a bar chart (.png) and a page (.html) of the same name, and predictions.json of the BabyLM tasks
-under results/ beside them, as BabyLM's pipeline lays them out. Several models are compared with the first one.
+under results/ beside them, as BabyLM's pipeline lays them out. Several models are compared with the first one; of a
+run's checkpoints the page has a learning curve, and a picture beside it one for each phenomenon of BLiMP.
 
 A file for --benchmark-config (paths are seen from the working directory; TASK: {} takes the built-in items):
 
@@ -363,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         import inference
 
         inference.pick_device(args.device)
+        args.models = benchmark_report.in_training_order(args.models)
         document, written = run(args, declared, output)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():

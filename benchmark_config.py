@@ -79,9 +79,11 @@ class BenchmarkTask:
     items: list[Item] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
-        """What a file of results says about it."""
+        """What a file of results says about it; `phenomena` tells which of them a subset is of."""
         listed = ("items", "groups", "prompts")
-        return {"type": self.type} | {key: value for key, value in self.options.items() if key not in listed}
+        phenomena = {item.subset: item.term for item in self.items if item.term}
+        facts = {"type": self.type} | {key: value for key, value in self.options.items() if key not in listed}
+        return facts | ({"phenomena": phenomena} if phenomena else {})
 
     @property
     def n(self) -> int:

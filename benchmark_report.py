@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import tasks
 
@@ -134,22 +137,67 @@ def text_report(document: dict) -> str:
     return "\n".join([text, legend, *overall, *(f"note: {line}" for line in document["notes"])])
 
 
+def checkpoints_of(paths: Sequence[str]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """(run, checkpoint- or chck_) -> (steps or million words, place in `paths`) of its checkpoints, earliest first."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for place, path in enumerate(map(Path, paths)):
+        if match := CHECKPOINT.fullmatch(path.name):
+            found.setdefault((str(path.parent), match[1]), []).append((int(match[2]), place))
+    return {run: sorted(points) for run, points in sorted(found.items())}
+
+
+def in_training_order(paths: Sequence[str]) -> list[str]:
+    """The paths with each run's checkpoints earliest first in their places: a shell puts chck_10M before chck_2M."""
+    ordered = list(paths)
+    for points in checkpoints_of(paths).values():
+        places = [place for _, place in points]
+        for to, place in zip(sorted(places), places, strict=True):
+            ordered[to] = paths[place]
+    return ordered
+
+
+def phenomenon_curves(document: dict) -> list[dict[str, Any]]:
+    """What plots.plot_learning_curve draws, for each run with two or more checkpoints and each task with phenomena.
+
+    A phenomenon's accuracy is the mean over its subsets, as the task's own is over all.
+    """
+    names = list(document["models"])
+    drawn = []
+    for (run, kind), points in checkpoints_of([facts["path"] for facts in document["models"].values()]).items():
+        for task, declared in document["configs"].items():
+            phenomena = declared.get("phenomena", {})
+            if len(points) < 2 or not phenomena:
+                continue
+            results = [document["results"][names[place]][task] for _, place in points]
+            lines = {
+                term: [
+                    float(np.mean([r["subsets"][s]["accuracy"] for s in phenomena if phenomena[s] == term]))
+                    for r in results
+                ]
+                for term in sorted(set(phenomena.values()))
+            }
+            drawn.append({
+                "run": run, "task": task, "words": kind == "chck_", "at": [at for at, _ in points], "lines": lines,
+                "mean": [r["accuracy"] for r in results], "ci95": [r["accuracy_ci95"] for r in results],
+                "chance": results[0]["chance"],
+            })  # fmt: skip
+    return drawn
+
+
 def curves(document: dict) -> list[dict[str, Any]]:
     """Learning curves, ready to draw, of each run of which two or more checkpoints were measured."""
-    groups: dict[tuple[str, str], list] = {}
-    for model, facts in document["models"].items():
-        if match := CHECKPOINT.fullmatch(Path(facts["path"]).name):
-            groups.setdefault((str(Path(facts["path"]).parent), match[1]), []).append((int(match[2]), model))
+    models = list(document["models"])
     names = [task for task in document["configs"] if task_on_unit_scale(document, task)]
     drawn = []
-    for (parent, kind), points in sorted(groups.items()):
-        if len(points) < 2:
+    for (parent, kind), places in checkpoints_of([facts["path"] for facts in document["models"].values()]).items():
+        if len(places) < 2:
             continue
-        points.sort()
-        right, low = points[-1][0], points[0][0]
+        points = [(at, models[place]) for at, place in places]
+        scale = math.log10 if kind == "chck_" else float  # words seen: each factor of ten is as wide as the next
+        right, low = scale(points[-1][0]), scale(points[0][0])
         width = CHART["width"] - CHART["left"] - CHART["right"]
         height = CHART["height"] - CHART["top"] - CHART["bottom"]
-        xs = [CHART["left"] + width * (at - low) / (right - low) for at, _ in points]
+        xs = [CHART["left"] + width * (scale(at) - low) / (right - low) for at, _ in points]
         lines = []
         for task in names:
             own = [document["results"][model][task] for _, model in points]
@@ -158,9 +206,11 @@ def curves(document: dict) -> list[dict[str, Any]]:
             lines.append({"task": task, "points": [(x, *y) for x, y in zip(xs, ys, strict=True)]})
         ticks = [(x, at) for x, (at, _) in zip(xs, points, strict=True)]
         keep = max(1, len(ticks) // 6)
+        some = [tick for tick in ticks if str(tick[1])[0] in "125" or tick == ticks[-1]]
+        ticks = some if kind == "chck_" else ticks[::keep]
         grid = [(CHART["top"] + height * (1 - share), share) for share in (0, 0.25, 0.5, 0.75, 1)]
         unit = "training steps" if kind == "checkpoint-" else "million words seen"
-        drawn.append({"run": parent, "unit": unit, "lines": lines, "ticks": ticks[::keep], "grid": grid})
+        drawn.append({"run": parent, "unit": unit, "lines": lines, "ticks": ticks, "grid": grid})
     return drawn
 
 
@@ -190,7 +240,8 @@ def digest(text: str) -> str:
 
 
 def write_files(document: dict, output: Path) -> list[Path]:
-    """The JSON file, the .html page and the .png bar chart (where figures are on a scale up to 1): what was written."""
+    """The JSON file, the .html page and the .png bar chart (where figures are on a scale up to 1), and the
+    learning curves: what was written."""
     import plots
     import runs
 
@@ -198,4 +249,8 @@ def write_files(document: dict, output: Path) -> list[Path]:
     runs.write_text(output.with_suffix(".html"), page(document))
     if bars := [row for row in table_rows(document) if row["unit_scale"]]:
         plots.plot_comparison(bars, output.with_suffix(".png"))
-    return [output, output.with_suffix(".html"), *[output.with_suffix(".png")] * bool(bars)]
+    written = [output, output.with_suffix(".html"), *[output.with_suffix(".png")] * bool(bars)]
+    for curve in phenomenon_curves(document):
+        written.append(output.with_name(f"{output.stem}-{Path(curve['run']).resolve().name}-{curve['task']}.png"))
+        plots.plot_learning_curve(curve, written[-1])
+    return written

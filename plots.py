@@ -225,3 +225,31 @@ def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
     axis.set(xlabel=label(key), ylabel="held-out bits per byte")
     if len(lines) <= 8:
         axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
+    """A line for each phenomenon of a task, and the mean of all with its interval, from checkpoint to checkpoint.
+
+    `curve` has `at` (million words seen, drawn on a log axis; steps where `words` is false), `lines` {phenomenon:
+    accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
+    """
+    figure, ((axis,),) = _figure(1, 1, 9.5, 5)
+    from matplotlib import colormaps
+    from matplotlib.ticker import NullFormatter
+
+    at, last = curve["at"], {term: values[-1] for term, values in curve["lines"].items()}
+    axis.fill_between(at, *zip(*curve["ci95"], strict=True), color="black", alpha=0.12, lw=0)
+    axis.plot(at, curve["mean"], "o-", color="black", lw=2.2, ms=4, label=f"mean, {curve['mean'][-1]:.3f}")
+    for i, term in enumerate(sorted(last, key=lambda term: -last[term])):  # the legend in the order of the ends
+        name = label(f"{term.replace('_', ' ')}, {last[term]:.3f}")
+        axis.plot(at, curve["lines"][term], ".-", color=colormaps["tab20"](i % 20), lw=1.2, label=name)
+    axis.axhline(curve["chance"], color=GREY, ls=":", lw=1.2, label=f"chance, {curve['chance']:.3f}")
+    if curve["words"]:
+        axis.set_xscale("log")
+        shown = [n for n in at if str(n)[0] in "125" or n in (at[0], at[-1])]
+        axis.set_xticks(shown, [f"{n:g}M" for n in shown])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="words seen" if curve["words"] else "training steps", ylabel="accuracy",
+             title=label(f"{curve['run']}: {curve['task']}"))  # fmt: skip
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="at the end")
+    figure.savefig(path, dpi=120)

@@ -45,6 +45,7 @@ class Item:
     completions: tuple[str, ...]
     gold: int = 0
     facts: dict[str, float] = field(default_factory=dict)  # what people did: `ratio` (wug), reading times
+    term: str = ""  # BLiMP's linguistics_term, the phenomenon that several subsets are of
 
     @property
     def candidates(self) -> Iterator[tuple[str, str]]:
@@ -78,7 +79,8 @@ def _after(prefix: str, completion: str) -> str:
 
 def _pair(row: dict, stem: str) -> Item:
     """Two whole sentences; BLiMP names the paradigm in the row, BabyLM's supplement by the file alone."""
-    return Item(row.get("UID", stem), ("", ""), (row["sentence_good"], row["sentence_bad"]))
+    texts = (row["sentence_good"], row["sentence_bad"])
+    return Item(row.get("UID", stem), ("", ""), texts, term=row.get("linguistics_term", ""))
 
 
 def _ewok(row: dict, stem: str) -> Item:
@@ -87,8 +89,7 @@ def _ewok(row: dict, stem: str) -> Item:
 
 
 def _entity_tracking(row: dict, stem: str) -> Item:
-    options = tuple(row["options"])
-    return Item(f"{stem}_{row['numops']}_ops", (row["input_prefix"],) * len(options), options)
+    return Item(f"{stem}_{row['numops']}_ops", (row["input_prefix"],) * len(row["options"]), tuple(row["options"]))
 
 
 def _entity_tracking_filtered(row: dict, stem: str) -> Item | None:

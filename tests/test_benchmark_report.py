@@ -11,7 +11,16 @@ import pytest
 
 import benchmark_report
 from benchmark_config import load_tasks
-from benchmark_report import curves, gap_text, page, short_names, table_rows, text_report
+from benchmark_report import (
+    curves,
+    gap_text,
+    in_training_order,
+    page,
+    phenomenon_curves,
+    short_names,
+    table_rows,
+    text_report,
+)
 
 EVIL = '<script>alert("x")</script>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -147,6 +156,66 @@ def test_learning_curve_by_hand():
     assert curves(document(("a", "b", "c"))) == []
     (words,) = curves(document(("run/chck_1M", "run/chck_10M", "run/other")))
     assert words["unit"] == "million words seen"
+
+
+def test_checkpoints_in_the_order_of_training():
+    """As a shell lists them, with other models between; each run's own places are kept."""
+    shell = [
+        "x/chck_100M",
+        "other",
+        "x/chck_10M",
+        "y/checkpoint-9",
+        "x/chck_1M/",
+        "x/chck_20M",
+        "y/checkpoint-10",
+        "x/chck_2M",
+    ]
+    assert in_training_order(shell) == [
+        "x/chck_1M/", "other", "x/chck_2M", "y/checkpoint-9", "x/chck_10M", "x/chck_20M", "y/checkpoint-10", "x/chck_100M"
+    ]  # fmt: skip
+    assert in_training_order(["b", "a"]) == ["b", "a"]
+
+
+def milestones(*millions):
+    """A result of checkpoints of one run on four paradigms of two phenomena; the accuracy is known by the number."""
+    made = document(tuple(f"run/chck_{n}M" for n in millions))
+    made["configs"]["blimp"]["phenomena"] = {"a": "agreement", "b": "agreement", "c": "binding", "d": "binding"}
+    for n, results in zip(millions, made["results"].values(), strict=True):
+        subsets = {"a": n / 100, "b": n / 200, "c": 0.5, "d": 1.0}
+        results["blimp"]["subsets"] = {name: {"accuracy": value} for name, value in subsets.items()}
+    return made
+
+
+def test_the_learning_curve_of_each_phenomenon_by_hand(tmp_path):
+    made = milestones(10, 1, 20)
+    (curve,) = phenomenon_curves(made)
+    assert (curve["run"], curve["task"], curve["words"], curve["at"]) == ("models/run", "blimp", True, [1, 10, 20])
+    assert curve["lines"]["agreement"] == pytest.approx([0.0075, 0.075, 0.15])
+    assert curve["lines"]["binding"] == [0.75] * 3
+    assert curve["mean"] == pytest.approx([0.7, 0.6, 0.8])
+    written = benchmark_report.write_files(made, tmp_path / "learning.json")
+    assert [path.name for path in written] == [
+        "learning.json",
+        "learning.html",
+        "learning.png",
+        "learning-run-blimp.png",
+    ]
+    assert written[-1].read_bytes().startswith(b"\x89PNG")
+    assert not phenomenon_curves(document())
+
+
+def test_phenomena_come_from_the_rows(tmp_path):
+    pair = {"sentence_good": "a", "sentence_bad": "b"}
+    rows = [pair | {"UID": "x", "linguistics_term": "binding"}, pair | {"UID": "y", "linguistics_term": "agreement"}]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*rows, pair])))
+    (task,) = load_tasks({"tasks": {"blimp": {"path": str(tmp_path)}}}).values()
+    assert task.describe()["phenomena"] == {"x": "binding", "y": "agreement"}
+
+
+def test_words_seen_are_drawn_on_a_log_axis():
+    (curve,) = curves(milestones(1, 10, 100))
+    first, middle, last = (x for x, *_ in curve["lines"][0]["points"])
+    assert middle - first == pytest.approx(last - middle) and [at for _, at in curve["ticks"]] == [1, 10, 100]
 
 
 def test_page_is_self_contained_and_escaped():
