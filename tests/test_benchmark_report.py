@@ -182,7 +182,7 @@ def milestones(*millions):
     made["configs"]["blimp"]["phenomena"] = {"a": "agreement", "b": "agreement", "c": "binding", "d": "binding"}
     for n, results in zip(millions, made["results"].values(), strict=True):
         subsets = {"a": n / 100, "b": n / 200, "c": 0.5, "d": 1.0}
-        results["blimp"]["subsets"] = {name: {"accuracy": value} for name, value in subsets.items()}
+        results["blimp"]["subsets"] = {name: result(value) for name, value in subsets.items()}
     return made
 
 
