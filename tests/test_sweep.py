@@ -137,7 +137,7 @@ def unfinished(run_dir) -> None:
     """A finished run as it was before its last checkpoint."""
     shutil.rmtree(runs.checkpoints(run_dir)[0])
     for name in runs.RESULTS:
-        (run_dir / name).unlink()
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def test_interrupted_runs_go_on_or_begin_anew(swept, capsys):
