@@ -34,7 +34,7 @@ import ranks
 import runs
 from data_utils import default_cache_dir
 from inference import load_model
-from loss import document_mask, next_token_nll, sliced_head
+from loss import document_mask, head_nll, next_token_nll, slice_nll
 from machine import eager_is_faster, pick_precision
 from trainer import LMTrainer, collate_chunks
 
@@ -65,19 +65,21 @@ def average_teachers(logits: Iterable[torch.Tensor], temperature: float, average
     return total / n if average == "probabilities" else (total / (n * temperature)).softmax(-1)
 
 
-def divergence(student_logits: torch.Tensor, targets: SoftTargets, temperature: float) -> torch.Tensor:
-    """KL(teachers || student) in nats at a temperature, (B, T), from logits (B, T, V).
+def _outcomes(scaled: torch.Tensor, targets: SoftTargets) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, probabilities) of what the teachers tell apart: the kept tokens and, where some were not, all others."""
+    if targets.ids is None:
+        return scaled, targets.probs
+    kept = scaled.gather(-1, targets.ids)
+    if kept.shape[-1] == scaled.shape[-1]:
+        return kept, targets.probs
+    rest = scaled.scatter(-1, targets.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    dropped = (1 - targets.probs.sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat([kept, rest], -1), torch.cat([targets.probs, dropped], -1)
 
-    Where targets hold fewer than V tokens, all others are one outcome with the probability that is left.
-    """
-    outcomes, probs = student_logits.float() / temperature, targets.probs
-    if targets.ids is not None:
-        kept = outcomes.gather(-1, targets.ids)
-        if kept.shape[-1] < outcomes.shape[-1]:
-            rest = outcomes.scatter(-1, targets.ids, -torch.inf).logsumexp(-1, keepdim=True)  # (B, T, 1)
-            kept = torch.cat([kept, rest], -1)
-            probs = torch.cat([probs, (1 - probs.sum(-1, keepdim=True)).clamp(min=0)], -1)
-        outcomes = kept
+
+def divergence(student_logits: torch.Tensor, targets: SoftTargets, temperature: float) -> torch.Tensor:
+    """KL(teachers || student) in nats at a temperature, (...), from logits (..., V) and targets (..., K)."""
+    outcomes, probs = _outcomes(student_logits.float() / temperature, targets)
     return F.kl_div(outcomes.log_softmax(-1), probs, reduction="none").sum(-1)
 
 
@@ -89,26 +91,45 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     reduction: str = "mean",
-    items: int | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, cross-entropy, KL) of chunks: student logits (B, T, V), targets (B, T, K), input_ids (B, T).
+) -> torch.Tensor:
+    """The loss of chunks, mean per predicted token: student logits (B, T, V), targets (B, T, K), input_ids (B, T).
 
-    loss = alpha x cross-entropy + (1 - alpha) x T^2 x KL; T^2 keeps the gradients' size when T changes (Hinton et al.).
-    Sums over the T - 1 places that predict a token of the chunk, divided by `items`, the number of such places in the
-    whole step (default: in these chunks), so that the parts of an accumulated step add up to its mean.
+    alpha x cross-entropy + (1 - alpha) x T^2 x KL; T^2 keeps the gradients' size when T changes (Hinton et al.). The
+    last place of a chunk predicts no token of it. This is the definition; training takes slice_loss, which is faster.
 
     reduction "batchmean" is the published scale of BabyLlama, torch's KLDivLoss("batchmean") on (B, T, V): the KL is
     summed over all T places of a chunk, the last included, and averaged over chunks only.
     """
-    batch, length = input_ids.shape
-    items = batch * (length - 1) if items is None else items
-    ce = next_token_nll(student_logits, input_ids) / items
+    chunks, length = input_ids.shape
+    predicted = chunks * (length - 1)
     kl = divergence(student_logits, targets, temperature)  # (B, T)
-    if reduction == "batchmean":
-        kl = kl.sum() / items * (length - 1)  # items / (T - 1) is the number of chunks
+    kl = kl.sum() / chunks if reduction == "batchmean" else kl[:, :-1].sum() / predicted
+    return alpha * next_token_nll(student_logits, input_ids) / predicted + (1 - alpha) * temperature**2 * kl
+
+
+def slice_loss(
+    logits: torch.Tensor, targets: SoftTargets, next_ids: torch.Tensor, temperature: float, alpha: float,
+    kl_weight: float, last_places: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(alpha x nll + kl_weight x KL, its gradient by the logits, (nll, KL)), summed: logits (N, V), targets (N, K).
+
+    next_ids (N,) holds -1 for the last place of a chunk; its KL counts if `last_places`. The gradient of a KL by
+    logits / T is q - p for each outcome; that of the rest is shared out as the student shares out the rest.
+    """
+    nll, gradient = slice_nll(logits, next_ids)
+    scaled = logits.to(torch.float32, copy=True).div_(temperature)
+    outcomes, probs = _outcomes(scaled, targets)
+    logq, rest = outcomes.log_softmax(-1), outcomes[:, -1:]
+    wanted = torch.ones_like(rest) if last_places else (next_ids >= 0)[:, None].float()
+    kl = (F.kl_div(logq, probs, reduction="none").sum(-1, keepdim=True) * wanted).sum()
+    by_outcome = logq.exp_().sub_(probs).mul_(wanted * kl_weight / temperature)
+    if targets.ids is None:
+        by_logit = by_outcome
     else:
-        kl = kl[:, :-1].sum() / items
-    return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
+        by_logit = scaled.sub_(rest).exp_().mul_(by_outcome[:, -1:])
+        by_logit.scatter_(-1, targets.ids, by_outcome[:, : targets.ids.shape[1]])
+    by_logit.add_(gradient, alpha=alpha)
+    return alpha * nll + kl_weight * kl, by_logit.to(logits.dtype), torch.stack([nll, kl])
 
 
 # ---- teachers -----------------------------------------------------------------------------------
@@ -293,8 +314,7 @@ class DistillationTrainer(LMTrainer):
 
     def __init__(self, *args, distillation: dict[str, Any], ensemble: Ensemble | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.ensemble = ensemble
-        self.loss_options = {key: distillation[key] for key in ("temperature", "alpha", "reduction")}
+        self.ensemble, self.distillation = ensemble, distillation
         if ensemble is None:
             self.data_collator = functools.partial(collate_cached, self.data_collator)
         self._parts, self._parts_since = torch.zeros(2, device=self.args.device), None
@@ -307,24 +327,24 @@ class DistillationTrainer(LMTrainer):
             targets = functools.partial(cached_targets, inputs)
         if self._parts_since is None:
             self._parts_since = self.state.global_step
+        alpha, temperature = self.distillation["alpha"], self.distillation["temperature"]
+        batchmean = self.distillation["reduction"] == "batchmean"
+        kl_weight = (1 - alpha) * temperature**2 * (length - 1 if batchmean else 1)  # items / (T - 1) is chunks
         done = 0
 
-        def kernel(logits: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """The loss of the next few chunks and its gradient: logits (N, V), their ids (N,)."""
+        def kernel(logits: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal done
-            own = own.view(-1, length)
-            here, done = slice(done, done + len(own)), done + len(own)
-            with torch.enable_grad():
-                leaf = logits.detach().view(*own.shape, -1).requires_grad_()
-                loss, *parts = distillation_loss(leaf, targets(here), own, items=items, **self.loss_options)
-            self._parts += torch.stack(parts).detach()
-            return loss.detach(), torch.autograd.grad(loss, leaf)[0].flatten(0, 1)
+            here, done = slice(done, done + len(logits) // length), done + len(logits) // length
+            some = SoftTargets(*(None if part is None else part.flatten(0, 1) for part in targets(here)))
+            loss, gradient, parts = slice_loss(logits, some, next_ids, temperature, alpha, kl_weight, batchmean)
+            self._parts += parts / items
+            return loss, gradient
 
         def both(model, ids: torch.Tensor) -> torch.Tensor:
             states = self.loss.states(model, ids)
-            return sliced_head(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel)
+            return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel)
 
-        return ranks.through(model, both, ids)
+        return ranks.through(model, both, ids) / items
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._parts_since is not None:

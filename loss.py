@@ -74,22 +74,13 @@ def head_nll(
 ) -> torch.Tensor:  # fmt: skip
     """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
 
-    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or a compiled fused_slice_nll.
+    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll, a compiled fused_slice_nll, or
+    another loss: it gets slices of a few whole chunks in order, and gives a sum and its gradient by the logits.
     """
-    nothing = input_ids.new_full((len(input_ids), 1), -1)
-    return sliced_head(states, head, torch.cat([input_ids[:, 1:], nothing], dim=1), dtype, kernel)
-
-
-def sliced_head(
-    states: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, dtype: torch.dtype, kernel: Callable
-) -> torch.Tensor:
-    """The sum of `kernel` over slices of a few whole chunks, in order: states (B, T, D), targets (B, T).
-
-    kernel(logits (N, V), targets (N,)) gives a sum and its gradient by the logits, (N, V).
-    """
-    length = targets.shape[1]
-    rows = max(1, SLICE_ELEMENTS // (head.out_features * length)) * length  # in a slice
-    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets.flatten(), rows, dtype, kernel)
+    n, length = input_ids.shape
+    targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
+    chunks = max(1, SLICE_ELEMENTS // (head.out_features * length))  # in a slice
+    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
