@@ -126,7 +126,9 @@ class NextTokenLoss:
         """The last hidden states (B, T, D), from the compiled model where that was asked for and the batch is full."""
         body = model.base_model
         if self.compile and len(input_ids) == self.batch_size:
-            self.body = body = self.body or torch.compile(model.base_model, dynamic=False)
+            if self.body is None:
+                self.body = torch.compile(model.base_model, dynamic=False)
+            body = self.body
         return body(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).last_hidden_state
 
     def _sliced(self, kernel, model, input_ids):

@@ -91,6 +91,7 @@ def test_the_compiled_loss_is_the_loss(chunked):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+    assert compiled(model, ids).item() == pytest.approx(expected.item(), rel=1e-5)  # compiled once, used again
     last = compiled(model, ids[:3])  # an odd batch is not compiled anew
     assert last.item() == pytest.approx(NextTokenLoss()(plain, ids[:3]).item(), rel=1e-5)
 
