@@ -65,6 +65,8 @@ def start() -> None:
         if local >= gpus:
             raise ValueError(f"process {local + 1} of this machine finds {gpus} GPU: use --nproc_per_node={gpus}")
         torch.cuda.set_device(local)
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, which older releases cannot load a checkpoint to
     from transformers import Trainer  # noqa: F401  (takes seconds: all processes at once, not in turn)
 
     store, _, _ = next(dist.rendezvous("env://"))
