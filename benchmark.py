@@ -178,9 +178,13 @@ class BenchmarkSuite:
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
         """Score every candidate of every item in one call, and set the result beside trivial baselines."""
-        scores, others = likelihood.score(self.model, self.tokenizer, task.items, self.bos, self._unigram)
+        wanted = (self.model, self.tokenizer, task.items, self.bos, self._unigram)
+        if tasks.TASKS[task.type].metric == "accuracy":  # so only the best candidate of each item counts
+            scores, others, precision = likelihood.choose(*wanted)
+        else:
+            (scores, others), precision = likelihood.score(*wanted), {"items": task.n, "float32_items": task.n}
         self.scores[task.name] = scores
-        result = tasks.score_items(task.type, task.items, scores, self.seed)
+        result = tasks.score_items(task.type, task.items, scores, self.seed) | {"precision": precision}
         return result | likelihood.trust(task.type, task.items, result, scores, others, self.seed)
 
     def _declared(self, kind: str) -> BenchmarkTask:

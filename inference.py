@@ -1,12 +1,10 @@
 """Everything done with a trained causal model: load it, score text with it, generate text from it.
 
-The only place of the project that computes log-probabilities (`token_logprobs`) and the only one that samples
-(`generate`). It knows no metric and no task: those are sums over what comes from here. It opens local Hugging Face
-model directories only, without remote code and without pickles.
+The only place that samples (`generate`), and the one that computes log-probabilities (`token_logprobs`; choices.py has
+a fast pass for where only the best counts). It opens local model directories only, no remote code and no pickles.
 
     from inference import generate, load_model, token_logprobs
     model, tokenizer = load_model("models/quickstart")
-    token_logprobs(model, tokenizer, ["The cat sleeps."])[0].logprobs.sum()     # nats
     generate(model, tokenizer, ["Once upon a time"], max_new_tokens=40, seed=1)[0][0]
 """
 
@@ -100,11 +98,14 @@ def context_length(model) -> int:
 def encode(tokenizer, texts: Sequence[str | Sequence[int]], bos: bool | None = True) -> list[list[int]]:
     """Token ids of each text (a list of ids passes through), with BOS in front exactly once where `bos`.
 
-    The tokenizer's own post-processor is not asked, so nothing is appended. A tokenizer without BOS uses its EOS; for
-    one that has neither, True is an error and None puts nothing in front.
+    Nothing is appended. A tokenizer without BOS uses its EOS; with neither, True is an error and None adds nothing.
     """
     strings = [text for text in texts if isinstance(text, str)]  # in bulk: the tokenizer works in parallel
-    encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else ())
+    if rust := getattr(tokenizer, "backend_tokenizer", None):  # alone: more than twice as fast
+        rust.no_truncation(), rust.no_padding()
+        encoded = (encoding.ids for encoding in rust.encode_batch_fast(strings, add_special_tokens=False))
+    else:
+        encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else ())
     sequences = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is False or (bos is None and start is None):
@@ -164,7 +165,7 @@ def ids_logprobs(
     windows.sort(key=lambda w: w.begin - w.end)  # longest first: a batch too large for the memory fails at once
     if windows:
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
-        with _exact(model):
+        with exact(model):
             body, head = _split_head(model, windows[0].ids[:16])
             for batch in tqdm(list(_batches(windows, batch_tokens)), desc="scoring", disable=None, delay=5):
                 for window, values in zip(batch, _score(body, head, model, batch, stats), strict=True):
@@ -215,7 +216,7 @@ def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[Sequence
 
 
 @contextmanager
-def _exact(model) -> Iterator[None]:
+def exact(model) -> Iterator[None]:
     """No dropout, no gradients, no reduced-precision matrix products; what was set before comes back."""
     training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
@@ -293,13 +294,12 @@ def generate(
     made: list[list[int]] = [[] for _ in rows]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     options["stop"] = stop_ids(model, tokenizer)
-    with _exact(model):
+    with exact(model):
         for at in tqdm(range(0, len(order), batch_size), desc="generating", disable=None, delay=5):
             batch = order[at : at + batch_size]
-            for step in generate_steps(model, [rows[i] for i in batch], streams=batch, **options):
-                for i, token in zip(batch, step, strict=True):
-                    if token is not None:
-                        made[i].append(token)
+            steps = generate_steps(model, [rows[i] for i in batch], streams=batch, **options)
+            for i, column in zip(batch, zip(*steps, strict=True), strict=True):
+                made[i] = [token for token in column if token is not None]
     texts = iter([decode(tokenizer, ids) for ids in made])
     return [[next(texts) for _ in range(num_return_sequences)] for _ in prompts]
 

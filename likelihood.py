@@ -32,14 +32,32 @@ def score(
     import inference
 
     ids, starts = spans(tokenizer, items, bos)
-    scored = inference.ids_logprobs(model, ids, starts=starts)
-    lengths = np.array([len(text.ids) for text in scored])
-    baselines = {"shorter": -lengths.astype(float)}
-    if unigram is not None:
-        total = np.concatenate([[0], np.cumsum(unigram[np.concatenate([text.ids for text in scored])])])
-        ends = np.cumsum(lengths)
-        baselines["unigram"] = total[ends] - total[ends - lengths]
-    return np.array([text.logprobs.sum() for text in scored]), baselines
+    scores = np.array([text.logprobs.sum() for text in inference.ids_logprobs(model, ids, starts=starts)])
+    return scores, _baselines(ids, starts, unigram)
+
+
+def choose(
+    model, tokenizer, items: Sequence[tasks.Item], bos: bool = True, unigram: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """As `score`, several times as fast, for where only the best candidate of each item counts; third, the precision.
+
+    The candidates of an item compare as float32 has it (`choices.relative_scores`); the scores have no other meaning.
+    """
+    import choices
+
+    ids, starts = spans(tokenizer, items, bos)
+    scores, precision = choices.relative_scores(model, ids, starts, [len(item.completions) for item in items])
+    return scores, _baselines(ids, starts, unigram), precision
+
+
+def _baselines(ids: list[list[int]], starts: list[int], unigram: np.ndarray | None) -> dict[str, np.ndarray]:
+    scored = [text[start:] for text, start in zip(ids, starts, strict=True)]
+    lengths = np.array([len(text) for text in scored])
+    if unigram is None:
+        return {"shorter": -lengths.astype(float)}
+    total = np.concatenate([[0], np.cumsum(unigram[np.concatenate(scored).astype(np.int64)])])
+    ends = np.cumsum(lengths)
+    return {"shorter": -lengths.astype(float), "unigram": total[ends] - total[ends - lengths]}
 
 
 def spans(tokenizer, items: Sequence[tasks.Item], bos: bool) -> tuple[list[list[int]], list[int]]:

@@ -12,7 +12,7 @@ FLOORS = [
         "cleaners", "documents", "schema", "machine", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers",
     },
-    {"data_utils", "settings", "trainer", "ledger", "run_log", "plan", "generate", "tasks"},
+    {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks"},
     {
         "train_tokenizer", "evaluate", "likelihood", "benchmark_config", "sweep", "benchmark_report", "distillation",
         "teachers", "results",

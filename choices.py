@@ -1,0 +1,234 @@
+"""Which candidate of each item a model holds likeliest, at a fraction of the cost of scoring every candidate alone.
+
+It makes no figure and knows no task: token ids go in, scores that compare within an item come out. Four things make it
+fast, and none of them changes a decision:
+
+- what the candidates of an item share at their beginning gives each the same terms, so these are left out;
+- what any texts share at their beginning goes through the model once: a row of a batch is a tree of texts;
+- the model computes in the fastest number format that the machine has units for;
+- only items whose best candidates lie closer together than that pass can tell apart are scored again in float32.
+
+How far the fast pass is off is not assumed: it is measured, on a sample of the items and on all that are scored again.
+So a model with which it goes wrong, for whatever reason, costs more time: its items are left to float32.
+
+    from choices import relative_scores
+    scores, precision = relative_scores(model, [good, bad], starts=[1, 1], counts=[2])      # good, bad: lists of ids
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import inference
+import machine
+
+log = logging.getLogger(__name__)
+SAMPLE = 256  # items that are scored both ways before the others are decided
+SAFETY = 2.0  # a decision of the fast pass needs a margin of this many times the largest error seen
+CLOSE = 1e-4  # nats; margins up to this are left to float32 in any case
+TREE_TOKENS = 48  # that a tree may hold beyond its first text; more would share more, and attend to more in vain
+CPU_HEAD_ELEMENTS = 2**21  # logits held at a time: 4 MB in bfloat16, what caches hold
+
+
+def relative_scores(
+    model, ids: Sequence[list[int]], starts: Sequence[int], counts: Sequence[int]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(a score in nats for each text, how precise they are); scores compare within their item only.
+
+    `ids` holds the texts item by item, `counts` how many belong to each item, `starts` where the scored tokens of each
+    text begin. The difference of two scores is that of the summed log-probabilities of the texts. Which is the best,
+    and whether it is tied, is as float32 has it (`ids_logprobs`); the size of a clear difference is as exact as
+    `precision` says: `fast` is the number format, `largest_error_nats` its error as far as measured, and
+    `float32_items` how many of `items` have scores of float32.
+    """
+    counts = np.asarray(counts)
+    owner, begins = np.repeat(np.arange(len(counts)), counts), _begins(ids, starts, counts)
+    lengths = np.array([len(text) - begin for text, begin in zip(ids, begins, strict=True)])
+    scale = np.sqrt(np.bincount(owner, lengths).clip(min=1))  # the errors of tokens add up like a random walk
+    exact, dtype = np.zeros(len(counts), dtype=bool), fast_dtype(model.device)
+    fast, asked = np.full(len(ids), np.nan), np.arange(len(counts))
+    if len(counts) > 2 * SAMPLE:
+        asked = np.linspace(0, len(counts) - 1, SAMPLE).astype(int)  # from every part alike
+        try:
+            fast = fast_sums(model, ids, begins, dtype)
+        except (RuntimeError, TypeError, ValueError) as error:  # an architecture that does not compute like this
+            log.warning("%s scores in float32 only: %s", type(model).__name__, str(error).split("\n")[0])
+    scores, margins = fast.copy(), _margins(fast, counts)
+    while len(asked):
+        exact[asked] = True
+        texts = np.flatnonzero(np.isin(owner, asked))
+        found = inference.ids_logprobs(model, [ids[i] for i in texts], starts=[begins[i] for i in texts])
+        scores[texts] = [text.logprobs.sum() for text in found]
+        errors = _ranges(scores - fast, counts)
+        known = exact & ~np.isnan(errors)
+        error = (errors / scale)[known].max() if known.any() else np.inf
+        asked = np.flatnonzero(~exact & ~(margins > np.maximum(CLOSE, SAFETY * error * scale)))
+    precision: dict[str, Any] = {"items": len(counts), "float32_items": int(exact.sum())}
+    if not exact.all():
+        precision |= {"fast": str(dtype).removeprefix("torch."), "largest_error_nats": float(errors[known].max())}
+    return scores, precision
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The number format in which this device multiplies matrices fastest: bfloat16 where it has units for it."""
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = device.type == "cpu" and machine.cpu_has_bf16_units()
+    return torch.bfloat16 if has_units else torch.float32
+
+
+def _begins(ids: Sequence[list[int]], starts: Sequence[int], counts: np.ndarray) -> list[int]:
+    """Where those terms of each text begin that the other texts of its item do not have as well."""
+    begins, at = list(starts), 0
+    for count in counts.tolist():
+        own = slice(at, at + count)
+        if len(set(begins[own])) == 1:  # else what is context in one text may be scored in another
+            shared = _shared(min(ids[own]), max(ids[own]))  # in alphabetical order the first and the last share least
+            begins[own] = [max(begins[at], shared)] * count
+        at += count
+    return begins
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _margins(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """By how much the best of each item lies above the second (n,); NaN where one of its scores is."""
+    order = np.lexsort((scores, np.repeat(np.arange(len(counts)), counts)))  # NaN comes last
+    best = np.cumsum(counts) - 1
+    return np.where(counts > 1, scores[order][best] - scores[order][best - 1], np.inf)
+
+
+def _ranges(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The largest less the smallest value of each item (n,); NaN where one is."""
+    starts = np.cumsum(counts) - counts
+    return np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
+
+
+@dataclass
+class _Tree:
+    """Texts that share beginnings, as one row of tokens in which each knows the one before it."""
+
+    room: int  # for tokens
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)  # the place of the token before; the first of a text: its own
+    depths: list[int] = field(default_factory=list)  # the position in the text
+    paths: list[tuple[int, list[int]]] = field(default_factory=list)  # of each text: its number, where its tokens are
+
+    def add(self, number: int, inputs: list[int], shared: int) -> None:
+        """Append a text whose first `shared` tokens are those of the text before."""
+        path = self.paths[-1][1][:shared] if shared else []
+        path = [*path, *range(len(self.tokens), len(self.tokens) + len(inputs) - shared)]
+        self.tokens += inputs[shared:]
+        self.parents += [path[max(0, depth - 1)] for depth in range(shared, len(inputs))]
+        self.depths += range(shared, len(inputs))
+        self.paths.append((number, path))
+
+
+def _trees(ids: Sequence[list[int]], context: int) -> Iterator[_Tree]:
+    """Trees of the texts that fit the context, in alphabetical order; the last token of a text is no input."""
+    tree, before = _Tree(room=-1), []
+    for number in sorted(range(len(ids)), key=ids.__getitem__):
+        inputs = ids[number][:-1]
+        if 0 < len(inputs) <= context:
+            shared = _shared(before, inputs)
+            if len(tree.tokens) + len(inputs) - shared > tree.room:
+                yield tree
+                tree, shared = _Tree(room=len(inputs) + TREE_TOKENS), 0
+            tree.add(number, inputs, shared)
+            before = inputs
+    yield tree
+
+
+def fast_sums(model, ids: Sequence[list[int]], begins: Sequence[int], dtype: torch.dtype) -> np.ndarray:
+    """The summed log-probability of the tokens of each text from `begins` on, computed in trees and in `dtype`.
+
+    NaN for a text longer than the context, and for all where the model takes no positions or has no linear head.
+    """
+    sums, head = np.full(len(ids), np.nan), model.get_output_embeddings()
+    takes = {"attention_mask", "position_ids"} <= set(inspect.signature(model.base_model.forward).parameters)
+    if not takes or not isinstance(head, torch.nn.Linear) or model.base_model is model:
+        return sums
+    trees = [tree for tree in _trees(ids, inference.context_length(model)) if tree.tokens]
+    trees.sort(key=lambda tree: -len(tree.tokens))
+    weights = {name: value.detach().to(dtype) for name, value in model.base_model.named_parameters()}
+    small = head.weight.detach().to(dtype)
+    most = inference.CPU_BATCH_TOKENS if model.device.type == "cpu" else inference.GPU_BATCH_TOKENS
+    with inference.exact(model), _eager_on_a_cpu(model):
+        while trees:
+            width = len(trees[0].tokens)
+            batch, trees = trees[: max(1, most // width)], trees[max(1, most // width) :]
+            texts = [number for tree in batch for number, _ in tree.paths]
+            paths = [np.array(path) + row * width for row, tree in enumerate(batch) for _, path in tree.paths]
+            places = [path[begins[i] - 1 :] for i, path in zip(texts, paths, strict=True)]
+            targets = [ids[i][begins[i] :] for i in texts]
+            values = _logprobs(_states(model, weights, batch), head, small, _flat(model, places), _flat(model, targets))
+            owner = np.repeat(np.arange(len(texts)), [len(own) for own in targets])
+            sums[texts] = np.bincount(owner, values, minlength=len(texts))
+    return np.where(np.isfinite(sums), sums, np.nan)
+
+
+def _flat(model, parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.as_tensor(np.concatenate(parts).astype(np.int64), device=model.device)
+
+
+@contextmanager
+def _eager_on_a_cpu(model) -> Iterator[None]:
+    """On a CPU plain matrix products attend faster to short rows than the fused kernel does."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager" if model.device.type == "cpu" else own)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _states(model, weights: dict[str, torch.Tensor], trees: Sequence[_Tree]) -> torch.Tensor:
+    """The last hidden state of every token of every tree (B*T, D), each looking at its own path and nothing else."""
+    shape = (len(trees), len(trees[0].tokens))  # the first is the widest
+    tokens, depths = np.full(shape, trees[0].tokens[0]), np.zeros(shape, dtype=np.int64)  # (B, T)
+    parents = np.tile(np.arange(shape[1]), (shape[0], 1))  # so padding is texts of one token
+    place, seen = parents.copy(), np.zeros((*shape, shape[1]), dtype=bool)  # (B, T, T)
+    for row, tree in enumerate(trees):
+        own = slice(len(tree.tokens))
+        tokens[row, own], depths[row, own], parents[row, own] = tree.tokens, tree.depths, tree.parents
+    for _ in range(depths.max() + 1):
+        np.put_along_axis(seen, place[..., None], True, axis=2)
+        place = np.take_along_axis(parents, place, axis=1)
+    tokens, depths, hidden = (torch.as_tensor(part, device=model.device) for part in (tokens, depths, ~seen[:, None]))
+    dtype = next(iter(weights.values())).dtype
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=model.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    options = {"attention_mask": mask, "position_ids": depths, "use_cache": False}
+    return torch.func.functional_call(model.base_model, weights, (tokens,), options).last_hidden_state.flatten(0, 1)
+
+
+def _logprobs(
+    states: torch.Tensor, head: torch.nn.Linear, small: torch.Tensor, places: torch.Tensor, targets: torch.Tensor
+) -> np.ndarray:
+    """log p(targets[i] | states[places[i]]) (N,): the logit in float32, less log sum exp of all from `small` weights.
+
+    Those logits are taken less a whole number near the result, which keeps exp in its range and rounds them less.
+    """
+    logits = (states[places].float() * head.weight[targets].float()).sum(-1)
+    bias = torch.zeros(len(small), device=states.device) if head.bias is None else head.bias.float()
+    logits += bias[targets]
+    used, inverse = places.unique(return_inverse=True)
+    states = states[used]
+    level = F.linear(states[:8], small, bias.to(small.dtype)).float().logsumexp(-1).mean().round()
+    bias = (bias - level).to(small.dtype)
+    elements = CPU_HEAD_ELEMENTS if states.device.type == "cpu" else inference.HEAD_ELEMENTS
+    parts = states.split(max(1, elements // len(small)))
+    log_sums = [F.linear(some, small, bias).exp_().sum(-1, dtype=torch.float32).log() for some in parts]
+    return (logits - level - torch.cat(log_sums)[inverse]).double().cpu().numpy()
