@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-COMPILE_WORTH_SECONDS = 300  # compiling takes 20 to 60 s and saves between a third and a half: docs/benchmarks.md
-EAGER_SHARE, COMPILED_SHARE = 0.25, 0.5  # of the speed of matrix products, reached in training: docs/benchmarks.md
+# Measured, docs/benchmarks.md: compiling takes 20 to 60 s; what it saves, and the share of the speed of matrix products
+# that training reaches without and with it. In float32 on a CPU the products take most of the time either way.
+COMPILE_WORTH_SECONDS, FP32_COMPILE_WORTH_SECONDS = 300, 1200
+SHARES, FP32_SHARES = (0.25, 0.5), (0.5, 0.6)
 
 
 def cpu_has_bf16_units() -> bool:
@@ -63,7 +65,12 @@ def compiler_missing() -> str | None:
     return None if any(name and shutil.which(name) for name in names) else "a C++ compiler (g++ or clang++)"
 
 
-def pick_compile(training: dict[str, Any], seconds: float) -> tuple[bool, str]:
+def share_of_products(precision: str, compiled: bool) -> float:
+    """The share of the speed of matrix products that training is expected to reach here."""
+    return (FP32_SHARES if precision == "fp32" and not torch.cuda.is_available() else SHARES)[compiled]
+
+
+def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tuple[bool, str]:
     """(whether to compile, reason) for a training section and the seconds that the run would take without.
 
     ValueError where compilation is asked for and cannot be had.
@@ -80,7 +87,8 @@ def pick_compile(training: dict[str, Any], seconds: float) -> tuple[bool, str]:
         return False, "not with training.fsdp"
     if missing:
         return False, f"torch.compile needs {missing}, not found here"
-    if seconds < COMPILE_WORTH_SECONDS:
+    slow_products = precision == "fp32" and not torch.cuda.is_available()
+    if seconds < (FP32_COMPILE_WORTH_SECONDS if slow_products else COMPILE_WORTH_SECONDS):
         return False, "a run this short would not win back the time to compile"
     return True, "the run is long enough to win back the time to compile"
 

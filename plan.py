@@ -49,13 +49,15 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     precision, why = machine.pick_precision(training)
     matmul_flops = machine.matmul_flops(precision) * ranks.count()
     seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
-    compiled, why_compiled = machine.pick_compile(training, seconds / machine.EAGER_SHARE)
+    compiled, why_compiled = machine.pick_compile(
+        training, seconds / machine.share_of_products(precision, False), precision
+    )
     if machine.eager_is_faster(precision, config["data"]["seq_length"]):
         model.set_attn_implementation("eager")
     plan |= {
         "precision": precision, "precision_reason": why, "compile": compiled, "compile_reason": why_compiled,
         "matmul_flops": matmul_flops,
-        "expected_seconds": seconds / (machine.COMPILED_SHARE if compiled else machine.EAGER_SHARE),
+        "expected_seconds": seconds / machine.share_of_products(precision, compiled),
     }  # fmt: skip
     chunked = training["chunked_loss"] if training["chunked_loss"] != "auto" else not cuda
     return NextTokenLoss(

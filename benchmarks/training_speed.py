@@ -5,18 +5,21 @@
 
 The plain script is what a tutorial gives: DataCollatorForLanguageModeling, float32 (on a GPU bf16), the model's own
 loss, at each micro-batch of --micro, accumulated to the configuration's batch. Ours is LMTrainer with each choice of
-number format and compilation. Same model, ids, effective batch and seed; no evaluation, no saving. The first two steps
-do not count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats times.
-Prints median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at which
-this machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best plain
+number format and compilation. Same model, ids, effective batch and seed; no evaluation, no saving. Each turn is a
+process of its own: memory that an earlier one gave back would be had again at less cost. The first two steps do not
+count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats times. Prints
+median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at which this
+machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best plain
 variant's recipe and of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -129,6 +132,28 @@ def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: P
     print(f"loss of the last 10 of {len(gaps)} steps: {last}; largest difference of a step {max(gaps):.4f}; {picture}")
 
 
+def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[str, float]:
+    """{"speed": median tokens per second after the warm-up, "first": seconds of the first step}, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = train_once(config, variant, tokenizer, rows, Path(folder)).times
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    tokens = step_of(config) * config["data"]["seq_length"]
+    return {"speed": tokens / statistics.median(seconds[WARM_UP:]), "first": seconds[0]}
+
+
+def in_a_process(name: str, argv: list[str]) -> dict[str, float]:
+    """one_turn of the variant of this name, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"{name}: failed with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step_of(config: dict) -> int:
+    """Chunks in one step."""
+    return config["training"]["batch_size"] * config["training"]["gradient_accumulation_steps"]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "config" / "llama-10M.yaml"))
@@ -138,46 +163,56 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--formats", nargs="+", default=["fp32", "bf16"], help="number formats of ours")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw losses on the configuration's text instead")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration")
+    parser.add_argument("--turn", metavar="VARIANT", help="one turn, here, printed as JSON")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    logging.disable(logging.WARNING)
+def report(config: dict, tokenizer, speeds: dict[str, list[float]], firsts: dict[str, list[float]]) -> None:
+    """Print a row for each variant: its speed, against the best plain one and against products of matrices."""
     from machine import matmul_flops
     from plan import describe
-    from train import create_model, load_config
+    from train import create_model
 
-    config = load_config(args.config, args)
-    tokenizer = tokenizer_of(config)
-    batch = config["training"]["batch_size"]
-    step = batch * config["training"]["gradient_accumulation_steps"]
-    plain = {f"plain, micro-batch {m}": {"micro": m} for m in args.micro if batch % m == 0}
-    ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}
-    with tempfile.TemporaryDirectory() as folder:
-        if args.curves:
-            two = dict([next(iter(plain.items())), list(ours.items())[-1]])
-            curves(config, two, tokenizer, step * args.steps, Path(folder), args.curves)
-            return 0
-        rows, speeds, firsts = random_rows(config, step * (WARM_UP + args.steps)), {}, {}
-        for _ in range(args.repeats):
-            for name, variant in {**plain, **ours}.items():
-                times = train_once(config, variant, tokenizer, rows, Path(folder)).times
-                seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-                middle = statistics.median(seconds[WARM_UP:])
-                speeds.setdefault(name, []).append(step * config["data"]["seq_length"] / middle)
-                firsts.setdefault(name, []).append(seconds[0])
-                print(f"{name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
-    report = {"words": 0}
-    work = describe(config, create_model(config, tokenizer), report, len(rows))["flops_per_token"]
-    best = max(statistics.median(speeds[name]) for name in plain)
-    peaks = {precision: matmul_flops(precision) for precision in ("fp32", "bf16")}
+    work = describe(config, create_model(config, tokenizer), {"words": 0}, step_of(config))["flops_per_token"]
+    best = max(statistics.median(found) for name, found in speeds.items() if name.startswith("plain"))
+    peaks = {form: matmul_flops(form) for form in ("fp32", "bf16") if form == "fp32" or any(form in n for n in speeds)}
     print("products of matrices: " + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
     print(f"{'':28}{'median':>9}{'min':>9}{'max':>9}{'ratio':>7}{'share':>7}{'first step':>12}   tokens per second")
     for name, found in speeds.items():
         middle, peak = statistics.median(found), peaks["bf16" if "bf16" in name else "fp32"]
         figures = f"{middle:9,.0f}{min(found):9,.0f}{max(found):9,.0f}{middle / best:7.2f}{middle * work / peak:7.0%}"
         print(f"{name:28}{figures}{firsts[name][0]:10.1f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    logging.disable(logging.WARNING)
+    from train import load_config
+
+    config = load_config(args.config, args)
+    tokenizer = tokenizer_of(config)
+    plain = {f"plain, micro-batch {m}": {"micro": m} for m in args.micro if config["training"]["batch_size"] % m == 0}
+    ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}
+    variants, step = {**plain, **ours}, step_of(config)
+    if args.turn:
+        rows = random_rows(config, step * (WARM_UP + args.steps))
+        print(json.dumps(one_turn(config, variants[args.turn], tokenizer, rows)))
+        return 0
+    if args.curves:
+        two = dict([next(iter(plain.items())), list(ours.items())[-1]])
+        with tempfile.TemporaryDirectory() as folder:
+            curves(config, two, tokenizer, step * args.steps, Path(folder), args.curves)
+        return 0
+    speeds: dict[str, list[float]] = {name: [] for name in variants}
+    firsts: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(args.repeats):
+        for name in variants:
+            turn = in_a_process(name, argv)
+            speeds[name].append(turn["speed"])
+            firsts[name].append(turn["first"])
+            print(f"{name}: {turn['speed']:,.0f} tokens/s", file=sys.stderr)
+    report(config, tokenizer, speeds, firsts)
     return 0
 
 

@@ -336,16 +336,20 @@ def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
 
 
 def test_compile_auto_looks_at_the_length_of_the_run(defaults, monkeypatch):
+    def pick(seconds: float, precision: str = "bf16", **keys) -> tuple[bool, str]:
+        return machine.pick_compile({**defaults, **keys}, seconds, precision)
+
     monkeypatch.setattr(machine, "compiler_missing", lambda: None)
-    assert machine.pick_compile(defaults, seconds=10)[0] is False
-    assert machine.pick_compile(defaults, seconds=10_000)[0] is True
-    assert machine.pick_compile({**defaults, "compile": True}, seconds=10) == (True, "as asked")
-    assert machine.pick_compile({**defaults, "torch_compile": False}, seconds=1e6) == (False, "as asked")
-    assert machine.pick_compile({**defaults, "compile": False, "torch_compile": True}, seconds=1)[0] is True
+    assert [pick(seconds)[0] for seconds in (10, 600, 10_000)] == [False, True, True]
+    slower = torch.cuda.is_available()  # on a CPU float32 gains less, so a run has to be longer
+    assert [pick(seconds, "fp32")[0] for seconds in (10, 600, 10_000)] == [False, slower, True]
+    assert pick(10, compile=True) == (True, "as asked")
+    assert pick(1e6, torch_compile=False) == (False, "as asked")
+    assert pick(1, compile=False, torch_compile=True)[0] is True
     monkeypatch.setattr(machine, "compiler_missing", lambda: "a C++ compiler")
-    assert machine.pick_compile(defaults, seconds=10_000)[0] is False
+    assert pick(10_000)[0] is False
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, not found here"):
-        machine.pick_compile({**defaults, "compile": True}, seconds=1)
+        pick(1, compile=True)
 
 
 def test_measuring_the_machine_leaves_the_seed_alone():
