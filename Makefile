@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   set up .venv, make data, train a tokenizer and a small Llama, measure what it learned"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make lint         check style (ruff) and that the generated files are fresh"
-	@echo "make clean        remove .venv and caches; data/ and models/ stay"
+	@echo "make clean        remove .venv and the caches of the tools; data/ and models/ stay"
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or the like")'
@@ -45,4 +45,4 @@ lint: $(INSTALLED)
 	$(PY) settings.py --check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis data/cache __pycache__ tests/__pycache__ benchmarks/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__

@@ -160,9 +160,13 @@ class BenchmarkSuite:
         return {"metric": "tokens_per_second", **batches[0], "n": task.options["repeats"], "batches": batches}
 
     def run_all_benchmarks(self) -> dict[str, Any]:
-        """Every declared task by name, then `overall_score` (None where no task measures quality) and its parts."""
+        """Every declared task by name, then `overall_score` (None where no task measures quality) and its parts.
+
+        `babylm_macro_average` stands beside them where two or more tasks are BabyLM's (tasks.macro_average).
+        """
         results = {name: self.run_task(name) for name in self.tasks}
-        return {**results, **overall(results)}
+        average = tasks.macro_average({name: task.type for name, task in self.tasks.items()}, results)
+        return {**results, **overall(results), **({} if average is None else {"babylm_macro_average": average})}
 
     def run_task(self, name: str) -> dict[str, Any]:
         """The figures of one declared task."""
@@ -265,9 +269,9 @@ def write_predictions(suite: BenchmarkSuite, name: str, folder: Path) -> None:
     import runs
 
     milestone = re.fullmatch(r"chck_\d+M", suite.model_path.resolve().name)
-    model, revision = name.replace("/", "_"), "main"
+    model, revision = Path(name.replace("/", "_")).stem, "main"  # the stem, as the pipeline has it
     if milestone:
-        model, revision = suite.model_path.resolve().parent.name, milestone[0]
+        model, revision = suite.model_path.resolve().parent.stem, milestone[0]
     for task in suite.tasks.values():
         official = tasks.TASKS[task.type].official if task.type in tasks.TASKS else ""
         if official and "path" in task.options:
@@ -284,7 +288,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
     import benchmark_report
     import runs
 
-    environment, names = runs.environment(), benchmark_report.short_names(args.models)
+    environment, names = runs.environment(args.device), benchmark_report.short_names(args.models)
     config = {key: getattr(args, key) for key in ("models", "benchmark_config", "device", "seed")}
     document = {
         "results": {}, "comparison": {}, "models": {}, "failed": {}, "notes": [], "config": config,
@@ -318,7 +322,11 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
             document["failed"][name] = line if known else f"{type(error).__name__}: {line}"
             print(f"error: {name}: {document['failed'][name]}", file=sys.stderr)
         if document["results"]:
-            written = benchmark_report.write_files(document, output)
+            try:
+                written = benchmark_report.write_files(document, output)
+            except Exception as error:  # a figure that cannot be drawn costs no other model its results
+                log.debug("report", exc_info=True)
+                document["notes"].append(f"after {name} the report could not be written whole: {error}")
         del suite
         gc.collect()
     return document, written

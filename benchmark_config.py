@@ -129,7 +129,7 @@ def _task(name: str, raw: Any, problems: list[str]) -> BenchmarkTask | None:
     if not re.fullmatch(r"\w[\w.-]*", name) or name in RESERVED:
         problems.append(f"{where}: not a name; use letters, digits, '.', '_' and '-'")
         return None
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         near = difflib.get_close_matches(str(kind), TYPES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(TYPES)}"
         problems.append(f"{where}.type: {kind!r} is unknown; {hint}")

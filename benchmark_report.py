@@ -133,6 +133,10 @@ def text_report(document: dict) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
     overall = [f"overall score of {model}: {parts_text(results)}" for model, results in document["results"].items()]
+    overall += [
+        f"BabyLM's macro average of {model}: {number(results['babylm_macro_average'])} (ties to the first)"
+        for model, results in document["results"].items() if "babylm_macro_average" in results
+    ]  # fmt: skip
     legend = "~: the difference may be noise; >: this baseline does better than the model"
     return "\n".join([text, legend, *overall, *(f"note: {line}" for line in document["notes"])])
 
@@ -193,11 +197,12 @@ def curves(document: dict) -> list[dict[str, Any]]:
         if len(places) < 2:
             continue
         points = [(at, models[place]) for at, place in places]
-        scale = math.log10 if kind == "chck_" else float  # words seen: each factor of ten is as wide as the next
+        words = kind == "chck_" and points[0][0] > 0
+        scale = math.log10 if words else float  # words seen: each factor of ten is as wide as the next
         right, low = scale(points[-1][0]), scale(points[0][0])
         width = CHART["width"] - CHART["left"] - CHART["right"]
         height = CHART["height"] - CHART["top"] - CHART["bottom"]
-        xs = [CHART["left"] + width * (scale(at) - low) / (right - low) for at, _ in points]
+        xs = [CHART["left"] + width * (scale(at) - low) / ((right - low) or 1) for at, _ in points]
         lines = []
         for task in names:
             own = [document["results"][model][task] for _, model in points]

@@ -51,7 +51,9 @@ def relative_scores(
     `float32_items` how many of `items` have scores of float32.
     """
     counts = np.asarray(counts)
-    owner, begins = np.repeat(np.arange(len(counts)), counts), _begins(ids, starts, counts)
+    inference.check_ids(model, ids)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    begins = _begins(ids, starts, counts, inference.context_length(model))
     lengths = np.array([len(text) - begin for text, begin in zip(ids, begins, strict=True)])
     scale = np.sqrt(np.bincount(owner, lengths).clip(min=1))  # the errors of tokens add up like a random walk
     exact, dtype = np.zeros(len(counts), dtype=bool), fast_dtype(model.device)
@@ -87,12 +89,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
-def _begins(ids: Sequence[list[int]], starts: Sequence[int], counts: np.ndarray) -> list[int]:
-    """Where those terms of each text begin that the other texts of its item do not have as well."""
+def _begins(ids: Sequence[list[int]], starts: Sequence[int], counts: np.ndarray, context: int) -> list[int]:
+    """Where those terms of each text begin that the other texts of its item do not have as well.
+
+    Beyond the context the windows of an item's texts differ, so what they share has other terms in each: all count.
+    """
     begins, at = list(starts), 0
     for count in counts.tolist():
         own = slice(at, at + count)
-        if len(set(begins[own])) == 1:  # else what is context in one text may be scored in another
+        within = max(map(len, ids[own])) <= context + 1
+        if within and len(set(begins[own])) == 1:  # else what is context in one text may be scored in another
             shared = _shared(min(ids[own]), max(ids[own]))  # in alphabetical order the first and the last share least
             begins[own] = [max(begins[at], shared)] * count
         at += count

@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
-CLEANER_VERSION = 2  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+CLEANER_VERSION = 3  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
 
 # A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
 # What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
 
+NESTED = 4  # times that brackets which stand inside one another are looked for: cleaning stays linear in time
 _NEWLINES = re.compile(r"\n{3,}")
 _BLANKS = re.compile(r"  +")
 _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
@@ -248,7 +249,10 @@ class DomainCleaners:
         if "[" in text:
             text = _WIKI_LINK.sub(_link_text, text)
             text = _WIKI_REST.sub(" ", _WIKI_FILE.sub(" ", text))
-            text = _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
+            for _ in range(NESTED):
+                before, text = text, _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
+                if text == before:
+                    break
         text = _CITATION.sub(" ", _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag))))
         for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
             text = text.replace(mark, plain)
@@ -271,7 +275,7 @@ class DomainCleaners:
         """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
         text = _plain_blanks(text)
         if "[" in text:
-            for _ in range(2):  # one may stand inside another
+            for _ in range(NESTED):
                 text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
             text = re.sub(r"(?<=\d )\[(percent|degrees)\]", r"\1", text)
             text = re.sub(r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text)

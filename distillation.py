@@ -34,7 +34,7 @@ import ranks
 import runs
 from data_utils import default_cache_dir
 from inference import load_model
-from loss import document_mask, head_nll, next_token_nll, slice_nll
+from loss import chunks_are_whole, document_mask, head_nll, next_token_nll, slice_nll
 from machine import eager_is_faster, pick_precision
 from trainer import LMTrainer, collate_chunks
 
@@ -162,7 +162,8 @@ class Ensemble:
             ids, mask = input_ids.to(model.device), {}
             if self.mask_from is not None:
                 mask = {"attention_mask": document_mask(ids, self.mask_from, model.dtype)}
-            answers.append(model(input_ids=ids, use_cache=False, **mask).logits)
+            with chunks_are_whole():
+                answers.append(model(input_ids=ids, use_cache=False, **mask).logits)
         return answers
 
     def targets(self, logits: list[torch.Tensor], here: slice = slice(None)) -> SoftTargets:
@@ -341,7 +342,8 @@ class DistillationTrainer(LMTrainer):
             return loss, gradient
 
         def both(model, ids: torch.Tensor) -> torch.Tensor:
-            states = self.loss.states(model, ids)
+            with chunks_are_whole():
+                states = self.loss.states(model, ids)
             return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel)
 
         return ranks.through(model, both, ids) / items

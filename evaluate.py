@@ -55,9 +55,8 @@ class ModelEvaluator:
     def calculate_perplexity(self, texts: Sequence[str], batch_size: int = 8) -> dict[str, Any]:
         """Perplexity per token and word, nats per token, bits per UTF-8 byte; each with a 95 % interval over texts.
 
-        `batch_size` times the context is the number of tokens in a forward pass; it changes speed and memory only.
-        `std_loss`, `min_loss` and `max_loss` are of the texts' own mean losses (nats per token); words are what
-        whitespace separates.
+        A forward pass takes `batch_size` full contexts at most. `std_loss`, `min_loss` and `max_loss` are of the texts'
+        own mean losses (nats per token); words are what whitespace separates.
         """
         import numpy as np
 
@@ -140,7 +139,7 @@ class ModelEvaluator:
         all_of = {name: np.concatenate([np.empty(0), *(getattr(s, name) for s in scores)]) for name in columns}
         top, ranks, bits = all_of["top_probs"], all_of["ranks"], -all_of["logprobs"] / math.log(2)
         bins, error = metrics.calibration(top, all_of["hits"])
-        counts, edges = np.histogram(bits[np.isfinite(bits)], bins=np.arange(0, 25))
+        counts, edges = np.histogram(bits[np.isfinite(bits)].clip(max=24), bins=np.arange(25))  # the last: and above
         shown = next((s.ids[:SAMPLE_TOKENS] for s in scores if len(s.ids) > 1), [])
         shown_bits = next((-s.logprobs[:SAMPLE_TOKENS] / math.log(2) for s in scores if len(s.ids) > 1), np.empty(0))
         return {
@@ -177,7 +176,8 @@ class ModelEvaluator:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
         if self._scored[0] != list(texts):
-            options = {"batch_tokens": batch_size * inference.context_length(self.model), "stats": True}
+            most = min(batch_size * inference.context_length(self.model), inference.GPU_BATCH_TOKENS)
+            options = {"batch_tokens": most, "stats": True}
             scores = inference.token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options)
             self._scored = (list(texts), scores)
         return self._scored[1]
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> dict:
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
     undefined: list[str] = []
-    environment = runs.environment()
+    environment = runs.environment(args.device)
     config = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
     config |= {"parameters": evaluator.model.num_parameters(), "bos": evaluator.bos, "seed": args.seed}
     config |= {"temperature": args.temperature, "batch_size": args.batch_size, "passage_chars": PASSAGE_CHARS}
@@ -357,7 +357,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("temperature", type=float, default=0.8, help="of sampling; 0 takes the likeliest token (default 0.8)")
     add("eval-data", metavar="FILE_OR_DIR", help="held-out text (default: what the training run held out)")
     add("seed", type=int, default=0, help="of the choice of passages, the samples and the intervals (default 0)")
-    add("batch-size", type=int, default=8, help="full contexts in a forward pass (default 8)")
+    add("batch-size", type=int, default=8, help="full contexts in a forward pass (default 8); fewer take less memory")
     return parser
 
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         for name, least in {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0}.items():
-            if not getattr(args, name) >= least:
+            if not least <= getattr(args, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
         output = Path(args.output_path or Path(args.model) / "evaluation_results.json")
         if output.is_dir():
@@ -380,6 +380,13 @@ def main(argv: list[str] | None = None) -> int:
         plots.plot_evaluation(report["results"], output.with_name("evaluation_plots.png"), args.model)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from machine import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: a smaller --batch-size takes less, or another --device has more", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

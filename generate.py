@@ -86,6 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from machine import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: fewer --max-new-tokens take less, or another --device has more", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print()
         return 130

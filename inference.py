@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from machine import pick_device
+
 log = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768  # in one forward pass, padding included
@@ -32,31 +33,11 @@ HEAD_ELEMENTS = 2**23  # logits held at a time: 32 MB in float32
 TOP_P_CANDIDATES = 256  # nucleus sampling sorts the whole vocabulary only where these do not suffice
 
 
-@functools.cache  # so that the warning comes once
-def pick_device(device: str | None = None) -> torch.device:
-    """The device for None or "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" or "mps".
-
-    CUDA asked for on a machine without it is said in one warning line, once, and answered with the CPU.
-    """
-    if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):
-        raise ValueError(f'device "{device}" is unknown: use auto, cpu, cuda, cuda:N or mps')
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        log.warning("no CUDA device here: running on the CPU")
-        return torch.device("cpu")
-    devices = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[chosen.type]
-    if (chosen.index or 0) >= devices:
-        raise ValueError(f"device {device} does not exist: this machine has {devices} of its kind")
-    return chosen
-
-
 def load_model(path: str | Path, device: str | None = "auto", dtype: str = "float32"):
     """(model in eval mode, tokenizer) from a local Hugging Face model directory, ours or not.
 
-    Raises FileNotFoundError where there is no model and ValueError where it cannot be read, lacks weights that the
-    architecture needs, or offers its weights as a pickle only.
+    Raises FileNotFoundError where there is no model, or its weights are pickles only, and ValueError where it cannot be
+    read, lacks weights that the architecture needs, or lets tokens look at later ones.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -86,7 +67,13 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
             hf_logging.enable_progress_bar()
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model.to(target).eval(), tokenizer
+    model = model.to(target).eval()
+    with torch.no_grad():  # the first token's logits in two texts that differ in the second
+        ids = torch.tensor([[0, 0], [0, 1]], device=target)
+        first, other = model(input_ids=ids, use_cache=False).logits[:, 0].float()
+    if (first - other).abs().max() > (1e-5 if dtype == "float32" else 1e-2) * first.abs().max():
+        raise ValueError(f"{path}: {type(model).__name__} looks at later tokens: not a causal language model")
+    return model, tokenizer
 
 
 def context_length(model) -> int:
@@ -177,16 +164,23 @@ def ids_logprobs(
 
 
 def _check(model, sequences: Sequence[np.ndarray], starts: Sequence[int], context: int, stride: int) -> None:
-    longest, vocab_size = context_length(model), model.get_input_embeddings().weight.shape[0]
+    longest = context_length(model)
     if not 1 <= context <= longest:
         raise ValueError(f"context {context} is outside 1..{longest}, what the model can look at")
     if not 1 <= stride <= context:
         raise ValueError(f"stride {stride} is outside 1..{context}, the context: tokens would be left out")
-    for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-        if start < 1:
-            raise ValueError(f"starts[{index}] is {start}: the token at 0 has nothing before it, so use 1 or more")
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise ValueError(f"text {index}: token ids {ids.min()}..{ids.max()}, the model knows 0..{vocab_size - 1}")
+    if (low := min(starts, default=1)) < 1:
+        where = f"starts[{list(starts).index(low)}] is {low}"
+        raise ValueError(f"{where}: the token at 0 has nothing before it, so use 1 or more")
+    check_ids(model, sequences)
+
+
+def check_ids(model, sequences: Sequence[Sequence[int]]) -> None:
+    """ValueError for a token id that the model has no embedding of (a GPU would only say that it failed)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for index, ids in enumerate(sequences):
+        if len(ids) and not 0 <= min(ids) <= max(ids) < rows:
+            raise ValueError(f"text {index}: token ids {min(ids)}..{max(ids)}, the model knows 0..{rows - 1}")
 
 
 class _Window(NamedTuple):
@@ -233,8 +227,7 @@ def _split_head(model, probe: np.ndarray):
     """(body, head): body(input_ids) gives states (B, T, D), head(states) float32 logits (N, V).
 
     The head is applied by us, to the rows and in the pieces we want, where it is a linear layer on the last hidden
-    state (with a bias in GPT-J). Whether it is (some architectures scale or cap their logits) is tried on `probe`;
-    where it is not, the body returns the model's own logits.
+    state; that is tried on `probe`. Where it is not (logits scaled or capped), the body returns the model's own logits.
     """
     linear = model.get_output_embeddings()
     if isinstance(linear, torch.nn.Linear) and model.base_model is not model:
@@ -322,11 +315,12 @@ def generate_steps(
 ) -> Iterator[list[int | None]]:  # fmt: skip
     """One batch of prompts (ids), step by step: yields each one's new token, None for one that has ended.
 
-    A prompt ends when it makes a token of `stop` (which is not given out), after `max_new_tokens`, or where its context
-    is full. Prompt i draws its random numbers from stream (seed, streams[i]); the streams default to 0, 1, 2...
+    A prompt ends at a token of `stop` (not given out), after `max_new_tokens`, or where its context is full. Prompt i
+    draws its random numbers from stream (seed, streams[i]); the streams default to 0, 1, 2...
     """
     known, context = inspect.signature(model.forward).parameters, context_length(model)
     _check_sampling(prompts, max_new_tokens, temperature, top_p, known)
+    check_ids(model, prompts)
     prompts = _fit_context(prompts, max_new_tokens, context)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]  # tokens that each may still make
     generators = [np.random.default_rng((seed, stream)) for stream in streams or range(len(prompts))]
@@ -353,7 +347,7 @@ def generate_steps(
 def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: float, known: Collection[str]) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
-    if not temperature >= 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature {temperature} must be 0 (the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")

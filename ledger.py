@@ -99,8 +99,8 @@ def order_of(loader) -> Callable[[int], np.ndarray]:
 class WordLog(TrainerCallback):
     """Keeps a run's ledger and, with a `budget` of BabyLM, saves the model at the first step that crosses each target.
 
-    The model is saved when the row of that step is logged: by then Trainer knows that the loss is finite. What is
-    there already stays: a resumed run makes none twice.
+    The model is saved when the row of that step is logged: by then Trainer knows that the loss is finite. A resumed run
+    makes those of later steps anew, since it may take another course; what lies before its checkpoint stays.
     """
 
     def __init__(self, trainer: Trainer, words: Words, config: dict, budget: dict | None = None):
@@ -117,11 +117,9 @@ class WordLog(TrainerCallback):
         self.ledger = Ledger(self.words, length, order_of(train_dataloader), per_step, state.num_train_epochs, offset)
         for target in self.targets:
             step, folder = self.ledger.first_step(target), Path(args.output_dir, runs.milestone(target))
-            if step is None or folder.is_dir():
-                continue
-            if step > state.global_step:
+            if step is not None and step > state.global_step:
                 self.due.setdefault(step, []).append(folder)
-            else:
+            elif step is not None and not folder.is_dir():
                 log.warning("%s is not there, and its step %d lies before the checkpoint", folder, step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -136,6 +134,7 @@ class WordLog(TrainerCallback):
             self.trainer.save_plain(draft)  # all processes: a sharded model is put together
             if args.should_save:
                 runs.seal_checkpoint(draft)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped after this step
                 draft.rename(folder)
 
     def words_seen(self, step: int) -> int:

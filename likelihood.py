@@ -89,10 +89,11 @@ def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | 
     path = settings.run_text(model_path, "train_path")
     if path is None:
         return None
-    if not path.exists():
-        log.warning("%s: the training text %s is not here, so there is no unigram baseline", model_path, path)
+    try:
+        files = data_utils.find_files(path, "train")
+    except FileNotFoundError as error:
+        log.warning("%s: no unigram baseline, since the training text is not here: %s", model_path, error)
         return None
-    files = data_utils.find_files(path, "train")
     counts = np.ones(vocab_size)
     for file in files:
         left = UNIGRAM_CHARS // len(files)

@@ -8,17 +8,20 @@ a slice of the batch at a time and computes the gradients on the way, which on a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from transformers import masking_utils
 
 SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32
 
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Sum over the batch of -log p(token | tokens before it), in nats, in float32: logits (B, T, V), ids (B, T)."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)  # (B, T): all logits as they lie, without a copy of most
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +83,28 @@ def head_nll(
     n, length = input_ids.shape
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
     chunks = max(1, SLICE_ELEMENTS // (head.out_features * length))  # in a slice
-    return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
+    with torch.autocast(states.device.type, enabled=False):  # which would halve some of the products and not others
+        return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
+
+
+def _never_packed(position_ids: torch.Tensor) -> None:
+    return None
+
+
+@contextmanager
+def chunks_are_whole() -> Iterator[None]:
+    """In here transformers does not look, by their positions, for texts packed into a row, as it does in each forward
+    pass without mask and cache: on a GPU that waits for the device, and compiled it puts a mask in the place of causal
+    attention. Our chunks carry no such positions (data.document_mask goes by the tokens)."""
+    name = "find_packed_sequence_indices"
+    own = getattr(masking_utils, name, None)
+    if own is not None:
+        setattr(masking_utils, name, _never_packed)
+    try:
+        yield
+    finally:
+        if own is not None:
+            setattr(masking_utils, name, own)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
@@ -112,7 +136,8 @@ class NextTokenLoss:
             self.fast = torch.compile(self._whole, dynamic=False)
 
     def __call__(self, model, input_ids: torch.Tensor) -> torch.Tensor:
-        return (self.fast if len(input_ids) == self.batch_size else self.plain)(model, input_ids)
+        with chunks_are_whole():
+            return (self.fast if len(input_ids) == self.batch_size else self.plain)(model, input_ids)
 
     def _mask(self, input_ids):
         return (

@@ -1,4 +1,4 @@
-"""What this machine can do: its number formats, whether it can compile, the speed of matrix products, memory in use.
+"""What this machine can do: devices, number formats, compilation, the speed of matrix products, memory in use.
 
 It looks at the machine only; it changes no setting and knows no model.
 """
@@ -6,20 +6,45 @@ It looks at the machine only; it changes no setting and knows no model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import logging
 import os
+import re
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
 # Measured, docs/benchmarks.md: compiling takes 20 to 60 s; what it saves, and the share of the speed of matrix products
 # that training reaches without and with it. In float32 on a CPU the products take most of the time either way.
 COMPILE_WORTH_SECONDS, FP32_COMPILE_WORTH_SECONDS = 300, 1200
 SHARES, FP32_SHARES = (0.25, 0.5), (0.5, 0.6)
+
+
+@functools.cache  # so that the warning comes once
+def pick_device(device: str | None = None) -> torch.device:
+    """The device for None or "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" or "mps".
+
+    CUDA asked for on a machine without it is said in one warning line, once, and answered with the CPU.
+    """
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):
+        raise ValueError(f'device "{device}" is unknown: use auto, cpu, cuda, cuda:N or mps')
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        log.warning("no CUDA device here: running on the CPU")
+        return torch.device("cpu")
+    devices = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[chosen.type]
+    if (chosen.index or 0) >= devices:
+        raise ValueError(f"device {device} does not exist: this machine has {devices} of its kind")
+    return chosen
 
 
 def cpu_has_bf16_units() -> bool:
@@ -58,11 +83,17 @@ def eager_is_faster(precision: str, seq_length: int) -> bool:
 
 
 def compiler_missing() -> str | None:
-    """What torch.compile lacks on this machine, or None: a C++ compiler for a CPU, triton for a GPU."""
+    """What torch.compile lacks on this machine, or None: a compiler, Python's headers, for a GPU the triton package."""
     if torch.cuda.is_available():
-        return None if importlib.util.find_spec("triton") else "the triton package"
-    names = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
-    return None if any(name and shutil.which(name) for name in names) else "a C++ compiler (g++ or clang++)"
+        names, what = (os.environ.get("CC", ""), "gcc", "clang"), "a C compiler (gcc or clang)"
+        if not importlib.util.find_spec("triton"):
+            return "the triton package"
+    else:
+        names, what = (os.environ.get("CXX", ""), "g++", "clang++", "cl"), "a C++ compiler (g++ or clang++)"
+    if not any(name and shutil.which(name) for name in names):
+        return what
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else f"Python's headers (python3-dev; there is no {header})"
 
 
 def share_of_products(precision: str, compiled: bool) -> float:
@@ -109,6 +140,11 @@ def matmul_flops(precision: str) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised this because a device, or the CPU, has no memory left."""
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -137,3 +137,36 @@ def bleu(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         logs.append(math.log((matches or 1 / smooth) / grams.total()))
     closest = min((len(reference) for reference in references), key=lambda size: (abs(size - len(words)), size))
     return math.exp(min(0.0, 1 - closest / len(words)) + sum(logs) / len(logs))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    a, b = _ranks(a), _ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else 0.0
+
+
+def r_squared(y: np.ndarray, columns: Sequence[np.ndarray]) -> float:
+    """Share of the variance of y that a linear model with intercept explains (ordinary least squares)."""
+    x = np.column_stack([np.ones(len(y)), *columns])
+    x /= np.abs(x).max(axis=0).clip(min=1e-300)  # for the conditioning; the fit is the same
+    residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    return 1 - float(residual @ residual) / float(((y - y.mean()) ** 2).sum())
+
+
+def explained_percent(y: np.ndarray, base: Sequence[np.ndarray], surprisal: np.ndarray) -> float:
+    """100 (R2_model - R2_base) / (1 - R2_base): base has the predictors and all their pairwise products."""
+    keep = ~np.isnan(np.column_stack([y, *base, surprisal])).any(axis=1)
+    base = [column[keep] for column in base]
+    columns = base + [a * b for i, a in enumerate(base) for b in base[i + 1 :]]
+    if keep.sum() < 2 * len(columns):
+        raise ValueError(f"reading: {keep.sum()} complete rows are too few for {len(columns)} predictors")
+    low = r_squared(y[keep], columns)
+    return 100 * (r_squared(y[keep], [*columns, surprisal[keep]]) - low) / (1 - low)

@@ -288,4 +288,5 @@ def train_loader(dataset, args, collate):
         persistent_workers=args.dataloader_persistent_workers,
         pin_memory=args.dataloader_pin_memory,
     )
-    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+    options = {"put_on_device": True, "non_blocking": torch.cuda.is_available()}
+    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, **options)

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from machine import peak_memory_gb
+from machine import forget_peak_memory, peak_memory_gb
 
 
 class RunLog(TrainerCallback):
@@ -28,6 +28,7 @@ class RunLog(TrainerCallback):
         self.logged_seconds, self.logged_tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        forget_peak_memory(args.device)
         if state.global_step and self.path.is_file():  # resumed: rows after the checkpoint will be written anew
             with self.path.open(encoding="utf-8") as file:
                 self.rows = [row for row in map(json.loads, file) if row["step"] <= state.global_step]

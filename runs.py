@@ -62,7 +62,8 @@ def write_text(path: Path, text: str) -> None:
 
 def seal_checkpoint(folder: Path) -> None:
     """Write complete.json (size and sha256 of every file) as the last act of saving; drop the pickled arguments."""
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    for name in ("training_args.bin", MANIFEST):  # the manifest of a checkpoint that was saved here before
+        (folder / name).unlink(missing_ok=True)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()}
     write_json(folder / MANIFEST, {"files": files})
 
@@ -87,7 +88,12 @@ def damage(folder: Path) -> str | None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint-<step> directories of a run, newest step first."""
     found = [p for p in run_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint-<step> directory."""
+    return int(checkpoint.resolve().name.removeprefix("checkpoint-"))
 
 
 def milestone(words: int) -> str:
@@ -168,14 +174,19 @@ def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwri
     return None
 
 
-def begin(run_dir: Path, config: dict, report: dict, fresh: bool) -> None:
-    """Write what the run is before its first step; an older run's results go, and with `fresh` its checkpoints too."""
+def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:
+    """Write what the run is before its first step; an older run's results go, and its checkpoints.
+
+    Of a run that goes on from a `checkpoint` only the later ones go: what follows them is another course.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
-    if fresh:
-        for folder in (*checkpoints(run_dir), *milestones(run_dir)):
-            shutil.rmtree(folder)
+    gone = [*checkpoints(run_dir), *milestones(run_dir)]
+    if checkpoint is not None:
+        gone = [p for p in checkpoints(run_dir) if step_of(p) > step_of(checkpoint)]
+    for folder in gone:
+        shutil.rmtree(folder)
     write_json(run_dir / DATA_REPORT, report)
     write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
@@ -203,8 +214,8 @@ def require_teacher(folder: str) -> None:
 # ---- where a figure comes from ------------------------------------------------------------------
 
 
-def environment() -> dict[str, str | None]:
-    """Versions, machine and git commit, for every file of results."""
+def environment(device: str | None = None) -> dict[str, str | None]:
+    """Versions, machine (what `device` stands for, as in inference.pick_device) and git commit, for every file of results."""
     import torch
 
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
@@ -214,12 +225,12 @@ def environment() -> dict[str, str | None]:
         ).stdout.strip()
     except OSError:  # no git here
         git = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    on_gpu = torch.cuda.is_available() and str(device or "auto").startswith(("auto", "cuda"))
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "git_hash": git or None,
     }
 

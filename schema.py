@@ -92,7 +92,10 @@ class TrainingSection(Section):
         typical=(0.9, 0.9999),
     )
     early_stopping_patience: int | None = _key(
-        "Evaluations in a row without a better held-out loss that end the run; the best weights are kept", None, ge=1
+        "Evaluations in a row without a better held-out loss that end the run; the best weights are kept, so "
+        "checkpoints are saved with the evaluations, not by save_steps",
+        None,
+        ge=1,
     )
     dataloader_num_workers: int = _key("Processes that load batches; 0: the training process itself", 0, ge=0)
     logging_steps: int = _key("Steps between two rows of the log", 20, ge=1)

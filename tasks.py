@@ -24,14 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from metrics import wilson
+from metrics import explained_percent, spearman, wilson
 
 TIE = 1e-5  # nats; two sums that differ by less are equal as far as float32 can tell
 MIDDLE = (2.5, 97.5)  # percentiles of a 95 % interval
 RESAMPLES = 2000  # of the bootstrap over items
 SLOW_RESAMPLES = 400  # of the bootstrap of a statistic that is computed anew for each
 LEAST = 6  # items that differ; with fewer not even all of one sign are significant (sign test: 2 x 0.5^5 = 0.06)
-MISSING = {"", "NA", "NaN", "nan"}  # in the table of reading times
+MISSING = {  # in the table of reading times: what pandas, with which BabyLM's pipeline reads it, takes for missing
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 READING_FIELDS = ("Subtlex_log10", "length", "context_length", "prev_length", *EYE_TRACKING, "self_paced_reading_time")
 
@@ -88,12 +91,23 @@ def _ewok(row: dict, stem: str) -> Item:
     return Item(row["Domain"], (context, context), (" " + row["Target1"], " " + row["Target2"]))
 
 
+def _choices(value: Any, name: str) -> tuple[str, ...]:
+    """Two or more texts; a text alone would fall apart into its letters."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+        raise ValueError(
+            f"{name} {value!r} is not a list of two or more texts; a number or a word like true: put it in quotes"
+        )
+    return tuple(value)
+
+
 def _entity_tracking(row: dict, stem: str) -> Item:
-    return Item(f"{stem}_{row['numops']}_ops", (row["input_prefix"],) * len(row["options"]), tuple(row["options"]))
+    options = _choices(row["options"], "options")
+    return Item(f"{stem}_{row['numops']}_ops", (row["input_prefix"],) * len(options), options)
 
 
 def _entity_tracking_filtered(row: dict, stem: str) -> Item | None:
-    return None if any("nothing" in option for option in row["options"]) else _entity_tracking(row, stem)
+    item = _entity_tracking(row, stem)
+    return None if any("nothing" in option for option in item.completions) else item
 
 
 def _comps(row: dict, stem: str) -> Item:
@@ -104,8 +118,10 @@ def _comps(row: dict, stem: str) -> Item:
 
 def _wug(name: str) -> Callable[[dict, str], Item]:
     def decode(row: dict, stem: str) -> Item:
-        first, second = row["sentences"].split("\t")
-        return Item(name, ("", ""), (first, second), facts={"ratio": float(row["ratio"])})
+        (first, second), ratio = row["sentences"].split("\t"), float(row["ratio"])
+        if not math.isfinite(ratio):
+            raise ValueError(f"ratio {row['ratio']!r} is not a number")
+        return Item(name, ("", ""), (first, second), facts={"ratio": ratio})
 
     return decode
 
@@ -121,16 +137,18 @@ def _reading(row: dict, stem: str) -> Item:
 
 
 def _multiple_choice(row: dict, stem: str) -> Item:
-    prompt, choices = row["prompt"], tuple(row["choices"])
-    if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise ValueError(f"choices {list(choices)} must be two or more, all different")
-    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(choices):
+    prompt, choices = row["prompt"], _choices(row["choices"], "choices")
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"choices {list(choices)} must all be different")
+    if type(row["answer"]) is not int or not 0 <= row["answer"] < len(choices):
         raise ValueError(f"answer {row['answer']!r} is not the place of a choice, 0 to {len(choices) - 1}")
     completions = tuple(_after(prompt, choice) for choice in choices)
     return Item(row.get("subset", stem), (prompt,) * len(choices), completions, row["answer"])
 
 
 def _completion(row: dict, stem: str) -> Item:
+    if not isinstance(row["wrong"], list):
+        raise ValueError(f"wrong {row['wrong']!r} is not a list of texts")
     choices, subset = [row["answer"], *row["wrong"]], row.get("category", stem)
     return _multiple_choice({"prompt": row["prompt"], "choices": choices, "answer": 0, "subset": subset}, stem)
 
@@ -144,7 +162,7 @@ TASKS = {
     "supplement": Task(lambda row, stem: _pair({**row, "UID": stem}, stem), _GOOD_BAD, official="blimp"),
     "ewok": Task(_ewok, ("Context1", "Target1", "Target2", "Domain"), official="ewok"),
     "entity_tracking": Task(_entity_tracking, **_ENTITY, official="entity_tracking"),
-    "entity_tracking_filtered": Task(_entity_tracking_filtered, **_ENTITY),
+    "entity_tracking_filtered": Task(_entity_tracking_filtered, **_ENTITY, official="entity_tracking_filtered"),
     "comps": Task(_comps, ("prefix_acceptable", "prefix_unacceptable", "property_phrase"), official="comps"),
     "wug_adj": Task(_wug("wug_adj"), **_WUG, official="wug_adj"),
     "wug_past": Task(_wug("wug_past"), **_WUG, official="wug_past"),
@@ -168,16 +186,19 @@ def read_items(task: str, path: str | Path) -> list[Item]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
+    number = 0
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
+        try:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file)
+                return
+            for number, line in enumerate(file, 1):  # noqa: B007  the errors below name it
+                if line.strip():
                     yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: after line {number}: not UTF-8 ({error.reason})") from None
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise ValueError(f"{path}: line {number} is not {path.suffix[1:].upper()} ({error})") from None
 
 
 def decode_rows(task: str, rows: Iterable[Any], source: str, stem: str, strict: bool = False) -> list[Item]:
@@ -261,39 +282,6 @@ def _accuracy(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str
     }  # fmt: skip
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 where one side is constant."""
-    a, b = _ranks(a), _ranks(b)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else 0.0
-
-
-def r_squared(y: np.ndarray, columns: Sequence[np.ndarray]) -> float:
-    """Share of the variance of y that a linear model with intercept explains (ordinary least squares)."""
-    x = np.column_stack([np.ones(len(y)), *columns])
-    x /= np.abs(x).max(axis=0).clip(min=1e-300)  # for the conditioning; the fit is the same
-    residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-    return 1 - float(residual @ residual) / float(((y - y.mean()) ** 2).sum())
-
-
-def explained_percent(y: np.ndarray, base: Sequence[np.ndarray], surprisal: np.ndarray) -> float:
-    """100 (R2_model - R2_base) / (1 - R2_base): base has the predictors and all their pairwise products."""
-    keep = ~np.isnan(np.column_stack([y, *base, surprisal])).any(axis=1)
-    base = [column[keep] for column in base]
-    columns = base + [a * b for i, a in enumerate(base) for b in base[i + 1 :]]
-    if keep.sum() < 2 * len(columns):
-        raise ValueError(f"reading: {keep.sum()} complete rows are too few for {len(columns)} predictors")
-    low = r_squared(y[keep], columns)
-    return 100 * (r_squared(y[keep], [*columns, surprisal[keep]]) - low) / (1 - low)
-
-
 def _statistic(spec: Task, items: Sequence[Item], scores: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
     """The figures of a task that has no right answers, as a function of the items (indices) that count."""
     column = {name: np.array([item.facts[name] for item in items]) for name in items[0].facts}
@@ -338,6 +326,18 @@ def score_items(task: str, items: Sequence[Item], scores: Sequence[float], seed:
     draws = [statistic(rng.integers(n, size=n)) for _ in range(SLOW_RESAMPLES)]
     intervals = {f"{key}_ci95": np.percentile([draw[key] for draw in draws], MIDDLE).tolist() for key in values}
     return {"metric": spec.metric, **values, **intervals, "n": n, "chance": 0.0, "interval": "bootstrap by item"}
+
+
+def macro_average(types: dict[str, str], results: dict[str, dict]) -> float | None:
+    """BabyLM's one figure: the mean over its columns of 100 x the official accuracy, 100 x rank correlation, and both
+    figures of reading times. `types` names the task of each result; None where fewer than two are BabyLM's."""
+    columns = []
+    for result in (results[n] for n, kind in types.items() if kind in TASKS and TASKS[kind].official):
+        if result["metric"] == "eye_tracking_percent":
+            columns += [result["eye_tracking_percent"], result["self_paced_reading_percent"]]
+        else:
+            columns.append(100 * result["accuracy_official" if result["metric"] == "accuracy" else result["metric"]])
+    return math.fsum(columns) / len(columns) if len(columns) > 1 else None
 
 
 def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int) -> np.ndarray:

@@ -263,7 +263,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
         print("dry run: nothing was trained and nothing written")
         return None
     if ranks.is_main():
-        runs.begin(run_dir, config, data_report, fresh=checkpoint is None)
+        runs.begin(run_dir, config, data_report, checkpoint)
     return SimpleNamespace(
         config=config, run_dir=run_dir, checkpoint=checkpoint, tokenizer=tokenizer, train_data=train_data,
         held_out=held_out, data_report=data_report, floor=floor, model=model, plan=plan, loss=loss,
@@ -351,7 +351,9 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
     except RuntimeError as error:
         if ranks.lost_another(error):
             return 2, OSError("lost another process: it was killed (out of memory?), or its own error is above")
-        if "out of memory" not in str(error).lower():
+        from machine import out_of_memory
+
+        if not out_of_memory(error):
             raise
         training = load_config(args.config, args)["training"]
         batch, steps = training["batch_size"], training["gradient_accumulation_steps"]
@@ -359,7 +361,8 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
         remedy = (
             f"the same step fits in less with {less}" if batch > 1 else "use --bf16, or a smaller model or seq_length"
         )
-        return 2, MemoryError(f"CUDA out of memory: {remedy}")
+        what = "CUDA out of memory" if "cuda" in str(error).lower() else "out of memory"
+        return 2, MemoryError(f"{what}: {remedy}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from optimizers import make_optimizer, schedule
 from runs import seal_checkpoint
 
 log = logging.getLogger(__name__)
+EVALUATION_LOGITS = 2**27  # held at a time: 0.5 GB in float32
 AVERAGE = "average.safetensors"  # the moving average of the weights, in a checkpoint
 
 
@@ -103,6 +105,8 @@ def evaluate_chunks(
     model.eval()
     nll, tokens, n_bytes = 0.0, 0, 0
     loss_of = NextTokenLoss(dtype=torch.float32, mask_from=mask_from)
+    logits = len(chunks[0]["input_ids"]) * model.config.vocab_size  # of a chunk; all of a batch stand in memory
+    batch_size = min(batch_size, max(1, EVALUATION_LOGITS // logits))
     how = {"batch_size": batch_size}
     if together := together and 1 < ranks.count() <= len(chunks):
         how = {"batch_sampler": ranks.deal(np.arange(len(chunks)), ranks.rounds_of(len(chunks), batch_size))}
@@ -145,6 +149,7 @@ class LMTrainer(Trainer):
             older = "gradient_checkpointing_enable"  # the name in older releases
             enable = getattr(self.model, "activation_checkpointing_enable", getattr(self.model, older, None))
             enable({"use_reentrant": False})
+        self.add_callback(_Intervals())
         self.average = None
         if training["ema"]:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(training["ema"]))
@@ -266,6 +271,14 @@ class LMTrainer(Trainer):
             self.average.n_averaged.fill_(1)  # not the first: the next weights are averaged in, not copied
 
 
+class _Intervals(TrainerCallback):
+    """A resumed run logs, evaluates and saves as its configuration says now, not as its checkpoint remembers."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if hasattr(state, "compute_steps"):
+            state.compute_steps(args, state.max_steps)
+
+
 class _UpdateAverage(TrainerCallback):
     """After each step the weights enter their exponential moving average."""
 
@@ -283,6 +296,10 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
     """The only place where our keys become Trainer's; what Trainer would do in silence is set by name."""
     training = config["training"]
     use_wandb = config["logging"]["wandb"]
+    stopping = training["early_stopping_patience"] is not None
+    if precision == "fp32":  # else Trainer takes what a launcher has set
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    saves = training["eval_steps"] if stopping else training["save_steps"]  # the best weights have to be on disk
     arguments = TrainingArguments(
         output_dir=str(run_dir),
         learning_rate=training["lr"],
@@ -303,10 +320,12 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         logging_nan_inf_filter=False,
         eval_strategy="steps" if training["eval_steps"] else "epoch",
         eval_steps=training["eval_steps"],
-        save_strategy="steps" if training["save_steps"] else "epoch",
-        save_steps=training["save_steps"] or 500,
+        save_strategy="steps" if saves else "epoch",
+        save_steps=saves or 500,
         save_total_limit=2,
-        load_best_model_at_end=training["early_stopping_patience"] is not None,
+        load_best_model_at_end=stopping,
+        restore_callback_states_from_checkpoint=stopping,  # how many evaluations it has waited
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         remove_unused_columns=False,

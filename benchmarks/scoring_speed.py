@@ -84,7 +84,7 @@ def limit(model_path: str, data: str, every: int) -> dict:
     model, tokenizer = inference.load_model(model_path, "cpu")
     items = tasks.read_items("blimp", data)[::every]
     ids, starts = likelihood.spans(tokenizer, items, True)
-    begins = choices._begins(ids, starts, np.full(len(items), 2))
+    begins = choices._begins(ids, starts, np.full(len(items), 2), inference.context_length(model))
     prefixes = {tuple(text[:end]) for text in ids for end in range(1, len(text))}
     contexts = {tuple(text[:end]) for text, begin in zip(ids, begins, strict=True) for end in range(begin, len(text))}
     head = model.get_output_embeddings().weight.numel()

@@ -129,7 +129,7 @@ def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: P
     names = list(found)
     gaps = [abs(a - b) for a, b in zip(found[names[0]], found[names[1]], strict=True)]
     last = {name: statistics.fmean(losses[-10:]) for name, losses in found.items()}
-    print(f"loss of the last 10 of {len(gaps)} steps: {last}; largest difference of a step {max(gaps):.4f}; {picture}")
+    print(f"loss of the last 10 of {len(gaps)} steps: {last}; largest difference of a step {max(gaps):.1e}; {picture}")
 
 
 def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[str, float]:

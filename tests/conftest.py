@@ -9,11 +9,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import hypothesis
 import pytest
 import yaml
 
+# The same examples in every run; BABYLLAMA_FUZZ=1 draws new ones.
+hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))
+hypothesis.settings.load_profile("suite")
+
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared"))  # holds corpus/ and blimp/, or is absent
 
 NOUNS = ["cat", "dog", "girl", "boy", "teacher", "bird", "farmer", "child"]
 VERBS = ["sees", "likes", "finds", "hears", "helps", "follows"]

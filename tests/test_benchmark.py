@@ -94,7 +94,7 @@ def test_without_bos_the_first_token_is_context(suite):
     assert [row[1:] for row in with_bos] == ids and starts_bos == [1, starts[1] + 1]
 
 
-def test_keys_of_the_specification(results):
+def test_keys_of_the_results(results):
     expected = {
         "completion": {"completion_accuracy", "completion_correct", "completion_total"},
         "consistency": {"avg_consistency_score", "consistency_scores"},
@@ -229,7 +229,7 @@ def test_overall_score_by_hand():
     assert benchmark.overall({"speed": made["speed"]})["overall_score"] is None
 
 
-def test_the_subclass_of_the_specification(model_dirs):
+def test_a_suite_can_be_subclassed(model_dirs):
     class CustomBenchmarkSuite(BenchmarkSuite):
         def run_domain_specific_benchmark(self):
             results = []
@@ -307,7 +307,7 @@ def test_a_task_without_items_has_the_built_in_ones(tmp_path):
 
 def test_all_mistakes_of_a_file_at_once(tmp_path):
     raw = {
-        "blimpp": {}, "blimp": {"path": str(tmp_path / "none")}, "ewok": None, "x/y": {}, "n": 3,
+        "blimpp": {}, "blimp": {"path": str(tmp_path / "none")}, "ewok": None, "x/y": {}, "n": 3, "list": {"type": ["blimp"]},
         "speed": {"batch_sizes": [0], "repeat": 3}, "two": {"type": "wug_adj", "path": "a", "items": []},
         "mine": {"type": "completion", "items": [{"prompt": "a", "answer": "b"}]},
         "consistency": {"groups": [{"prompts": ["a"], "control": ""}]},
@@ -317,6 +317,7 @@ def test_all_mistakes_of_a_file_at_once(tmp_path):
     message = str(caught.value)
     for part in (
         "tasks.blimpp.type: 'blimpp' is unknown; did you mean blimp?", "tasks.blimp: ", "no such file or folder",
+        "tasks.list.type: ['blimp'] is unknown",
         "tasks.ewok: give a path to the items or the items themselves", "tasks.n: 3 is not a task",
         "tasks.speed.batch_sizes.0: 0 is not allowed", "tasks.speed.repeat: unknown key; did you mean repeats?",
         "tasks.mine: items: item 1: lacks wrong", "tasks.two: give a path", "tasks.x/y: not a name",

@@ -218,6 +218,13 @@ def test_words_seen_are_drawn_on_a_log_axis():
     assert middle - first == pytest.approx(last - middle) and [at for _, at in curve["ticks"]] == [1, 10, 100]
 
 
+def test_a_curve_can_begin_before_the_first_word():
+    for first in ("chck_0M", "chck_01M"):  # no logarithm, and two checkpoints at one place
+        (curve,) = curves(document((f"run/{first}", "run/chck_1M", "other")))
+        places = [x for x, *_ in curve["lines"][0]["points"]]
+        assert all(np.isfinite(places)) and places == sorted(places)
+
+
 def test_page_is_self_contained_and_escaped():
     text = page(document())
     reader = Reader(text)

@@ -80,8 +80,20 @@ def test_trees_in_float32_are_the_texts_alone():
 
 def test_what_all_candidates_share_is_not_scored():
     texts = [[1, 5, 6, 7], [1, 5, 8], [1, 5, 6, 9], [1, 4], [1, 4]]
-    assert choices._begins(texts, [1] * 5, np.array([3, 2])) == [2, 2, 2, 2, 2]
-    assert choices._begins(texts[:2], [1, 2], np.array([2])) == [1, 2]  # context in one may be scored in the other
+    assert choices._begins(texts, [1] * 5, np.array([3, 2]), context=3) == [2, 2, 2, 2, 2]
+    assert choices._begins(texts[:2], [1, 2], np.array([2]), context=3) == [1, 2]  # context in one, scored in the other
+    assert choices._begins(texts, [1] * 5, np.array([3, 2]), context=2) == [1, 1, 1, 2, 2]  # too long for one window
+
+
+def test_beyond_the_context_all_terms_count():
+    """Candidates of other lengths have other windows, so what they share is not the same to the model."""
+    model, rng = build_tiny_model("Llama"), np.random.default_rng(3)
+    shared = [1, *rng.integers(3, 400, 90).tolist()]
+    texts = [shared + rng.integers(3, 400, n).tolist() for n in (2, 5, 9, 3)]
+    scores, _ = choices.relative_scores(model, texts, [1] * 4, [2, 2])
+    assert scores == pytest.approx(np.array([s.logprobs.sum() for s in inference.ids_logprobs(model, texts)]), rel=1e-6)
+    with pytest.raises(ValueError, match=r"token ids 1\.\.400, the model knows 0\.\.399"):
+        choices.relative_scores(model, [[1, 400], [1, 5]], [1, 1], [2])
 
 
 def test_a_fast_pass_that_goes_wrong_decides_nothing(monkeypatch):
@@ -95,7 +107,7 @@ def test_a_fast_pass_that_goes_wrong_decides_nothing(monkeypatch):
     monkeypatch.setattr(choices, "fast_sums", noisy)
     scores, precision = choices.relative_scores(model, texts, [1] * len(texts), counts)
     assert precision == {"items": 600, "float32_items": 600}
-    begins = choices._begins(texts, [1] * len(texts), np.array(counts))
+    begins = choices._begins(texts, [1] * len(texts), np.array(counts), 64)
     exact = [s.logprobs.sum() for s in inference.ids_logprobs(model, texts, starts=begins)]
     assert scores == pytest.approx(np.array(exact), abs=1e-6)
 

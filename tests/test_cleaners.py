@@ -183,6 +183,7 @@ fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 @example(text="[glossary:[glossary:[glossary:==(laughing)http://a.B/cSubtitles by =gutenberg[12]")
 @example(text="<b [http://x[glossary: {START OF THIS PROJECT GUTENBERG#(laughing) -->=}a[[")
 @example(text="[glossary:a|[glossary:+...</i>]]+")
+@example(text="[http://x[http://x]=]")
 def test_idempotent(name, text):
     once = CLEANERS[name](text)
     assert CLEANERS[name](once) == once

@@ -210,13 +210,9 @@ def test_no_word_of_other_places():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         path = ROOT / name
-        if (
-            path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""}
-            and path.is_file()
-            and name != "tests/test_docs.py"
-        ):
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file():
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"/work/|pypi\.org|pythonhosted|registry\.npmjs", text), name
+            assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), name  # a path of one machine
 
 
 def test_every_key_of_a_result_is_in_the_reference(model_dirs):

@@ -367,6 +367,7 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
         (["RUN", "--eval-data", "EMPTY"], "error: EMPTY holds no text"),
         (["RUN", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
         (["RUN", "--temperature", "nan"], "error: --temperature nan must be 0 or more"),
+        (["RUN", "--temperature", "inf"], "error: --temperature inf must be 0 or more"),
         (["RUN", "--output-path", "ODD"], "error: --output-path ODD is a directory: name a file"),
         (["RUN", "--custom-prompts", "LATIN"], "error: LATIN: not UTF-8 (byte 3)"),
         (["MODEL"], "error: MODEL does not say what its run held out: name text with --eval-data FILE_OR_DIR"),

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
+    {"machine"},
     {
-        "cleaners", "documents", "schema", "machine", "ranks", "words", "inference", "metrics", "plots", "runs",
+        "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers",
     },
     {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks"},
@@ -57,7 +58,7 @@ def test_modules_keep_to_their_size(module):
     assert text.count("\n") <= limit, f"{module}.py has passed {limit} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, f"{module}.{node.name} is {node.end_lineno - node.lineno} lines"
+            assert node.end_lineno - node.lineno < 50, f"{module}.{node.name} is {node.end_lineno - node.lineno} lines"
 
 
 def test_only_plots_imports_matplotlib():

@@ -231,8 +231,24 @@ def test_broken_numbers_show(tiny_model, tokenizer):
         generate(model, tokenizer, ["The cat"], max_new_tokens=2)
 
 
+def test_a_model_that_looks_ahead_is_refused(tokenizer, tmp_path):
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for is_decoder in (False, True):
+        RobertaForCausalLM(RobertaConfig(vocab_size=400, is_decoder=is_decoder, **sizes)).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        if is_decoder:
+            assert load_model(tmp_path, "cpu")
+        else:
+            with pytest.raises(ValueError, match="looks at later tokens: not a causal language model"):
+                load_model(tmp_path, "cpu")
+
+
 def test_scoring_says_what_it_cannot_do(models):
     model = models["Llama"]
+    with pytest.raises(ValueError, match=r"text 0: token ids 3\.\.400, the model knows 0\.\.399"):
+        next(generate_steps(model, [[3, 400]], max_new_tokens=2))
     assert ids_logprobs(model, []) == []
     with pytest.raises(ValueError, match=r"text 1: token ids 3\.\.400, the model knows 0\.\.399"):
         ids_logprobs(model, [[1, 2], [3, 400]])

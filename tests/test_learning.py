@@ -15,7 +15,7 @@ import machine
 import runs
 import settings
 import train
-from loss import NextTokenLoss, document_mask, fused_slice_nll, head_nll, slice_nll
+from loss import NextTokenLoss, chunks_are_whole, document_mask, fused_slice_nll, head_nll, slice_nll
 from optimizers import MuonAdamW, make_optimizer, schedule
 from trainer import ShiftedChunks
 
@@ -63,6 +63,40 @@ def test_head_nll_in_bf16_is_as_near_as_bf16_allows():
     states = torch.randn(4, 16, 64)
     exact = naive(states, head, ids).item()
     assert head_nll(states, head, ids, torch.bfloat16).item() == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("format", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_reach_into_the_sliced_loss(format):
+    """With fp16 its products are in float32, whatever the states came in."""
+    torch.manual_seed(0)
+    head, ids, states = torch.nn.Linear(8, 30), torch.randint(0, 30, (2, 7)), torch.randn(2, 7, 8).to(format)
+    states.requires_grad_()
+    with torch.autocast("cpu", dtype=format):
+        found = head_nll(states, head, ids, torch.float32)
+    found.backward()
+    assert found.item() == pytest.approx(naive(states.detach(), head, ids).item(), rel=1e-6)
+    assert states.grad.dtype == format and head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_compiled_chunks_have_no_mask(kind):
+    """The graph asks for causal attention, which fused kernels have; left to itself transformers builds a mask."""
+    graphs: list = []
+    ids = torch.randint(3, 400, (2, 32))
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = build_tiny_model(kind)
+    with chunks_are_whole():
+        states = torch.compile(model.base_model, backend=keep)(input_ids=ids, use_cache=False).last_hidden_state
+    torch._dynamo.reset()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    calls = [node.kwargs for graph in graphs for node in graph.graph.nodes if node.target is attention]
+    assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, True)] * 2  # layers
+    assert torch.allclose(states, model.base_model(input_ids=ids).last_hidden_state, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
@@ -299,16 +333,17 @@ def test_the_average_is_the_average(config_file, tmp_path, monkeypatch):
     assert not torch.allclose(saved, seen[-1], atol=1e-4)
 
 
-def test_early_stopping_keeps_the_best_weights(config_file, tmp_path):
+@pytest.mark.parametrize("eval_steps", [None, 7])
+def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, eval_steps):
     """A learning rate that soon does harm: the run ends early, with the weights of its best evaluation."""
     harmful = {"training__lr": 1e-2, "training__lr_scheduler": "constant", "training__adam_beta2": 0.5}
     path = config_file(
-        **harmful, training__num_epochs=60, training__early_stopping_patience=2, training__save_steps=None
+        **harmful, training__num_epochs=60, training__early_stopping_patience=2, training__eval_steps=eval_steps
     )
     assert train.main(["--config", str(path)]) == 0
     run_dir = tmp_path / "models" / "tiny"
     losses = [row["eval_loss"] for row in rows_of(run_dir) if "eval_loss" in row]
-    assert len(losses) < 60
+    assert len(losses) < 60 and (eval_steps is None or rows_of(run_dir)[-1]["step"] % eval_steps == 0)
     assert min(losses) not in losses[-2:]
     assert results_of(run_dir)["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 

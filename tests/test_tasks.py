@@ -284,7 +284,24 @@ def test_mistakes_are_named(tmp_path):
         decode_rows("completion", [{"prompt": "a", "answer": True, "wrong": ["b"]}], "f", "x")
     with pytest.raises(ValueError, match="unknown field 'anwser'"):
         decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": ["c"], "anwser": 1}], "f", "x", strict=True)
-    with pytest.raises(ValueError, match="all different"):
+    with pytest.raises(ValueError, match="wrong 'bird' is not a list"):  # else its letters
+        decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": "bird"}], "f", "x")
+    for choices in ("cat", [], ["one"]):
+        with pytest.raises(ValueError, match="is not a list of two or more texts"):
+            decode_rows("multiple_choice", [{"prompt": "a", "choices": choices, "answer": 0}], "f", "x")
+        with pytest.raises(ValueError, match="is not a list of two or more texts"):
+            decode_rows("entity_tracking", [{"input_prefix": "a", "options": choices, "numops": 1}], "f", "x")
+    with pytest.raises(ValueError, match="answer True is not the place of a choice"):
+        decode_rows("multiple_choice", [{"prompt": "a", "choices": ["b", "c"], "answer": True}], "f", "x")
+    with pytest.raises(ValueError, match="ratio 'nan' is not a number"):
+        decode_rows("wug_adj", [{"sentences": "a\tb", "ratio": "nan"}], "f", "x")
+    file.write_bytes(b'{"sentence_good": "a", "sentence_bad": "b"}\n\xff\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl: .*not UTF-8"):
+        read_items("blimp", file)
+    file.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_items("blimp", file)
+    with pytest.raises(ValueError, match="all be different"):
         decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": ["b"]}], "f", "x")
     with pytest.raises(ValueError, match="item 1: .*surrogates not allowed"):
         decode_rows("minimal_pairs", [{"sentence_good": "a", "sentence_bad": "\ud800"}], "f", "x")
@@ -292,6 +309,18 @@ def test_mistakes_are_named(tmp_path):
         score_items("blimp", [item()], [math.nan, -1])
     with pytest.raises(ValueError, match="do not fit"):
         score_items("blimp", [item()], [-1])
+
+
+def test_macro_average_by_hand():
+    results = {
+        "b": {"metric": "accuracy", "accuracy": 0.5, "accuracy_official": 0.75},
+        "w": {"metric": "spearman", "spearman": -0.2},
+        "r": {"metric": "eye_tracking_percent", "eye_tracking_percent": 4.0, "self_paced_reading_percent": 1.0},
+        "own": {"metric": "accuracy", "accuracy": 0.9, "accuracy_official": 0.9},
+    }
+    types = {"b": "blimp", "w": "wug_adj", "r": "reading", "own": "minimal_pairs"}
+    assert tasks.macro_average(types, results) == pytest.approx((75 - 20 + 4 + 1) / 4)
+    assert tasks.macro_average({"b": "blimp", "own": "minimal_pairs"}, results) is None
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path):

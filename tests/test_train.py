@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,6 +446,30 @@ def test_resuming_another_run_is_refused(finished_copy, capsys):
     assert "no such checkpoint; give its directory or the word latest" in capsys.readouterr().err
 
 
+def test_another_course_from_an_earlier_checkpoint(config_file, tmp_path):
+    """What was saved after it goes, and what is saved in its place is whole."""
+    path, run_dir = config_file(), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    newest, earlier = runs.checkpoints(run_dir)
+    (run_dir / "training_metrics.json").unlink()
+    resume = ["--resume_from_checkpoint", str(earlier), "--num-epochs", "3", "--set", "training.save_steps=3"]
+    assert train.main(["--config", str(path), *resume, "--set", "training.logging_steps=2"]) == 0
+    assert not newest.exists() or runs.step_of(newest) % 3 == 0
+    assert all(runs.damage(folder) is None for folder in runs.checkpoints(run_dir))
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    later = [step for step in steps if step > runs.step_of(earlier)]
+    assert {step for step in later if step % 2 == 0} >= set(range(later[0], later[-1], 2)), "the new interval rules"
+
+
+def test_a_checkpoint_that_is_saved_again_is_whole(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    runs.seal_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"second")
+    assert runs.damage(tmp_path) == "model.safetensors has changed since it was saved"
+    runs.seal_checkpoint(tmp_path)
+    assert runs.damage(tmp_path) is None
+
+
 def test_nothing_to_resume(config_file, capsys):
     assert train.main(["--config", str(config_file()), "--resume_from_checkpoint", "latest"]) == 2
     assert "no whole checkpoint to resume from" in capsys.readouterr().err
@@ -506,7 +531,7 @@ def test_out_of_memory_says_what_helps(config_file, capsys):
 def test_a_run_that_saved_nothing_is_in_nobodys_way(config_file, tmp_path):
     config = train.load_config(config_file())
     run_dir = tmp_path / "models" / "tiny"
-    runs.begin(run_dir, config, {"train": {}}, fresh=True)
+    runs.begin(run_dir, config, {"train": {}}, checkpoint=None)
     assert runs.claim(run_dir, config, {"train": {"words": 1}}, resume=None, overwrite=False) is None
 
 
@@ -524,8 +549,9 @@ def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
     from transformers import TrainerControl, TrainerState
 
     run_log = RunLog(tmp_path / "metrics.jsonl", 0.5, 100.0, 1e9)
-    run_log.on_train_begin(None, TrainerState(), TrainerControl())
-    run_log.on_log(None, TrainerState(), TrainerControl(), {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3})
+    args = SimpleNamespace(device=torch.device("cpu"))
+    run_log.on_train_begin(args, TrainerState(), TrainerControl())
+    run_log.on_log(args, TrainerState(), TrainerControl(), {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3})
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["grad_norm"] is None
 
