@@ -91,20 +91,30 @@ def _never_packed(position_ids: torch.Tensor) -> None:
     return None
 
 
+_is_tracing = getattr(masking_utils, "is_tracing", None)
+
+
+def _a_mask_is_traced(mask=None) -> bool:
+    return mask is not None and _is_tracing(mask)
+
+
 @contextmanager
 def chunks_are_whole() -> Iterator[None]:
-    """In here transformers does not look, by their positions, for texts packed into a row, as it does in each forward
-    pass without mask and cache: on a GPU that waits for the device, and compiled it puts a mask in the place of causal
-    attention. Our chunks carry no such positions (data.document_mask goes by the tokens)."""
-    name = "find_packed_sequence_indices"
-    own = getattr(masking_utils, name, None)
-    if own is not None:
-        setattr(masking_utils, name, _never_packed)
+    """In here transformers builds no mask where causal attention alone will do.
+
+    In a forward pass without mask and cache it looks, by their positions, for texts packed into a row: on a GPU that
+    waits for the device, and compiled it puts a mask in the place of causal attention, as releases before 5.23 do in
+    any compiled pass. Our chunks carry no such positions (data.document_mask goes by the tokens).
+    """
+    ours = {"find_packed_sequence_indices": _never_packed, "is_tracing": _a_mask_is_traced}
+    own = {name: getattr(masking_utils, name) for name in ours if hasattr(masking_utils, name)}
+    for name in own:
+        setattr(masking_utils, name, ours[name])
     try:
         yield
     finally:
-        if own is not None:
-            setattr(masking_utils, name, own)
+        for name, function in own.items():
+            setattr(masking_utils, name, function)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
