@@ -264,12 +264,14 @@ def identify(suite: BenchmarkSuite) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_predictions(suite: BenchmarkSuite, name: str, folder: Path) -> None:
-    """predictions.json of each BabyLM task, where BabyLM's pipeline looks for it."""
+def write_predictions(suite: BenchmarkSuite, name: str, names: list[str], folder: Path) -> None:
+    """predictions.json of each BabyLM task, where BabyLM's pipeline looks for it: by the stem of the model's name, or by
+    the whole name where another of `names` has that stem."""
     import runs
 
     milestone = re.fullmatch(r"chck_\d+M", suite.model_path.resolve().name)
-    model, revision = Path(name.replace("/", "_")).stem, "main"  # the stem, as the pipeline has it
+    model, revision = name.replace("/", "_"), "main"
+    model = Path(model).stem if sum(Path(n).stem == Path(name).stem for n in names) == 1 else model
     if milestone:
         model, revision = suite.model_path.resolve().parent.stem, milestone[0]
     for task in suite.tasks.values():
@@ -306,7 +308,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
         try:
             suite = BenchmarkSuite(path, args.device, declared, args.seed)
             results, facts = suite.run_all_benchmarks(), identify(suite)
-            write_predictions(suite, name, output.parent)
+            write_predictions(suite, name, names, output.parent)
             for first in list(scores)[:1]:
                 gaps = benchmark_report.differences(declared, suite.scores, scores[first], args.seed)
                 document["comparison"].setdefault("differences", {})[name] = gaps
@@ -324,6 +326,8 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
         if document["results"]:
             try:
                 written = benchmark_report.write_files(document, output)
+            except OSError:  # nothing can be written there
+                raise
             except Exception as error:  # a figure that cannot be drawn costs no other model its results
                 log.debug("report", exc_info=True)
                 document["notes"].append(f"after {name} the report could not be written whole: {error}")

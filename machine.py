@@ -96,9 +96,13 @@ def compiler_missing() -> str | None:
     return None if header.is_file() else f"Python's headers (python3-dev; there is no {header})"
 
 
+def _fp32_on_a_cpu(precision: str) -> bool:
+    return precision == "fp32" and not torch.cuda.is_available()
+
+
 def share_of_products(precision: str, compiled: bool) -> float:
     """The share of the speed of matrix products that training is expected to reach here."""
-    return (FP32_SHARES if precision == "fp32" and not torch.cuda.is_available() else SHARES)[compiled]
+    return (FP32_SHARES if _fp32_on_a_cpu(precision) else SHARES)[compiled]
 
 
 def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tuple[bool, str]:
@@ -118,8 +122,7 @@ def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tu
         return False, "not with training.fsdp"
     if missing:
         return False, f"torch.compile needs {missing}, not found here"
-    slow_products = precision == "fp32" and not torch.cuda.is_available()
-    if seconds < (FP32_COMPILE_WORTH_SECONDS if slow_products else COMPILE_WORTH_SECONDS):
+    if seconds < (FP32_COMPILE_WORTH_SECONDS if _fp32_on_a_cpu(precision) else COMPILE_WORTH_SECONDS):
         return False, "a run this short would not win back the time to compile"
     return True, "the run is long enough to win back the time to compile"
 
