@@ -265,8 +265,8 @@ def identify(suite: BenchmarkSuite) -> dict[str, Any]:
 
 
 def write_predictions(suite: BenchmarkSuite, name: str, names: list[str], folder: Path) -> None:
-    """predictions.json of each BabyLM task, where BabyLM's pipeline looks for it: by the stem of the model's name, or by
-    the whole name where another of `names` has that stem."""
+    """predictions.json of each BabyLM task, where BabyLM's pipeline looks for it: by the stem of the model's name, or
+    by the whole name where another of `names` has that stem."""
     import runs
 
     milestone = re.fullmatch(r"chck_\d+M", suite.model_path.resolve().name)
