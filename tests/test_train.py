@@ -396,7 +396,7 @@ def test_an_interrupted_run_goes_on(config_file, tmp_path):
     path = config_file(training__num_epochs=6, training__logging_steps=1)
     command = [sys.executable, "train.py", "--config", str(path)]
     run_dir = tmp_path / "models" / "tiny"
-    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background job is deaf to it
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job may not
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **hears)
     deadline = time.monotonic() + 120
     while not list(run_dir.glob(f"*/{runs.MANIFEST}")) and child.poll() is None and time.monotonic() < deadline:
