@@ -127,8 +127,11 @@ def _wug(name: str) -> Callable[[dict, str], Item]:
 
 
 def _reading(row: dict, stem: str) -> Item:
-    """A word after its context and, for spill-over, the word before it after its own; no context is no text."""
-    context = "" if row["item"] in MISSING else row["item"]
+    """A word after its context and, for spill-over, the word before it after its own.
+
+    A missing context is the word None: BabyLM's pipeline, whose reader takes that word for missing, puts it back so.
+    """
+    context = "None" if row["item"] in MISSING else row["item"]
     pairs = [(context, _after(context, row["word"]))]
     if not MISSING & {row["prev_item"], row["prev_word"]}:
         pairs.append((row["prev_item"], _after(row["prev_item"], row["prev_word"])))

@@ -88,10 +88,15 @@ def test_entity_tracking_filtered_leaves_out_items_with_nothing():
 
 
 def test_a_literal_row_of_reading_times():
-    first = {**READING, "item": "", "prev_item": "", "prev_word": ""}
+    first = {
+        **READING,
+        "item": "None",
+        "prev_item": "",
+        "prev_word": "",
+    }  # "None of them ...", as pandas does not see it
     items = decode_rows("reading", [READING, first], "file", "x")
     assert list(items[0].candidates) == [("The old man", " sat"), ("The old", " man")]
-    assert list(items[1].candidates) == [("", "sat")]
+    assert list(items[1].candidates) == [("None", " sat")]
     assert items[0].facts["self_paced_reading_time"] == 310.5
     assert math.isnan(items[0].facts["RTgopast"])
     assert predictions("reading", items, [-2.0, -3.0, -4.0]) == {
