@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,9 +126,12 @@ def check_all(variants: list[argparse.Namespace], points: list[dict], load: Call
 
 
 def free_memory() -> None:
-    """Give back what the last run held: models in cycles of references, compiled code, cached GPU memory."""
+    """Give back what the last run held: models in cycles of references, compiled code, cached GPU memory, its wandb run
+    (else the next one would log into it)."""
     import torch
 
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

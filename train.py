@@ -81,17 +81,19 @@ def check_inputs(config: dict) -> dict | None:
     With a babylm section: what counts toward its budget (ledger.check_budget), or ValueError where that is too much.
     """
     data = config["data"]
+    size = "100m" if config.get("babylm", {}).get("track") == "strict" else "10m"
+    where = f"--output-dir {Path(data['train_path']).parent} --tokenizer-output {data['tokenizer_path']}"
+    for key in ("train_path", "eval_path"):
+        if not Path(data[key]).exists():
+            raise FileNotFoundError(
+                f"{data[key]} not found (data.{key}): prepare the text first: python prepare_data.py "
+                f"--babylm-{size} DIR --babylm-dev DIR {where}, or python create_synthetic_data.py"
+            )
     if not Path(data["tokenizer_path"]).exists():
         raise FileNotFoundError(
             f"{data['tokenizer_path']} not found (data.tokenizer_path): train a tokenizer first: python "
             f"train_tokenizer.py --data-dir {data['train_path']} --output {data['tokenizer_path']}"
         )
-    for key in ("train_path", "eval_path"):
-        if not Path(data[key]).exists():
-            raise FileNotFoundError(
-                f"{data[key]} not found (data.{key}): prepare the text first: python prepare_data.py --babylm-10m DIR "
-                "--babylm-dev DIR, or python create_synthetic_data.py"
-            )
     section = config.get("distillation", {"teachers": (), "cache": "none"})
     for teacher in section["teachers"] if section["cache"] == "none" else ():  # a cache may do without its teachers
         runs.require_teacher(teacher)
