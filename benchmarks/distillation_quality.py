@@ -2,11 +2,14 @@
 
     python benchmarks/distillation_quality.py --data-dir data --output models/distillation-quality --seeds 1 2 3
 
-Trains, with train.py's own main: two teachers, a Llama and a GPT-2; then for each seed students of half their size over
+Takes the first words of each text (--words of train, a fifth of it of dev), makes a tokenizer of 4,000 tokens, and
+trains, with train.py's own main: two teachers, a Llama and a GPT-2; then for each seed students of half their size over
 the same words: alone, with the teachers (alpha 0.5, T 2, mean per token), and with the teachers in the published scale
-(average of logits, batchmean). --data-dir holds train/, dev/ and tokenizer.json; a vocabulary of 4,000 suits the sizes.
-Finished runs in --output are shown, not repeated, and one that was interrupted goes on from its last epoch. Prints a
-table; it compares students of one size on one text, nothing else.
+(average of logits, batchmean). Finished runs in --output are shown, not repeated, and one that was interrupted goes on
+from its last epoch. Prints a table; it compares students of one size on one text, nothing else.
+
+Text that is read many times over is learned by heart, so beside the last epoch stands the best one of each run, what
+a student would have got that had stopped there.
 """
 
 from __future__ import annotations
@@ -25,7 +28,42 @@ TEACHERS = {
                      "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
 }  # fmt: skip
 STUDENT = {"type": "Llama", "hidden_size": 128, "n_layer": 4, "n_head": 4}
+VOCABULARY = 4000
 WAYS = {"alone": None, "teachers": {}, "teachers-published": {"average": "logits", "reduction": "batchmean"}}
+
+
+def cut(source: Path, target: Path, words: int) -> None:
+    """Write the first `words` of each file of a folder under the same name."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        kept, left = [], words
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                if (n := len(line.split())) > left:
+                    kept.append(" ".join(line.split(" ")[:left]) + "\n")
+                    break
+                kept.append(line)
+                left -= n
+        (target / file.name).write_text("".join(kept), encoding="utf-8")
+
+
+def prepare(args) -> None:
+    """The text and the tokenizer of all runs, in --output."""
+    import train_tokenizer
+
+    for split, words in (("train", args.words), ("dev", args.words // 5)):
+        cut(args.data_dir / split, args.output / split, words)
+    tokenizer = ["--output", str(args.output / "tokenizer.json"), "--vocab-size", str(VOCABULARY)]
+    if code := train_tokenizer.main(["--data-dir", str(args.output / "train"), *tokenizer]):
+        sys.exit(code)
+
+
+def bits_by_epoch(folder: Path) -> list[float]:
+    """Held-out bits per byte after each epoch of a run."""
+    import runs
+
+    rows = map(json.loads, (folder / runs.LOG).read_text(encoding="utf-8").splitlines())
+    return [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
 
 
 def train(args, name: str, model: dict, epochs: int, seed: int, distillation: dict | None = None) -> dict:
@@ -33,19 +71,18 @@ def train(args, name: str, model: dict, epochs: int, seed: int, distillation: di
     import runs
     from train import main
 
-    data = args.data_dir
+    out = args.output
     config = {
-        "data": {"tokenizer_path": str(data / "tokenizer.json"), "train_path": str(data / "train"),
-                 "eval_path": str(data / "dev"), "seq_length": 128, "eval_samples": 100_000},
+        "data": {"tokenizer_path": str(out / "tokenizer.json"), "train_path": str(out / "train"),
+                 "eval_path": str(out / "dev"), "seq_length": 128, "eval_samples": 100_000},
         "model": {"name": name, **model},
-        "training": {"lr": args.lr, "batch_size": 32, "num_epochs": epochs, "warmup_ratio": 0.05, "seed": seed,
+        "training": {"lr": args.lr, "batch_size": 8, "num_epochs": epochs, "warmup_ratio": 0.05, "seed": seed,
                      "logging_steps": 50},
         "logging": {"output_dir": str(args.output)},
     }  # fmt: skip
     if distillation is not None:
         teachers = [str(args.output / teacher) for teacher in TEACHERS]
         config["distillation"] = {"teachers": teachers, "cache": "top_k", "top_k": args.top_k, **distillation}
-    args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / f"{name}.json"  # JSON is YAML
     file.write_text(json.dumps(config), encoding="utf-8")
     going_on = any(not runs.damage(folder) for folder in runs.checkpoints(args.output / name))
@@ -57,11 +94,12 @@ def train(args, name: str, model: dict, epochs: int, seed: int, distillation: di
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds train/, dev/ and tokenizer.json")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
+    parser.add_argument("--words", type=int, default=20_000, help="of each file in train/ (default 20,000)")
     parser.add_argument("--output", type=Path, default=Path("models/distillation-quality"), help="where the runs go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
-    parser.add_argument("--teacher-epochs", type=int, default=3, help="default 3")
-    parser.add_argument("--epochs", type=int, default=2, help="of the students, with and without teachers (default 2)")
+    parser.add_argument("--teacher-epochs", type=int, default=6, help="default 6")
+    parser.add_argument("--epochs", type=int, default=10, help="of the students (default 10)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of teachers and students (default 1e-3)")
     parser.add_argument("--top-k", type=int, default=128, help="tokens kept for each place (default 128)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which students")
@@ -70,15 +108,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    prepare(args)
     rows = {name: [train(args, name, model, args.teacher_epochs, 0)] for name, model in TEACHERS.items()}
     for way in args.ways:
         rows[way] = [train(args, f"{way}-{seed}", STUDENT, args.epochs, seed, WAYS[way]) for seed in args.seeds]
-    print(f"\n{'':20}{'parameters':>11}{'words seen':>12}   held-out bits per byte: mean, each seed")
+    print(f"\n{'':20}{'parameters':>11}{'words seen':>12}   bits per byte after the last epoch (the best epoch)")
     for name, found in rows.items():
-        bits = [one["results"]["eval_bits_per_byte"] for one in found]
-        each = ", ".join(f"{value:.4f}" for value in bits)
+        names = [name] if name in TEACHERS else [f"{name}-{seed}" for seed in args.seeds]
+        curves = [bits_by_epoch(args.output / one) for one in names]
+        each = ", ".join(f"{curve[-1]:.4f} ({min(curve):.4f})" for curve in curves)
+        last, best = (statistics.fmean(pick(curve) for curve in curves) for pick in (lambda curve: curve[-1], min))
         plan = found[0]["plan"]
-        print(f"{name:20}{plan['parameters']:11,}{plan['words']:12,}   {statistics.fmean(bits):.4f}: {each}")
+        print(f"{name:20}{plan['parameters']:11,}{plan['words']:12,}   {last:.4f} ({best:.4f}): {each}")
     return 0
 
 
