@@ -36,7 +36,7 @@ SAMPLE = 256  # items that are scored both ways before the others are decided
 SAFETY = 2.0  # a decision of the fast pass needs a margin of this many times the largest error seen
 CLOSE = 1e-4  # nats; margins up to this are left to float32 in any case
 TREE_TOKENS = 48  # that a tree may hold beyond its first text; more would share more, and attend to more in vain
-CPU_HEAD_ELEMENTS = 2**21  # logits held at a time: 4 MB in bfloat16, what caches hold
+CPU_HEAD_TILE = 512, 1024  # logits held at a time, places x tokens: 2 MB in float32, which stay in caches
 
 
 def relative_scores(
@@ -234,7 +234,11 @@ def _logprobs(
     states = states[used]
     level = F.linear(states[:8], small, bias.to(small.dtype)).float().logsumexp(-1).mean().round()
     bias = (bias - level).to(small.dtype)
-    elements = CPU_HEAD_ELEMENTS if states.device.type == "cpu" else inference.HEAD_ELEMENTS
-    parts = states.split(max(1, elements // len(small)))
-    log_sums = [F.linear(some, small, bias).exp_().sum(-1, dtype=torch.float32).log() for some in parts]
-    return (logits - level - torch.cat(log_sums)[inverse]).double().cpu().numpy()
+    rows, columns = max(1, inference.HEAD_ELEMENTS // len(small)), len(small)
+    if states.device.type == "cpu":
+        rows, columns = CPU_HEAD_TILE
+    sums = torch.zeros(len(states), device=states.device)
+    for weight, offset in zip(small.split(columns), bias.split(columns), strict=True):
+        for some, total in zip(states.split(rows), sums.split(rows), strict=True):
+            total += F.linear(some, weight, offset).exp_().sum(-1, dtype=torch.float32)
+    return (logits - level - sums.log()[inverse]).double().cpu().numpy()

@@ -68,8 +68,10 @@ def test_choices_are_those_of_a_naive_loop(kind):
         assert found - found[0] == pytest.approx(exact - exact[0], abs=2 * precision["largest_error_nats"] + 1e-3)
 
 
-def test_trees_in_float32_are_the_texts_alone():
+@pytest.mark.parametrize("tile", [choices.CPU_HEAD_TILE, (7, 33)])
+def test_trees_in_float32_are_the_texts_alone(monkeypatch, tile):
     """What shares a beginning goes through the model once and scores as it would alone."""
+    monkeypatch.setattr(choices, "CPU_HEAD_TILE", tile)
     model = build_tiny_model("Llama")
     texts, _ = items(60, seed=1)
     found = choices.fast_sums(model, texts, [1] * len(texts), torch.float32)
