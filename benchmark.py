@@ -264,20 +264,14 @@ def identify(suite: BenchmarkSuite) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_predictions(suite: BenchmarkSuite, name: str, names: list[str], folder: Path) -> None:
-    """predictions.json of each BabyLM task, where BabyLM's pipeline looks for it: by the stem of the model's name, or
-    by the whole name where another of `names` has that stem."""
+def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
+    """predictions.json of each BabyLM task, in the folder of a model."""
     import runs
 
-    milestone = re.fullmatch(r"chck_\d+M", suite.model_path.resolve().name)
-    model, revision = name.replace("/", "_"), "main"
-    model = Path(model).stem if sum(Path(n).stem == Path(name).stem for n in names) == 1 else model
-    if milestone:
-        model, revision = suite.model_path.resolve().parent.stem, milestone[0]
     for task in suite.tasks.values():
         official = tasks.TASKS[task.type].official if task.type in tasks.TASKS else ""
         if official and "path" in task.options:
-            home = folder / "results" / model / revision / "zero_shot" / "causal" / official
+            home = folder / "zero_shot" / "causal" / official
             home = home if official == "reading" else home / Path(task.options["path"]).stem
             home.mkdir(parents=True, exist_ok=True)
             runs.write_json(
@@ -291,6 +285,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
     import runs
 
     environment, names = runs.environment(args.device), benchmark_report.short_names(args.models)
+    places = benchmark_report.places_of(args.models)
     config = {key: getattr(args, key) for key in ("models", "benchmark_config", "device", "seed")}
     document = {
         "results": {}, "comparison": {}, "models": {}, "failed": {}, "notes": [], "config": config,
@@ -308,7 +303,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
         try:
             suite = BenchmarkSuite(path, args.device, declared, args.seed)
             results, facts = suite.run_all_benchmarks(), identify(suite)
-            write_predictions(suite, name, names, output.parent)
+            write_predictions(suite, output.parent / "results" / places[path])
             for first in list(scores)[:1]:
                 gaps = benchmark_report.differences(declared, suite.scores, scores[first], args.seed)
                 document["comparison"].setdefault("differences", {})[name] = gaps

@@ -53,6 +53,21 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
+def places_of(paths: Sequence[str]) -> dict[str, Path]:
+    """The folder where BabyLM's pipeline looks for each model's predictions: MODEL/main, or for a chck_ checkpoint its
+    run's MODEL/chck_<N>M; MODEL is the stem of a name, or what short_names calls it where another has that stem."""
+    whole = {path: Path(path).resolve() for path in paths}
+    revision = {path: p.name if re.fullmatch(r"chck_\d+M", p.name) else "main" for path, p in whole.items()}
+    home = {path: p if revision[path] == "main" else p.parent for path, p in whole.items()}
+    homes = sorted(set(home.values()))
+    stems, names = [p.stem for p in homes], short_names([str(p) for p in homes])
+    models = {
+        p: stem if stems.count(stem) == 1 else name.replace("/", "_")
+        for p, stem, name in zip(homes, stems, names, strict=True)
+    }
+    return {path: Path(models[home[path]], revision[path]) for path in paths}
+
+
 def differences(declared: dict, scores: dict, reference: dict, seed: int) -> dict[str, Any]:
     """For each task how much more a model has than the reference: paired bootstrap by item, or by group of prompts."""
     found = {}
@@ -191,7 +206,8 @@ def phenomenon_curves(document: dict) -> list[dict[str, Any]]:
 def curves(document: dict) -> list[dict[str, Any]]:
     """Learning curves, ready to draw, of each run of which two or more checkpoints were measured."""
     models = list(document["models"])
-    names = [task for task in document["configs"] if task_on_unit_scale(document, task)]
+    results = document["results"].values()
+    names = [task for task in document["configs"] if any(r[task]["metric"] in UNIT_SCALE for r in results)]
     drawn = []
     for (parent, kind), places in checkpoints_of([facts["path"] for facts in document["models"].values()]).items():
         if len(places) < 2:
@@ -217,11 +233,6 @@ def curves(document: dict) -> list[dict[str, Any]]:
         unit = "training steps" if kind == "checkpoint-" else "million words seen"
         drawn.append({"run": parent, "unit": unit, "lines": lines, "ticks": ticks, "grid": grid})
     return drawn
-
-
-def task_on_unit_scale(document: dict, task: str) -> bool:
-    """Whether a task's figure ends at 1 (so that one axis serves all)."""
-    return any(results[task]["metric"] in UNIT_SCALE for results in document["results"].values())
 
 
 def page(document: dict) -> str:
@@ -255,7 +266,11 @@ def write_files(document: dict, output: Path) -> list[Path]:
     if bars := [row for row in table_rows(document) if row["unit_scale"]]:
         plots.plot_comparison(bars, output.with_suffix(".png"))
     written = [output, output.with_suffix(".html"), *[output.with_suffix(".png")] * bool(bars)]
-    for curve in phenomenon_curves(document):
-        written.append(output.with_name(f"{output.stem}-{Path(curve['run']).resolve().name}-{curve['task']}.png"))
+    drawn = phenomenon_curves(document)
+    every = sorted({curve["run"] for curve in drawn})
+    names = dict(zip(every, short_names(every), strict=True))
+    for curve in drawn:
+        run = names[curve["run"]].replace("/", "_")
+        written.append(output.with_name(f"{output.stem}-{run}-{curve['task']}.png"))
         plots.plot_learning_curve(curve, written[-1])
     return written

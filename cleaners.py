@@ -8,12 +8,10 @@ Pure functions from text to text, linear in its length. They know nothing of fil
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
-CLEANER_VERSION = 3  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+CLEANER_VERSION = 4  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
 
 # A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
 # What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
@@ -53,19 +51,7 @@ _CUE = re.compile(
     re.M,
 )
 _STYLE = re.compile(r"\{(?:\\[^}\n]{0,200}|\d{1,7})\}")
-_CREDIT_WORDS = (
-    "subtit",
-    "subs",
-    "caption",
-    "sync",
-    "transcri",
-    "ripped",
-    "encoded",
-    "download",
-    "allsubs",
-    "addic7ed",
-    "yify",
-)
+_CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "download", "addic7ed", "yify")
 _CREDIT = re.compile(
     r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
     r"(?: and [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
@@ -304,11 +290,3 @@ def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
         **dict.fromkeys(("cbt", "children_stories", "gutenberg"), c.books),
         "default": c.default,
     }
-
-
-def cleaner_for(domain: str) -> Callable[[str], str]:
-    """The cleaner of a domain; an unknown domain gets the one that changes nothing, with a warning."""
-    registry = create_cleaner_registry()
-    if domain not in registry:
-        logger.warning("no cleaner for the domain %r: its text stays as it is; known: %s", domain, ", ".join(registry))
-    return registry.get(domain, DomainCleaners.default)

@@ -265,11 +265,6 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     return facts
 
 
-def entropy_bits_per_byte(grammar: Grammar) -> float:
-    """The floor: exact entropy of a document over the expected bytes of its text."""
-    return grammar_facts(grammar)["bits_per_byte"]
-
-
 def _derive(grammar: Grammar, symbols: list[str], rng: random.Random) -> tuple[list[str], float]:
     """Words that the symbols expand to at random, and -log2 of the probability of that."""
     tables, stack, words, bits = grammar.tables, symbols[::-1], [], 0.0

@@ -22,12 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cleaners import CLEANER_VERSION, DomainCleaners, clean_text, cleaner_for, create_cleaner_registry
+from cleaners import CLEANER_VERSION, DomainCleaners, clean_text, create_cleaner_registry
 from documents import (
     PIECE,
     READER_VERSION,
     Piece,
-    clean_documents,
     clean_pieces,
     cut,
     domain_of,
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths", "clean_documents",
-    "clean_text", "cleaner_for", "create_cleaner_registry", "default_cache_dir", "domain_of", "find_files",
+    "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths",
+    "clean_text", "create_cleaner_registry", "default_cache_dir", "domain_of", "find_files",
     "load_tokenizer", "new_report", "read_documents", "source_of", "vocabulary_difference",
 ]  # fmt: skip
 logger = logging.getLogger(__name__)

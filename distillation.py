@@ -157,14 +157,15 @@ class Ensemble:
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
         """Each teacher's logits (B, T, V) for chunks (B, T)."""
-        answers = []
-        for model in self.models:
-            ids, mask = input_ids.to(model.device), {}
-            if self.mask_from is not None:
-                mask = {"attention_mask": document_mask(ids, self.mask_from, model.dtype)}
-            with chunks_are_whole():
-                answers.append(model(input_ids=ids, use_cache=False, **mask).logits)
-        return answers
+        with chunks_are_whole():
+            return [self.ask(model, input_ids) for model in self.models]
+
+    def ask(self, model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (B, T, V) of a teacher, or of the student where it is to see what they see."""
+        ids, mask = input_ids.to(model.device), {}
+        if self.mask_from is not None:
+            mask = {"attention_mask": document_mask(ids, self.mask_from, model.dtype)}
+        return model(input_ids=ids, use_cache=False, **mask).logits
 
     def targets(self, logits: list[torch.Tensor], here: slice = slice(None)) -> SoftTargets:
         """What they say together of some chunks of a batch, from each one's logits for the whole of it."""
@@ -293,9 +294,8 @@ def measure_error(cached: CachedChunks, ensemble: Ensemble, student) -> dict[str
     sums = np.zeros(2)
     sample = np.linspace(0, len(cached) - 1, min(SAMPLE, len(cached))).astype(int)
     for index in sample.tolist():
-        batch = collate_cached(collate_chunks, [cached[index]])
-        batch = {key: value.to(device) for key, value in batch.items()}
-        logits = student(input_ids=batch["input_ids"], use_cache=False).logits
+        batch = {key: value.to(device) for key, value in collate_cached(collate_chunks, [cached[index]]).items()}
+        logits = ensemble.ask(student, batch["input_ids"])
         whole, kept = ensemble.targets(ensemble.logits(batch["input_ids"])), cached_targets(batch)
         sums += [divergence(logits, targets, ensemble.temperature).mean().item() for targets in (whole, kept)]
     student.train(was_training)

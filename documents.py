@@ -278,8 +278,3 @@ def clean_pieces(pieces: Iterable[Piece], cleaner: Callable[[str], str]) -> Iter
             held, gap = Piece(text, held is None, False), ""
         if piece.last and held:
             yield held._replace(last=True)
-
-
-def clean_documents(path: str | os.PathLike, cleaner: Callable[[str], str], report: dict) -> Iterator[Piece]:
-    """read_documents, cleaned: the documents of which something is left; `report` counts what was read."""
-    return clean_pieces(read_documents(path, report), cleaner)

@@ -309,7 +309,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR")
     custom = read_prompts(Path(args.custom_prompts)) if args.custom_prompts else None
     texts, total = draw_passages(source, args.num_samples, args.seed)
-    prompts = custom or [" ".join(text.split()[:4]) for text in texts[:: -(-len(texts) // 10)]]
+    prompts = custom or [" ".join(text.split()[:4]) for text in texts[:: max(1, len(texts) // 10)][:10]]
 
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {

@@ -231,11 +231,11 @@ def check_budget(config: dict) -> dict[str, Any]:
     own = {source["sha256"] for source in text}
     learned = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
     learned |= {path: teacher_sources(path) for path in config.get("distillation", {}).get("teachers", ())}
-    other = {
-        path: sum(source["words"] for source in sources if source["sha256"] not in own)
-        for path, sources in learned.items()
-        if sources is not None
-    }
+    other = {}
+    for path, sources in learned.items():
+        counts = [None] if sources is None else [source["words"] for source in sources if source["sha256"] not in own]
+        if None not in counts:
+            other[path] = sum(counts)
     words = sum(source["words"] for source in text)
     budget = {
         "track": track, "words_allowed": allowed, "epochs_allowed": MAX_EPOCHS, "words": words,

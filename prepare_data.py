@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 
 from data_utils import (
     CLEANER_VERSION,
-    clean_documents,
     clean_text,
     create_cleaner_registry,
     domain_of,
@@ -39,23 +38,19 @@ from data_utils import (
     new_report,
     read_documents,
 )
-from train_tokenizer import check_request, describe, train_on_files, write_text_atomically
+from documents import clean_pieces
+from runs import sha256, write_json
+from schema import TRACKS
+from train_tokenizer import check_request, describe, train_on_files
 
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-WORD_BUDGETS = {"babylm_10m": 10_000_000, "babylm_100m": 100_000_000}  # the strict-small and the strict track
 NGRAM = 13  # words; the usual length in contamination checks of language models
 BATCH_PIECES = 128  # handed to the tokenizer at once when tokens are counted
 REPAIRS = ("empty_files", "bom_removed", "nul_removed", "surrogates_replaced", "invalid_bytes", "first_invalid")
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1_000_000)
@@ -147,7 +142,8 @@ def clean_files(files: list[Path], cleaner: Callable | None, target: Path, overl
     with open(target, "wb") as out:
         for path in files:
             report, seen = new_report(), 0
-            for piece in clean_documents(path, cleaner, report) if cleaner else read_documents(path, report):
+            read = read_documents(path, report)
+            for piece in clean_pieces(read, cleaner) if cleaner else read:
                 if piece.first:
                     out.write(b"\n\n\n" if documents else b"")
                     documents += 1
@@ -158,12 +154,12 @@ def clean_files(files: list[Path], cleaner: Callable | None, target: Path, overl
                     overlap.add(lower, piece.last)
                 bar.update(report["bytes"] - seen)
                 seen = report["bytes"]
-            facts = {"path": str(path), "sha256": file_sha256(path), "bytes": path.stat().st_size, "read": report}
+            facts = {"path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size, "read": report}
             sources.append(facts)
         out.write(b"\n" if documents else b"")
     return {
         "file": f"{target.parent.name}/{target.name}",
-        "sha256": file_sha256(target),
+        "sha256": sha256(target),
         "bytes": target.stat().st_size,
         "documents": documents,
         "documents_left_empty": sum(source["read"]["documents"] for source in sources) - documents,
@@ -231,7 +227,7 @@ def read_manifest(path: Path) -> tuple[dict, dict[str, str]]:
 def earlier_files(output_dir: Path, splits: list[str], recorded: dict[str, str]) -> list[Path]:
     """What an earlier run left in `splits`. Raises ValueError for a file that none wrote, or that was changed since."""
     found = [path for split in splits for path in sorted((output_dir / split).rglob("[!.]*")) if path.is_file()]
-    foreign = [path for path in found if recorded.get(str(path.relative_to(output_dir))) != file_sha256(path)]
+    foreign = [path for path in found if recorded.get(str(path.relative_to(output_dir))) != sha256(path)]
     if foreign:
         names = ", ".join(map(str, foreign))
         raise ValueError(
@@ -274,7 +270,7 @@ def prepare_tokenizer(args: argparse.Namespace, splits: dict, staging: Path) -> 
         return None
     backend = load_tokenizer(args.tokenizer_output).backend_tokenizer
     backend.encode_special_tokens = True  # "</s>" in a text is text
-    digest = file_sha256(args.tokenizer_output)
+    digest = sha256(args.tokenizer_output)
     for split in splits.values():
         split["tokenizer_sha256"] = digest
         for record in split["files"].values():
@@ -313,7 +309,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
         shutil.rmtree(staging, ignore_errors=True)
     budget = manifest.get("word_budget")  # what this run did not touch keeps its record
     if "train" in splits:
-        limit = WORD_BUDGETS["babylm_10m" if args.babylm_10m else "babylm_100m"]
+        limit = TRACKS["strict-small" if args.babylm_10m else "strict"]
         words = sum(record["words"] for record in splits["train"]["files"].values())
         budget = {"limit_words": limit, "words": words, "over_budget": words > limit}
     manifest = {
@@ -322,7 +318,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
         "word_budget": budget,
         "overlap": overlap.result() if overlap else None,
     }
-    write_text_atomically(manifest_file, json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_json(manifest_file, manifest)
     return manifest, list(splits)
 
 

@@ -89,15 +89,16 @@ def describe(point: dict[str, Any]) -> str:
 def variant(args: argparse.Namespace, point: dict[str, Any], name: str, folder: Path) -> argparse.Namespace:
     """The command line of one run of the sweep."""
     values = {**point, "model.name": name, "logging.output_dir": str(folder)}
-    assignments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     return argparse.Namespace(**{**vars(args), "set": [*(args.set or ()), *assignments], "sweep": None})
 
 
 def continued(args: argparse.Namespace, run_dir: Path) -> argparse.Namespace:
     """The same command line for a run that may have been begun before: from its checkpoint, or anew without one."""
-    if args.overwrite or (run_dir / runs.METRICS).is_file() or not runs.checkpoints(run_dir):
+    found = runs.checkpoints(run_dir)
+    if args.overwrite or (run_dir / runs.METRICS).is_file() or not (found or runs.milestones(run_dir)):
         return args
-    whole = any(not runs.damage(folder) for folder in runs.checkpoints(run_dir))
+    whole = any(not runs.damage(folder) for folder in found)
     how = {"resume_from_checkpoint": "latest"} if whole else {"overwrite": True}
     return argparse.Namespace(**{**vars(args), **how})
 

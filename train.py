@@ -206,7 +206,8 @@ def _prepare_inputs(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
 
 def floor_bits_per_byte(eval_path: str) -> float | None:
     """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
-    path = Path(eval_path).resolve().parent / "grammar.json"
+    text = Path(eval_path).resolve()
+    path = (text.parent if text.is_file() else text).parent / "grammar.json"
     if not path.is_file():
         return None
     try:
@@ -240,7 +241,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     from data_utils import byte_lengths, load_tokenizer
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
-    tokenizer.model_max_length = config["data"]["seq_length"]
+    tokenizer.model_max_length, lengths = config["data"]["seq_length"], byte_lengths(tokenizer)
     floor = floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_inputs(config, tokenizer)
     data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
@@ -269,7 +270,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     return SimpleNamespace(
         config=config, run_dir=run_dir, checkpoint=checkpoint, tokenizer=tokenizer, train_data=train_data,
         held_out=held_out, data_report=data_report, floor=floor, model=model, plan=plan, loss=loss,
-        lengths=byte_lengths(tokenizer), budget=budget,
+        lengths=lengths, budget=budget,
     )  # fmt: skip
 
 
@@ -346,7 +347,8 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
     """run(args): the exit code, and the error where the user can mend it; others are raised."""
     try:
         return run(args), None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # fit says more where there is something to go on from
+        print("interrupted outside the training steps; the same command begins again", file=sys.stderr)
         return EXIT_INTERRUPTED, None
     except (ValueError, OSError) as error:
         return 2, error
@@ -377,6 +379,8 @@ def main(argv: list[str] | None = None) -> int:
 
             return run_sweep(args, checked_config, attempt)
         code, error = attempt(args)
+    except KeyboardInterrupt:
+        code, error = EXIT_INTERRUPTED, None
     except (ValueError, OSError) as mistake:
         code, error = 2, mistake
     if error:

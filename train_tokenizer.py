@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_utils import SPECIAL_TOKENS, find_files, new_report, read_documents, source_of
+from runs import write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,27 +74,14 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 so that `path` is either the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer file and, where transformers can find it, the configuration that names the special tokens.
 
     transformers looks for tokenizer_config.json only beside a file called tokenizer.json. `unk_token` is null because
     every byte is known, and because GPT2TokenizerFast would otherwise add "<|endoftext|>", one token too many.
     """
-    write_text_atomically(path, tokenizer.to_str())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, tokenizer.to_str())
     if path.name == "tokenizer.json":
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -103,7 +90,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "padding_side": "right",
         }
-        write_text_atomically(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
+        write_text(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
 
 
 def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
@@ -121,7 +108,7 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
         raise ValueError(f"no text to train on: {files[0].parent} has only empty files")
     save_tokenizer(tokenizer, output)
     record = {"tokenizer_sha256": source_of(output)["sha256"], "sources": counted["sources"]}
-    write_text_atomically(output.with_suffix(".source.json"), json.dumps(record, indent=1) + "\n")
+    write_text(output.with_suffix(".source.json"), json.dumps(record, indent=1) + "\n")
     tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False))
     return {
         "files": len(files),

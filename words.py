@@ -19,24 +19,14 @@ import numpy as np
 
 _ASCII = bytes(byte < 0x80 and chr(byte).isspace() for byte in range(256))  # for bytes.translate
 _WIDE = [chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace()]  # U+3000 is the last blank
-_LEADS = sorted({blank[0] for blank in _WIDE})
-_CODES = np.array([int.from_bytes(blank.ljust(3, b"\0"), "big") for blank in _WIDE])  # two or three bytes each
 
 
 def blanks(text: bytes) -> np.ndarray:
     """Which bytes of a UTF-8 text are white space as str.split() knows it: bool (n,)."""
-    data, blank = np.frombuffer(text, np.uint8), np.frombuffer(bytearray(text.translate(_ASCII)), bool)
-    at = np.flatnonzero(data >= _LEADS[0])  # only these can begin a longer blank
-    at = at[np.isin(data[at], _LEADS)]
-    if len(at):
-        padded = np.concatenate([data, np.zeros(2, np.uint8)])
-        first, second, third = (padded[at + i].astype(np.int64) for i in range(3))
-        two = first == 0xC2  # U+0085 and U+00A0; all others have three bytes
-        codes = first << 16 | second << 8 | np.where(two, 0, third)
-        found = np.isin(codes, _CODES)
-        for place in (at[found], at[found] + 1, at[found & ~two] + 2):
-            blank[place] = True
-    return blank
+    if not text.isascii():
+        for blank in _WIDE:  # no character's bytes lie within those of others
+            text = text.replace(blank, b" " * len(blank))
+    return np.frombuffer(text.translate(_ASCII), bool)
 
 
 class WordFile:

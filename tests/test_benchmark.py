@@ -310,7 +310,7 @@ def test_all_mistakes_of_a_file_at_once(tmp_path):
         "blimpp": {}, "blimp": {"path": str(tmp_path / "none")}, "ewok": None, "x/y": {}, "n": 3, "list": {"type": ["blimp"]},
         "speed": {"batch_sizes": [0], "repeat": 3}, "two": {"type": "wug_adj", "path": "a", "items": []},
         "mine": {"type": "completion", "items": [{"prompt": "a", "answer": "b"}]},
-        "consistency": {"groups": [{"prompts": ["a"], "control": ""}]},
+        "consistency": {"groups": [{"prompts": ["a"], "control": ""}]}, "babylm_macro_average": {"type": "speed"},
     }  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         load_tasks({"tasks": raw})
@@ -321,6 +321,7 @@ def test_all_mistakes_of_a_file_at_once(tmp_path):
         "tasks.ewok: give a path to the items or the items themselves", "tasks.n: 3 is not a task",
         "tasks.speed.batch_sizes.0: 0 is not allowed", "tasks.speed.repeat: unknown key; did you mean repeats?",
         "tasks.mine: items: item 1: lacks wrong", "tasks.two: give a path", "tasks.x/y: not a name",
+        "tasks.babylm_macro_average: not a name",
         "tasks.consistency.groups.0.prompts:",
     ):  # fmt: skip
         assert part in message

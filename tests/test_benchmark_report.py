@@ -17,6 +17,7 @@ from benchmark_report import (
     in_training_order,
     page,
     phenomenon_curves,
+    places_of,
     short_names,
     table_rows,
     text_report,
@@ -89,6 +90,16 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.text[self.inside] += data
+
+
+def test_places_of_predictions():
+    """By the stem, as BabyLM's pipeline has it, unless two models would share a place."""
+    paths = ["models/a", "models/a/chck_1M", "models/b.v1/", "models/b.v2", "x/c/chck_2M", "y/c/chck_2M"]
+    assert {path: str(place) for path, place in places_of(paths).items()} == {
+        "models/a": "a/main", "models/a/chck_1M": "a/chck_1M", "models/b.v1/": "b.v1/main", "models/b.v2": "b.v2/main",
+        "x/c/chck_2M": "x_c/chck_2M", "y/c/chck_2M": "y_c/chck_2M",
+    }  # fmt: skip
+    assert [str(place) for place in places_of(["models/b.v1"]).values()] == ["b/main"]
 
 
 def test_short_names():

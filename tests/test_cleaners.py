@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 
@@ -12,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cleaners
-from data_utils import clean_text, cleaner_for, create_cleaner_registry, domain_of
+from data_utils import clean_text, create_cleaner_registry, domain_of
 
 REGISTRY = create_cleaner_registry()
 BABYLM_NAMES = ["aochildes", "childes", "bnc_spoken", "cbt", "children_stories", "gutenberg", "open_subtitles", "qed"]
@@ -28,15 +27,6 @@ def test_registry_knows_every_babylm_name_and_the_aliases():
     assert REGISTRY["default"](" a  b ,\n") == " a  b ,\n"
     for name in BABYLM_NAMES:
         assert REGISTRY[domain_of(f"data/{name}.train")] is REGISTRY[name]
-
-
-def test_unknown_domain_is_announced_once_and_keeps_its_text(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert cleaner_for("qed") is REGISTRY["subtitles"]
-        assert not caplog.records
-        assert cleaner_for("my_diary")("A: [x]  = y =") == "A: [x]  = y ="
-    (record,) = caplog.records
-    assert "my_diary" in record.getMessage() and "open_subtitles" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +122,10 @@ www.OpenSubtitles.org
 def test_subtitles():
     lines = REGISTRY["subtitles"](SRT).split("\n")
     assert [line for line in lines if line] == ["I will talk to you of art,", "1984", "was a year", "Hey!", "la la"]
+
+
+def test_a_short_credit():
+    assert REGISTRY["subtitles"]("Sub by John\nHello there.") == "Hello there."
 
 
 @pytest.mark.parametrize("timing", ["0:00:01.500,0:00:02.500", "*TC 00:01:02;03", "00:00:-1,-50 --> 00:00:02,000"])

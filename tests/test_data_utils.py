@@ -19,7 +19,6 @@ import documents
 from data_utils import (
     DataProcessor,
     byte_lengths,
-    clean_documents,
     clean_text,
     domain_of,
     find_files,
@@ -435,10 +434,10 @@ def test_cleaned_documents_in_pieces_are_those_of_the_whole(tmp_path, monkeypatc
         f"MARY: {a}\n[laughs]\nJOHN: {b}" for a, b in zip(sentences(80), sentences(80, seed=3), strict=True)
     )
     path = written(tmp_path, "switchboard.train", f"[applause]\n\n\n{text}\n\n\nA.1: Bye .\n")
-    cleaner = data_utils.cleaner_for("switchboard")
+    cleaner = data_utils.create_cleaner_registry()["switchboard"]
     monkeypatch.setattr(documents, "PIECE", 500)
     report = new_report()
-    pieces = list(clean_documents(path, cleaner, report))
+    pieces = list(documents.clean_pieces(documents.read_documents(path, report), cleaner))
     assert report["documents"] == 3 and sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == 2
     assert len(pieces) > 8 and max(len(piece.text) for piece in pieces) <= 502
     assert "".join(piece.text for piece in pieces[:-1]) == cleaner(text) and pieces[-1].text == "Bye."

@@ -278,6 +278,18 @@ def test_cached_and_uncached_training_agree_with_the_whole_vocabulary(tmp_path, 
     assert about["sample_kl"] == pytest.approx(about["sample_kl_cached"], abs=1e-6)
 
 
+def test_the_measured_error_sees_documents_as_the_loss_does(tmp_path):
+    """A student that is the teacher differs in nothing, documents apart or not."""
+    rows, model = chunks(3), build_tiny_model("Llama")
+    for row in rows:
+        row["input_ids"][[0, 9, 20]] = 1
+    for number, mask_from in enumerate((None, 1)):
+        ensemble = Ensemble([model], 2.0, "probabilities", mask_from)
+        write_cache(tmp_path / str(number), facts_of(400), rows, ensemble, model, 2)
+        about = json.loads((tmp_path / str(number) / "about.json").read_text())
+        assert about["sample_kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_cache_holds_the_best_tokens_and_says_what_is_lost(tmp_path):
     rows, folder = chunks(5), tmp_path / "cache"
     student = build_tiny_model("Llama")

@@ -343,9 +343,12 @@ def test_teachers_are_looked_up(shop, capsys):
     Path("other").mkdir()
     Path("other/data_report.json").write_text(json.dumps(report))
     config = train.load_config("c.yaml")
-    config["distillation"] = {"teachers": ["models/tiny", "other", "nowhere"]}
+    report["train"]["sources"][-1]["words"] = None  # its tokenizer changed the text
+    Path("uncounted").mkdir()
+    Path("uncounted/data_report.json").write_text(json.dumps(report))
+    config["distillation"] = {"teachers": ["models/tiny", "other", "uncounted", "nowhere"]}
     learned = ledger.check_budget(config)["other_words_learned_from"]
-    assert learned == {"tokenizer.json": 0, "models/tiny": 0, "other": 77, "nowhere": None}
+    assert learned == {"tokenizer.json": 0, "models/tiny": 0, "other": 77, "uncounted": None, "nowhere": None}
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused(shop, capsys):

@@ -203,7 +203,7 @@ def test_budget(run, raw, tmp_path, capsys, monkeypatch):
     words = sum(len(data.split()) for name, data in tree(tmp_path / "out").items() if name.startswith("train/"))
     assert manifest_of(tmp_path)["word_budget"] == {"limit_words": 10_000_000, "words": words, "over_budget": False}
     assert f"{words:,} of 10,000,000" in captured.out and "over the budget" not in captured.err
-    monkeypatch.setitem(prepare_data.WORD_BUDGETS, "babylm_100m", words - 7)
+    monkeypatch.setitem(prepare_data.TRACKS, "strict", words - 7)
     argv = ["--babylm-100m", raw / "train", "--output-dir", tmp_path / "out", "--skip-tokenizer"]
     assert main([str(word) for word in argv]) == 0
     assert "7 words over the budget" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Sweeps over real tiny models: the grid, what is refused, what is kept, resumed and shown."""
 
+import argparse
 import gc
 import json
 import shutil
@@ -154,8 +155,22 @@ def test_interrupted_runs_go_on_or_begin_anew(swept, capsys):
     assert [(folder / "model.safetensors").read_bytes() for folder in (first, second)] == weights
     steps = [json.loads(line)["step"] for line in (first / runs.LOG).read_text().splitlines()]
     assert steps == sorted(steps)
+    unfinished(second)
+    for folder in runs.checkpoints(second):  # only a milestone of BabyLM's is left
+        shutil.rmtree(folder)
+    (second / "chck_1M").mkdir()
+    assert swept(grid) == 0
+    assert (second / "model.safetensors").read_bytes() == weights[1]
     assert swept({"training.seed": [1]}, "--lr", "1e-3") == 2
     assert "training.lr: was 0.003, is 0.001" in (swept.folder / sweep.TABLE).read_text()
+
+
+def test_values_reach_the_runs_as_they_are(tmp_path):
+    text = 'a "path" with 😀, é and \\'
+    (first, *_) = sweep.variant(argparse.Namespace(set=None), {"data.train_path": text}, "x", tmp_path).set
+    raw = {}
+    settings.set_key(raw, first)
+    assert raw == {"data": {"train_path": text}}
 
 
 def test_ctrl_c_ends_the_sweep_and_keeps_what_is_done(swept, capsys, monkeypatch):

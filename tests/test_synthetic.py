@@ -433,7 +433,7 @@ def test_files_say_what_they_hold(tmp_path, capsys):
     rules = {a: tuple((p, tuple(right.split(" "))) for right, p in r.items()) for a, r in facts["rules"].items()}
     assert rules == GRAMMARS["medium"].rules
     assert facts["floor"] == pytest.approx(grammar_facts(Grammar("medium", rules, {})))
-    assert f"{synthetic.entropy_bits_per_byte(GRAMMARS['medium']):.4f}" in output
+    assert f"{grammar_facts(GRAMMARS['medium'])['bits_per_byte']:.4f}" in output
     assert facts["definition"].startswith("The floor.") and facts["definition"].endswith("(true_bits_per_byte).")
     pairs = [json.loads(line) for line in (tmp_path / "minimal_pairs.jsonl").read_text().splitlines()]
     assert Counter(pair["UID"] for pair in pairs) == dict.fromkeys(facts["minimal_pairs"]["kinds"], 20)

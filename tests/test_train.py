@@ -557,6 +557,26 @@ def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
     assert row["grad_norm"] is None
 
 
+def test_each_checkpoint_has_a_row_to_go_on_from(config_file, tmp_path):
+    """Seconds and tokens of a resumed run begin with those of its checkpoint, however seldom the log is written."""
+    path = config_file(training__logging_steps=1000, training__save_steps=3, training__num_epochs=2)
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    rows = [json.loads(line) for line in (run_dir / runs.LOG).read_text().splitlines()]
+    timed = {row["step"]: row["tokens"] for row in rows if "tokens_per_second" in row}
+    steps = [runs.step_of(folder) for folder in runs.checkpoints(run_dir)]
+    assert len(steps) == 2 and set(steps) <= set(timed)
+    assert set(range(3, max(steps) + 1, 3)) <= set(timed)
+
+
+def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
+    assert train.floor_bits_per_byte(str(tmp_path / "dev")) is None
+    (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
+    assert [train.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
+
+
 def test_a_foreign_grammar_is_named_before_anything_is_trained(config_file, corpus_dir, tmp_path, capsys):
     for split in ("train", "dev"):
         shutil.copytree(corpus_dir / split, tmp_path / "own" / split)
