@@ -326,6 +326,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
             except Exception as error:  # a figure that cannot be drawn costs no other model its results
                 log.debug("report", exc_info=True)
                 document["notes"].append(f"after {name} the report could not be written whole: {error}")
+                written = []
         del suite
         gc.collect()
     return document, written
@@ -387,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if document["results"]:
         print(benchmark_report.text_report(document))
-        print(f"\nresults in {', '.join(map(str, written))}")
-    return 2 if document["failed"] else 0
+        print(f"\nresults in {', '.join(map(str, written))}" if written else "\nthe report is not whole: see the note")
+    return 2 if document["failed"] or not written else 0
 
 
 if __name__ == "__main__":

@@ -405,6 +405,18 @@ def test_what_was_measured_survives_an_interruption(model_dirs, small_file, tmp_
     assert capsys.readouterr().err.endswith(f"interrupted; the models that had ended are in {output}, if any had\n")
 
 
+def test_a_report_that_cannot_be_drawn_is_no_success(model_dirs, small_file, tmp_path, capsys, monkeypatch):
+    def broken(rows, path):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("plots.plot_comparison", broken)
+    argv = [str(model_dirs["GPT2"]), "--benchmark-config", str(small_file), "--tasks", "blimp", "--device", "cpu"]
+    assert benchmark.main([*argv, "--output", str(tmp_path / "b.json")]) == 2
+    out = capsys.readouterr().out
+    assert "the report could not be written whole: no font" in out and "results in" not in out
+    assert list(json.loads((tmp_path / "b.json").read_text())["results"]) == ["GPT2"]
+
+
 def test_one_model_writes_into_its_own_directory(model_dirs, small_file, tmp_path, capsys):
     model = tmp_path / "run" / "chck_2M"
     build_tiny_model("GPT2").save_pretrained(model)
