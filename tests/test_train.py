@@ -447,6 +447,31 @@ def test_resuming_another_run_is_refused(finished_copy, capsys):
     assert "no such checkpoint; give its directory or the word latest" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--dry-run"])
+def test_a_tokenizer_without_bytes_is_refused_before_anything_goes(finished_copy, tmp_path, flag, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config_path, run_dir = finished_copy
+    words = ["<pad>", "<s>", "</s>", "The", "naïve cat"]  # a blank is no character of byte-level tokens
+    backend = Tokenizer(models.WordLevel(dict(zip(words, range(5), strict=True)), unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "words.json"))
+    weights = (run_dir / "model.safetensors").read_bytes()
+    set_it = ["--set", f"data.tokenizer_path={tmp_path / 'words.json'}"]
+    assert train.main(["--config", str(config_path), *set_it, flag]) == 2
+    assert "byte-level" in errors_of(capsys)[0]
+    assert (run_dir / "model.safetensors").read_bytes() == weights and runs.checkpoints(run_dir)
+
+
+def test_ctrl_c_before_the_first_step(config_file, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "create_model", interrupted)
+    assert train.main(["--config", str(config_file())]) == train.EXIT_INTERRUPTED
+    assert capsys.readouterr().err.endswith("interrupted outside the training steps; the same command begins again\n")
+
+
 def test_another_course_from_an_earlier_checkpoint(config_file, tmp_path):
     """What was saved after it goes, and what is saved in its place is whole."""
     path, run_dir = config_file(), tmp_path / "models" / "tiny"
