@@ -285,7 +285,6 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
     import runs
 
     environment, names = runs.environment(args.device), benchmark_report.short_names(args.models)
-    places = benchmark_report.places_of(args.models)
     config = {key: getattr(args, key) for key in ("models", "benchmark_config", "device", "seed")}
     document = {
         "results": {}, "comparison": {}, "models": {}, "failed": {}, "notes": [], "config": config,
@@ -303,7 +302,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
         try:
             suite = BenchmarkSuite(path, args.device, declared, args.seed)
             results, facts = suite.run_all_benchmarks(), identify(suite)
-            write_predictions(suite, output.parent / "results" / places[path])
+            write_predictions(suite, output.parent / "results" / benchmark_report.places_of(args.models)[path])
             for first in list(scores)[:1]:
                 gaps = benchmark_report.differences(declared, suite.scores, scores[first], args.seed)
                 document["comparison"].setdefault("differences", {})[name] = gaps
