@@ -45,12 +45,10 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
-        control.should_log |= control.should_save  # the row from which a resumed run goes on with the clock
         if control.should_log or control.should_evaluate or control.should_save:
             self._stop_clock(state)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
         self._stop_clock(state)
 
     def _stop_clock(self, state) -> None:

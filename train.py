@@ -348,7 +348,10 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
     try:
         return run(args), None
     except KeyboardInterrupt:  # fit says more where there is something to go on from
-        print("interrupted outside the training steps; the same command begins again", file=sys.stderr)
+        print(
+            "interrupted outside the training steps; where a checkpoint is, go on with --resume_from_checkpoint latest",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED, None
     except (ValueError, OSError) as error:
         return 2, error

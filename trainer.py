@@ -272,11 +272,19 @@ class LMTrainer(Trainer):
 
 
 class _Intervals(TrainerCallback):
-    """A resumed run logs, evaluates and saves as its configuration says now, not as its checkpoint remembers."""
+    """A resumed run logs, evaluates and saves as its configuration says now, not as its checkpoint remembers.
+
+    Each checkpoint has its row in the log, from which a resumed run goes on with the clock; all processes gather it.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         if hasattr(state, "compute_steps"):
             state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
 
 
 class _UpdateAverage(TrainerCallback):

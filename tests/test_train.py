@@ -469,7 +469,7 @@ def test_ctrl_c_before_the_first_step(config_file, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "create_model", interrupted)
     assert train.main(["--config", str(config_file())]) == train.EXIT_INTERRUPTED
-    assert capsys.readouterr().err.endswith("interrupted outside the training steps; the same command begins again\n")
+    assert capsys.readouterr().err.endswith("where a checkpoint is, go on with --resume_from_checkpoint latest\n")
 
 
 def test_another_course_from_an_earlier_checkpoint(config_file, tmp_path):

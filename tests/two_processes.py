@@ -119,6 +119,8 @@ def main(config: str, folder: str) -> None:
         in_turn(Path(folder) / "prepared")
         evaluation()
         train_and_resume(config, "llama")
+        seldom = ["--set", "training.logging_steps=1000"]  # each checkpoint has a row, which all processes gather
+        assert train.main(["--config", config, "--model-name", "seldom", *seldom]) == 0
         train_and_resume(config, "gpt2", "--set", "model.type=GPT2", "--set", "model.resid_pdrop=0.1")
         assert train.main(["--config", config, "--model-name", "no", "--set", "training.fsdp=true"]) == 2
         nan_of_one(config, "nan")
