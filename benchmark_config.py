@@ -11,7 +11,6 @@ own has theirs.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from settings import ROOT, ConfigError, read_yaml_file
+from settings import ROOT, ConfigError, hint, read_yaml_file
 from tasks import TASKS, Item, decode_rows, read_items
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
@@ -130,9 +129,7 @@ def _task(name: str, raw: Any, problems: list[str]) -> BenchmarkTask | None:
         problems.append(f"{where}: not a name; use letters, digits, '.', '_' and '-'")
         return None
     if not isinstance(kind, str) or kind not in TYPES:
-        near = difflib.get_close_matches(str(kind), TYPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(TYPES)}"
-        problems.append(f"{where}.type: {kind!r} is unknown; {hint}")
+        problems.append(f"{where}.type: {kind!r} is unknown; {hint(str(kind), TYPES)}")
         return None
     default = _built_in().get(kind, {})
     if "path" in given or "items" in given:
@@ -168,6 +165,4 @@ def _line(where: str, schema: type[_Options], error: dict) -> str:
         return f"{path}: missing"
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['input']!r} is not allowed; {error['msg'][0].lower()}{error['msg'][1:]}"
-    near = difflib.get_close_matches(str(error["loc"][-1]), schema.model_fields, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: type, {', '.join(schema.model_fields)}"
-    return f"{path}: unknown key; {hint}"
+    return f"{path}: unknown key; {hint(str(error['loc'][-1]), ['type', *schema.model_fields])}"

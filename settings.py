@@ -14,6 +14,7 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str], source: str = ""):
         self.problems = problems
         super().__init__("\n".join(f"{source}: {line}" if source else line for line in problems))
+
+
+def hint(word: str, known: Iterable[str], before: str = "") -> str:
+    """What was meant by a wrong word: the known one that is nearest, `before` in front, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {before}{near[0]}?" if near else f"known: {', '.join(before + name for name in known)}"
 
 
 # ---- reading YAML -------------------------------------------------------------------------------
@@ -85,9 +93,8 @@ def read_yaml_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
-        near = difflib.get_close_matches(path.name, shipped, n=1)
-        hint = f"; did you mean config/{near[0]}?" if near else f"; shipped: {', '.join(shipped)} (in config/)"
-        raise FileNotFoundError(f"{path}: {'is a directory' if path.is_dir() else 'no such configuration file'}{hint}")
+        what = "is a directory" if path.is_dir() else "no such configuration file"
+        raise FileNotFoundError(f"{path}: {what}; {hint(path.name, shipped, 'config/')}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError([f"larger than {MAX_CONFIG_BYTES:,} bytes: not a configuration"], str(path))
     try:
@@ -150,16 +157,11 @@ def _unknown(path: tuple[str, ...]) -> str:
     """The line for a key that is not in the schema, with the nearest one that is."""
     dotted, last = ".".join(path), path[-1]
     if len(path) == 1:
-        near = difflib.get_close_matches(last, SECTIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SECTIONS)}"
-        return f"{dotted}: unknown section; {hint}"
+        return f"{dotted}: unknown section; {hint(last, SECTIONS)}"
     home = [name for name, section in SECTIONS.items() if last in section.model_fields]
     if home:
         return f"{dotted}: unknown key; it belongs in {home[0]}.{last}"
-    own = list(SECTIONS[path[0]].model_fields)
-    near = difflib.get_close_matches(last, own, n=1)
-    hint = f"did you mean {path[0]}.{near[0]}?" if near else f"known: {', '.join(own)}"
-    return f"{dotted}: unknown key; {hint}"
+    return f"{dotted}: unknown key; {hint(last, SECTIONS[path[0]].model_fields, f'{path[0]}.')}"
 
 
 def _line(error: dict, root: tuple[str, ...] = ()) -> str:

@@ -101,7 +101,7 @@ def test_none_is_null(config_file, text):
         ({"training__bf16": True, "training__precision": "fp32"}, "training.bf16: true, but training.precision is"),
         ({"training__epochs": 3}, "training.epochs: unknown key; did you mean training.num_epochs?"),
         ({"training__seq_length": 64}, "training.seq_length: unknown key; it belongs in data.seq_length"),
-        ({"model__zzz": 1}, "model.zzz: unknown key; known: type, name, hidden_size"),
+        ({"model__zzz": 1}, "model.zzz: unknown key; known: model.type, model.name, model.hidden_size"),
     ],
 )  # fmt: skip
 def test_one_wrong_value_is_one_line(changes, expected):
