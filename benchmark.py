@@ -19,8 +19,7 @@ A file for --benchmark-config (paths are seen from the working directory; TASK: 
       blimp: {path: evaluation_data/full_eval/blimp_filtered}
 
 How figures are defined. Texts are scored with BOS in front (a tokenizer with neither BOS nor EOS leaves out the first
-token). tasks.score_items defines accuracies and their intervals. The overall score is of quality alone: the mean over
-tasks of how far the score lies above chance, (score - chance) / (1 - chance) and at least 0, times 1 - repetition.
+token). tasks.score_items defines accuracies and their intervals, metrics.overall the overall score, of quality alone.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ from benchmark_config import BenchmarkTask, load_tasks
 
 log = logging.getLogger(__name__)
 BY_GROUP = "bootstrap by group"
-QUALITY = ("accuracy", "completion_accuracy", "spearman", "avg_consistency_score")  # metrics of 1 at best
 SPEED_PROMPT = "Once upon a time there was a little"
 
 
@@ -112,7 +110,7 @@ class BenchmarkSuite:
         chance = statistics.mean(controls)
         return {
             "metric": "avg_consistency_score",
-            **self._mean_of_groups(task, "avg_consistency_score", scores),
+            **self._mean_of_groups(task, "avg_consistency_score", scores, less=controls),
             "consistency_scores": scores,
             "chance": chance,
             "baselines": {
@@ -166,7 +164,11 @@ class BenchmarkSuite:
         """
         results = {name: self.run_task(name) for name in self.tasks}
         average = tasks.macro_average({name: task.type for name, task in self.tasks.items()}, results)
-        return {**results, **overall(results), **({} if average is None else {"babylm_macro_average": average})}
+        return {
+            **results,
+            **metrics.overall(results, self.seed),
+            **({} if average is None else {"babylm_macro_average": average}),
+        }
 
     def run_task(self, name: str) -> dict[str, Any]:
         """The figures of one declared task."""
@@ -195,8 +197,9 @@ class BenchmarkSuite:
         """The first declared task of a type, else the built-in one."""
         return next((t for t in self.tasks.values() if t.type == kind), None) or load_tasks({"tasks": {kind: {}}})[kind]
 
-    def _mean_of_groups(self, task: BenchmarkTask, key: str, scores: list[float]) -> dict[str, Any]:
-        self.scores[task.name] = np.array(scores)
+    def _mean_of_groups(self, task: BenchmarkTask, key: str, scores: list[float], less: Any = 0.0) -> dict[str, Any]:
+        """The mean with its interval; models are compared by the scores `less` what is chance for each."""
+        self.scores[task.name] = np.array(scores) - less
         return {
             **metrics.mean_over_groups(key, np.array([scores]).T, self.seed),
             "n": len(scores),
@@ -238,18 +241,6 @@ def begins_with(text: str, answer: str) -> bool:
     return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def overall(results: dict[str, dict]) -> dict[str, Any]:
-    """The score of quality and its parts; speed has none, and reading times neither, which have no upper end."""
-    parts = {}
-    for name, result in results.items():
-        if result["metric"] in QUALITY:
-            parts[name] = max(0.0, result[result["metric"]] - result["chance"]) / max(1 - result["chance"], 1e-9)
-    repetition = [r["avg_repetition_score"] for r in results.values() if r["metric"] == "avg_repetition_score"]
-    factor = 1 - statistics.mean(repetition) if repetition else 1.0
-    score = statistics.mean(parts.values()) * factor if parts else None
-    return {"overall_score": score, "overall_parts": {**parts, "one_minus_repetition": factor}}
-
-
 def identify(suite: BenchmarkSuite) -> dict[str, Any]:
     """What was measured: path, size, and a digest of the weights (two names for the same model show)."""
     import inference
@@ -260,7 +251,7 @@ def identify(suite: BenchmarkSuite) -> dict[str, Any]:
         "path": str(suite.model_path), "architecture": type(suite.model).__name__,
         "parameters": suite.model.num_parameters(), "vocab_size": len(suite.tokenizer),
         "context": inference.context_length(suite.model), "bos": suite.bos, "device": str(suite.device),
-        "weights_sha256": [runs.sha256(file) for file in files],
+        "weights_sha256": [runs.sha256(file) for file in files], "training": runs.training_scores(suite.model_path),
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from settings import ROOT, ConfigError, hint, read_yaml_file
 from tasks import TASKS, Item, decode_rows, read_items
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
-RESERVED = {"overall_score", "overall_parts", "babylm_macro_average"}  # keys that stand beside the tasks in a result
+RESERVED = {"overall_score", "overall_score_ci95", "overall_parts", "babylm_macro_average"}  # names no task may have
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
 

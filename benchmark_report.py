@@ -26,7 +26,7 @@ UNIT_SCALE = (
     "avg_repetition_score",
 )  # fmt: skip
 SECOND = {  # a figure beside the main one, and what its rows are called
-    "completion_accuracy": {"generation_accuracy": "written"},
+    "completion_accuracy": {"generation_accuracy": "generated"},
     "eye_tracking_percent": {"self_paced_reading_percent": "self-paced"},
 }
 LABELS = {
@@ -35,6 +35,7 @@ LABELS = {
     "self_paced_reading_percent": "% explained", "generation_accuracy": "accuracy",
 }  # fmt: skip
 CHECKPOINT = re.compile(r"(checkpoint-|chck_)(\d+)(M?)")
+PICTURES = {"training_curves.png": "training", "evaluation_plots.png": "held-out text"}
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 CHART = {"width": 680, "height": 300, "left": 50, "right": 190, "top": 12, "bottom": 40}
 
@@ -125,11 +126,14 @@ def gap_text(gap: dict | None) -> str:
 
 
 def parts_text(results: dict) -> str:
-    """An overall score with its parts."""
-    parts = dict(results["overall_parts"])
-    factor = parts.pop("one_minus_repetition")
-    mean = ", ".join(f"{task} {number(value)}" for task, value in parts.items()) or "nothing that measures quality"
-    return f"{number(results['overall_score'])} = mean of {mean}; times {number(factor)} (1 - repetition)"
+    """An overall score with its interval and its parts."""
+    if results["overall_score"] is None:
+        return "none: no task measures quality"
+    parts, (low, high) = dict(results["overall_parts"]), results["overall_score_ci95"]
+    factor = parts.pop("one_minus_repetition", None)
+    mean = ", ".join(f"{task} {number(value)}" for task, value in parts.items())
+    times = "" if factor is None else f"; times {number(factor)} (1 - repetition)"
+    return f"{number(results['overall_score'])} [{number(low)}, {number(high)}] = mean of {mean}{times}"
 
 
 def text_report(document: dict) -> str:
@@ -242,7 +246,25 @@ def page(document: dict) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "gap": gap_text, "parts": parts_text, "plain": plain, "digest": digest}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(document=document, rows=table_rows(document), curves=curves(document), chart=CHART)
+    return template.render(
+        document=document, rows=table_rows(document), curves=curves(document), chart=CHART, pictures=pictures(document)
+    )
+
+
+def pictures(document: dict) -> list[tuple[str, str, str]]:
+    """(model, what it shows, data URI) of the pictures that train.py and evaluate.py left beside a model's weights.
+
+    One that is older than the weights is of another model.
+    """
+    found = []
+    for model, facts in document["models"].items():
+        weights = Path(facts["path"], "model.safetensors")
+        for name, shows in PICTURES.items():
+            file = weights.with_name(name)
+            if weights.is_file() and file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime:
+                data = base64.b64encode(file.read_bytes()).decode()
+                found.append((model, shows, f"data:image/png;base64,{data}"))
+    return found
 
 
 def plain(text: Any, most: int = 2000) -> str:

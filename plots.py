@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -43,7 +44,7 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
     figure, ((loss, rate, speed),) = _figure(1, 3, 13, 4)
     for axis in (loss, rate, speed):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
-    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
+    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     on_text = [r.get("ce_loss", r["loss"]) for r in train]  # with teachers, the part that compares with held-out
     loss.plot([r["tokens"] for r in train], on_text, color=BLUE, lw=1.2, label="training")
@@ -56,7 +57,9 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
     loss.legend(frameon=False)
     rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], color=BLUE)
     rate.set(xlabel="tokens", ylabel="learning rate", title="learning rate")
-    fast = [r for r in train if "tokens_per_second" in r]
+    steps = [b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *train])]  # a row of few is noise
+    usual = sorted(steps)[len(steps) // 2] if steps else 0
+    fast = [r for r, n in zip(train, steps, strict=True) if "tokens_per_second" in r and 2 * n >= usual]
     speed.plot([r["tokens"] for r in fast], [r["tokens_per_second"] for r in fast], color=BLUE)
     speed.set(xlabel="tokens", ylabel="tokens per second", title="training speed", ylim=(0, None))
     figure.savefig(path, dpi=120)
@@ -134,7 +137,7 @@ def _draw_reliability(axis, found: dict) -> None:
     lows, highs = zip(*(b["accuracy_ci95"] for b in bins), strict=True)
     axis.vlines(places, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
     sizes = [20 + 400 * b["count"] / total for b in bins]
-    axis.scatter(places, heights, s=sizes, color=BLUE, alpha=0.6, label="area: share of tokens")
+    axis.scatter(places, heights, s=sizes, color=BLUE, alpha=0.6, label="area: share of tokens", clip_on=False)
     title = f"calibration, error {found['expected_calibration_error']:.3f} over {total:,} tokens"
     axis.set(xlabel="probability of the likeliest token", ylabel="how often it is right", title=title)
     axis.set(xlim=(0, 1), ylim=(0, 1))
@@ -168,7 +171,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (None for none), on a scale up to 1.
     """
     tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
-    figure, ((axis,),) = _figure(1, 1, max(6, 1.5 + len(tasks) * (0.7 + 0.25 * len(models))), 4.2)
+    figure, ((axis,),) = _figure(1, 1, max(6, 2 + len(tasks) * (1 + 0.25 * len(models))), 4.2)
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
@@ -182,7 +185,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
         for place, chance in marked:
             axis.hlines(chance, place - width / 2, place + width / 2, colors="black", linestyles="dotted", lw=1.4)
     worse_above = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
-    names = [label(task) + "\n(lower is better)" * (task in worse_above) for task in tasks]
+    names = [label(task).replace(" (", "\n(") + "\n(lower is better)" * (task in worse_above) for task in tasks]
     tilted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 6 else {}
     axis.set_xticks(range(len(tasks)), names, **tilted)
     lowest = min(row["low"] for row in rows)
@@ -239,7 +242,7 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
 
     at, last = curve["at"], {term: values[-1] for term, values in curve["lines"].items()}
     axis.fill_between(at, *zip(*curve["ci95"], strict=True), color="black", alpha=0.12, lw=0)
-    axis.plot(at, curve["mean"], "o-", color="black", lw=2.2, ms=4, label=f"mean, {curve['mean'][-1]:.3f}")
+    axis.plot(at, curve["mean"], "o-", color="black", lw=2.2, ms=4, label=f"all paradigms, {curve['mean'][-1]:.3f}")
     for i, term in enumerate(sorted(last, key=lambda term: -last[term])):  # the legend in the order of the ends
         name = label(f"{term.replace('_', ' ')}, {last[term]:.3f}")
         axis.plot(at, curve["lines"][term], ".-", color=colormaps["tab20"](i % 20), lw=1.2, label=name)

@@ -191,6 +191,15 @@ def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) ->
     write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
+def training_scores(folder: str | Path) -> dict[str, float | None] | None:
+    """What a run of train.py found on its held-out text, and how many words it read; None for another's directory."""
+    if not (file := Path(folder, METRICS)).is_file():
+        return None
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "floor_bits_per_byte", "words_trained")
+    return {key: results[key] for key in keys}
+
+
 def is_model(folder: str | Path) -> bool:
     """Whether a directory holds a model that can be loaded: a config.json and weights."""
     return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))

@@ -216,17 +216,34 @@ def test_ties_count_one_half(results):
 
 
 def test_overall_score_by_hand():
+    gap = {"difference": 0.04, "difference_ci95": [0.04, 0.04], "noise": False}
     made = {
         "completion": {"metric": "completion_accuracy", "completion_accuracy": 0.7, "chance": 0.25},
         "wug": {"metric": "spearman", "spearman": -0.3, "chance": 0.0},
+        "consistency": {"metric": "avg_consistency_score", "avg_consistency_score": 0.98, "chance": 0.94},
         "repetition": {"metric": "avg_repetition_score", "avg_repetition_score": 0.2},
         "speed": {"metric": "tokens_per_second", "tokens_per_second": 1e6},
         "reading": {"metric": "eye_tracking_percent", "eye_tracking_percent": 3.0},
     }
-    found = benchmark.overall(made)
-    assert found["overall_parts"] == {"completion": pytest.approx(0.6), "wug": 0.0, "one_minus_repetition": 0.8}
-    assert found["overall_score"] == pytest.approx((0.6 + 0) / 2 * 0.8)
-    assert benchmark.overall({"speed": made["speed"]})["overall_score"] is None
+    for result in made.values():
+        result[f"{result['metric']}_ci95"] = [result[result["metric"]]] * 2
+    made["consistency"]["baselines"] = {"same ending": gap}
+    found = metrics.overall(made)
+    parts = {"completion": pytest.approx(0.6), "wug": 0.0, "consistency": pytest.approx(0.04)}
+    assert found["overall_parts"] == {**parts, "one_minus_repetition": 0.8}
+    assert found["overall_score"] == pytest.approx((0.6 + 0 + 0.04) / 3 * 0.8)
+    assert found["overall_score_ci95"] == pytest.approx([found["overall_score"]] * 2)
+    nothing = {"overall_score": None, "overall_score_ci95": None, "overall_parts": {}}
+    assert metrics.overall({"speed": made["speed"]}) == nothing
+
+
+def test_interval_of_the_overall_score():
+    """Two tasks far from 0: the mean of normals of known width, without repetition among the parts."""
+    task = {"metric": "accuracy", "accuracy": 0.8, "chance": 0.5, "accuracy_ci95": [0.78, 0.82]}
+    found = metrics.overall({"a": task, "b": {**task, "accuracy_ci95": [0.76, 0.84]}})
+    half = math.hypot(0.02, 0.04) / 2 / 0.5  # of the mean of two, in units of the room above chance
+    assert found["overall_score_ci95"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
+    assert found["overall_parts"] == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
 
 
 def test_a_suite_can_be_subclassed(model_dirs):
@@ -376,6 +393,7 @@ def test_one_broken_model_does_not_lose_the_others(model_dirs, small_file, tmp_p
         "speed",
         "blimp",
         "overall_score",
+        "overall_score_ci95",
         "overall_parts",
     }
     assert {"versions", "n-samples", "config", "configs", "git_hash", "environment", "date"} <= set(document)

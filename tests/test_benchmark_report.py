@@ -1,10 +1,13 @@
 """benchmark_report.py: the differences, the tables, and a page that is self-contained, escaped and opens in a browser."""
 
+import base64
 import json
+import os
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,12 +58,12 @@ def document(models=("run/checkpoint-100", "run/checkpoint-400", EVIL)):
         }
         results[model] = {
             "blimp": result(0.6 + 0.1 * i, noise=i == 0), "repetition": {**repetition, "n": 20, "samples": samples},
-            "speed": speed, "overall_score": 0.3 - 0.1 * i,
+            "speed": speed, "overall_score": 0.3 - 0.1 * i, "overall_score_ci95": [0.1, 0.4],
             "overall_parts": {"blimp": 0.25, "one_minus_repetition": 0.8},
         }  # fmt: skip
         facts[model] = {
             "path": f"models/{model}", "architecture": "LlamaForCausalLM", "parameters": 10**7, "vocab_size": 16000,
-            "context": 128, "device": "cpu", "bos": True, "weights_sha256": [],
+            "context": 128, "device": "cpu", "bos": True, "weights_sha256": [], "training": None,
         }  # fmt: skip
     gap = {"difference": 0.1, "difference_ci95": [-0.05, 0.25], "noise": True}
     sure = {"difference": 0.2, "difference_ci95": [0.15, 0.25], "noise": False}
@@ -128,7 +131,10 @@ def test_table_says_what_is_noise():
     assert "random 0.500 ~, shorter 0.400 ~" in lines[1] and "0.600" in lines[1] and "0.550 .. 0.650" in lines[1]
     assert "+0.100 [-0.050, +0.250] ~" in lines[2] and "random 0.500, shorter 0.400 " in lines[2]
     assert lines[3].endswith("+0.200 [+0.150, +0.250]")
-    assert "overall score of run/checkpoint-400: 0.200 = mean of blimp 0.250; times 0.800 (1 - repetition)" in lines
+    assert (
+        "overall score of run/checkpoint-400: 0.200 [0.100, 0.400] = mean of blimp 0.250; times 0.800 (1 - repetition)"
+        in lines
+    )
     assert lines[-1] == f"note: a and {EVIL} have the same weights"
     assert benchmark_report.baseline("unigram", {"score": 0.7, "difference": -0.2, "noise": False}) == (
         "unigram 0.700 >", False,
@@ -145,7 +151,7 @@ def test_a_second_figure_has_rows_of_its_own():
             "metric": "completion_accuracy", "completion_accuracy": 0.6, "completion_accuracy_ci95": [0.5, 0.7],
             "generation_accuracy": 0.25, "generation_accuracy_ci95": [0.2, 0.3],
         }  # fmt: skip
-    rows = [row for row in table_rows(made) if row["task"] == "blimp (written)"]
+    rows = [row for row in table_rows(made) if row["task"] == "blimp (generated)"]
     assert [(row["model"], row["value"], row["low"], row["high"]) for row in rows] == [
         (model, 0.25, 0.2, 0.3) for model in made["results"]
     ]  # fmt: skip
@@ -252,6 +258,41 @@ def test_page_is_self_contained_and_escaped():
     assert text.index("failed: cannot be read") < text.index("<h2>Models</h2>")
 
 
+def with_a_run(made: dict, folder: Path) -> str:
+    """The document with its first model a run in folder, with pictures of which one is old; the name of that model."""
+    from matplotlib.figure import Figure
+
+    name = next(iter(made["models"]))
+    for file, age in (("evaluation_plots.png", 100), ("model.safetensors", 50), ("training_curves.png", 0)):
+        figure = Figure(figsize=(1, 1))
+        figure.savefig(folder / file, format="png")
+        os.utime(folder / file, (1e9 - age, 1e9 - age))
+    scores = {
+        "eval_loss": 2.2151,
+        "eval_perplexity": 9.163,
+        "eval_bits_per_byte": 0.8425,
+        "floor_bits_per_byte": 0.8241,
+    }
+    made["models"][name] |= {"path": str(folder), "training": {**scores, "words_trained": 600_000}}
+    return name
+
+
+def test_what_a_run_left_stands_on_the_page(tmp_path):
+    made = document()
+    name = with_a_run(made, tmp_path)
+    reader = Reader(page(made))
+    (source,) = [value for tag, key, value in reader.attributes if (tag, key) == ("img", "src")]  # the old one is not
+    kind, _, data = source.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == (tmp_path / "training_curves.png").read_bytes()
+    text = page(made)
+    held_out = text[text.index("<h2>Held-out text") : text.index("<h2>Scores")]
+    assert held_out.count("<tr>") == 2 and f"{name}</td>" in held_out  # the head and this model
+    assert all(shown in held_out for shown in (">2.215<", ">9.163<", ">0.8425<", ">0.8241<", ">600,000<"))
+    made["models"][name]["training"]["floor_bits_per_byte"] = made["models"][name]["training"]["words_trained"] = None
+    assert "0.8241" not in page(made) and "Held-out text" not in page(document())
+
+
 def test_subsets_stand_below_the_task():
     made = document()
     rows = {f"kind {i}": {**result(0.9), "accuracy_ci95": [0.8, 0.95]} for i in range(3)}
@@ -281,7 +322,9 @@ def test_the_files_beside_the_json(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_opens_in_a_browser_and_sorts(tmp_path):
     html = tmp_path / "benchmark.html"
-    html.write_text(page(document()), encoding="utf-8")
+    made = document()
+    with_a_run(made, tmp_path)
+    html.write_text(page(made), encoding="utf-8")
     flags = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
     picture = tmp_path / "page.png"
     shot = subprocess.run(
@@ -295,5 +338,5 @@ def test_page_opens_in_a_browser_and_sorts(tmp_path):
     for clicks, expected in (("", ["0.100", "0.200", "0.300"]), ("b.click();", ["0.300", "0.200", "0.100"])):
         html.write_text(copy.replace("</body>", click.replace("CLICKS", clicks)), encoding="utf-8")
         dom = subprocess.run([*flags, "--dump-dom", html.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        table = dom[dom.index("<h2>Models") : dom.index("<h2>Scores")]
+        table = dom[dom.index("<h2>Models") : dom.index("<h2>Held-out")]
         assert re.findall(r'<td class="num"[^>]*>(0\.\d00)</td>', table) == expected
