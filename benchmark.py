@@ -362,9 +362,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--output {output}: name a .json file; the page and the chart get its name")
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed} must be 0 or more")
-        output.parent.mkdir(parents=True, exist_ok=True)
         import benchmark_report
         import inference
+        import runs
+
+        runs.require_writable(output, "--output")
 
         inference.pick_device(args.device)
         args.models = benchmark_report.in_training_order(args.models)

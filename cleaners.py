@@ -1,7 +1,7 @@
 """The cleaners: what each BabyLM domain's files carry that is not text, and the mending of blanks and punctuation.
 
     from data_utils import DomainCleaners, create_cleaner_registry
-    DomainCleaners.wikipedia("= = History = =\\nIt began in 1900.[12]")     # "It began in 1900."
+    DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"
 
 Pure functions from text to text, linear in its length. They know nothing of files and documents (documents.py does).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-CLEANER_VERSION = 4  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+CLEANER_VERSION = 5  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
 
 # A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
 # What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
@@ -51,10 +51,13 @@ _CUE = re.compile(
     re.M,
 )
 _STYLE = re.compile(r"\{(?:\\[^}\n]{0,200}|\d{1,7})\}")
-_CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "download", "addic7ed", "yify")
+_CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "download", "addic7ed", "yify",
+    "translat", "correct", "advertise", "osdb")  # fmt: skip
 _CREDIT = re.compile(
     r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
-    r"(?: and [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
+    r"(?: (?:and|&) [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
+    r"|^\W*\w+ subtitles?\W*$|^\W*(?:translated|corrected|re-?sync(?:ed)?)(?: (?:and|&) [a-z]{1,20})? ?(?:by\b|:)[^.!?]{0,40}$"
+    r"|\brate this subtitle\b|\bosdb\.link\b|\badvertise your product\b"
     r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
 )
 _BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
@@ -104,8 +107,10 @@ def _unjoin(match: re.Match) -> str:
 
 
 def _plain_blanks(text: str) -> str:
-    """Tabs, no-break and wide blanks as plain ones: for the patterns a blank is then what clean_text leaves."""
+    """Tabs, no-break and wide blanks as plain ones, line ends as newlines: the patterns then need to know no others."""
     text = text.replace("\t", " ")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text if text.isascii() else text.replace("\xa0", " ").replace("\u3000", " ")
 
 

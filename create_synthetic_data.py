@@ -372,6 +372,14 @@ def _write_all(grammar: Grammar, folder: Path, num_tokens: int, seed: int, num_p
     return facts
 
 
+def _require_own(folder: Path) -> None:
+    """ValueError where a file would be replaced that this script did not write: grammar.json shows that it did."""
+    names = ("grammar.json", "train/synthetic.train", "dev/synthetic.dev", "minimal_pairs.jsonl")
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there and not (there[0].name == names[0] and b'"true_bits_per_byte"' in there[0].read_bytes()):
+        raise ValueError(f"output-dir: {there[0]} is not of this script; move it away or give another directory")
+
+
 def create_synthetic_data(
     output_dir: str | Path,
     num_tokens: int = 1_000_000,
@@ -382,7 +390,7 @@ def create_synthetic_data(
     """Write the four files into output_dir and return what grammar.json says.
 
     num_tokens: words of the training text; num_pairs: minimal pairs of each kind. The same arguments give the same
-    files byte for byte. Files of that name are replaced once all are complete. ValueError for a wrong value.
+    files byte for byte. Files that it wrote before are replaced once all are complete; ValueError for those of others.
     """
     grammar, output_dir = build_grammar(complexity), Path(output_dir)
     if num_tokens < 1:
@@ -391,6 +399,7 @@ def create_synthetic_data(
         raise ValueError(f"num-pairs: {num_pairs} minimal pairs of each kind; give 1 to {MAX_PAIRS}")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output-dir: {output_dir} is a file; give a directory")
+    _require_own(output_dir)
     for split in ("train", "dev"):
         (output_dir / split).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".unfinished-") as scratch:
@@ -419,14 +428,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     for split, n in facts["text"].items():
         print(f"{split:<6}{n['documents']:,} documents, {n['words']:,} words, {n['bytes']:,} bytes")
     pairs, floor, own = facts["minimal_pairs"], facts["floor"], facts["text"]["dev"]["true_bits_per_byte"]
     print(f"pairs {pairs['pairs']:,} minimal pairs of {len(pairs['kinds'])} kinds")
     print(f"floor {floor['bits_per_byte']:.4f} bits per byte on average; {own:.4f} on this very dev text")
     print(f"files {args.output_dir}: train/synthetic.train dev/synthetic.dev minimal_pairs.jsonl grammar.json")
-    folder = Path(args.output_dir) / "train"
-    print(f"next  python train_tokenizer.py --data-dir {folder} --vocab-size 1000 --output models/tokenizer.json")
+    next_step = f"python train_tokenizer.py --data-dir {Path(args.output_dir) / 'train'} --vocab-size 700"
+    print(f"next  {next_step} --output models/quickstart-tokenizer.json")
     return 0
 
 

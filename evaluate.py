@@ -166,6 +166,7 @@ class ModelEvaluator:
         """Draw what `metrics` holds: the dict of one method, several merged, or a dict of such dicts."""
         from plots import plot_evaluation
 
+        Path(save_path).parent.mkdir(parents=True, exist_ok=True)
         plot_evaluation(metrics, Path(save_path))
 
     def _scores(self, texts: Sequence[str], batch_size: int) -> list:
@@ -229,6 +230,8 @@ def read_prompts(path: Path) -> list[str]:
         prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; --custom-prompts takes a file of prompts") from None
     if not prompts:
         raise ValueError(f"{path} holds no prompt: one on each line is expected")
     return prompts
@@ -268,9 +271,9 @@ TABLE = [
     ("perplexity", "perplexity", "perplexity per token"),
     ("perplexity", "word_perplexity", "perplexity per word"),
     ("perplexity", "bits_per_byte", "bits per UTF-8 byte"),
-    ("token_probabilities", "top1_accuracy", "share of tokens guessed"),
+    ("token_probabilities", "top1_accuracy", "share of tokens guessed right"),
     ("token_probabilities", "median_rank", "median rank of the token"),
-    ("token_probabilities", "avg_top_token_prob", "likeliest token's probability"),
+    ("token_probabilities", "avg_top_token_prob", "mean probability of the guess"),
     ("token_probabilities", "avg_entropy", "entropy, nats"),
     ("token_probabilities", "expected_calibration_error", "calibration error"),
     ("generation", "avg_diversity_score", "diversity of a sample"),
@@ -291,7 +294,8 @@ def print_report(report: dict) -> None:
         between = f"   {interval[0]:.4f} .. {interval[1]:.4f}" if interval and None not in interval else ""
         print(f"{label:32}{'undefined' if value is None else format(value, '.4f'):>10}{between}")
     for sample in report["results"]["generation"]["generation_samples"][:3]:
-        print(f"\n> {sample['prompt']}|{' '.join(sample['generations'][0].split())}")
+        text = " ".join(f"{sample['prompt']}|{sample['generations'][0]}".split())
+        print("\n> " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
     for line in report["notes"]:
         print(f"\nnote: {line}")
 
@@ -299,8 +303,6 @@ def print_report(report: dict) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Read text and prompts, measure, and return the report in the shape of lm-evaluation-harness."""
     model_path = Path(args.model)
-    if not model_path.is_dir():
-        raise FileNotFoundError(f"no model directory at {model_path}")
     import runs
     from settings import run_text
 
@@ -317,9 +319,9 @@ def run(args: argparse.Namespace) -> dict:
         "token_probabilities": evaluator.evaluate_token_probabilities(texts, args.batch_size),
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
-    undefined: list[str] = []
-    environment = runs.environment(args.device)
+    undefined, environment = [], runs.environment(args.device)
     config = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
+    config |= {"weights_sha256": runs.weights_sha256(model_path)}
     config |= {"parameters": evaluator.model.num_parameters(), "bos": evaluator.bos, "seed": args.seed}
     config |= {"temperature": args.temperature, "batch_size": args.batch_size, "passage_chars": PASSAGE_CHARS}
     text_counts = {"original": total, "effective": len(texts)}
@@ -347,11 +349,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
     add("num-samples", type=int, default=500, help="passages of held-out text to score (default 500)")
-    add(
-        "output-path",
-        metavar="FILE",
-        help="the JSON file (default MODEL/evaluation_results.json); the plots lie beside",
-    )
+    add("output-path", metavar="FILE", help="the JSON file (default MODEL/evaluation_results.json), plots beside it")
     add("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add("custom-prompts", metavar="FILE", help="prompts, one on a line (default: beginnings of ten passages)")
     add("temperature", type=float, default=0.8, help="of sampling; 0 takes the likeliest token (default 0.8)")
@@ -371,11 +369,13 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(args.output_path or Path(args.model) / "evaluation_results.json")
         if output.is_dir():
             raise ValueError(f"--output-path {output} is a directory: name a file")
-        report = run(args)
         import plots
         import runs
 
-        output.parent.mkdir(parents=True, exist_ok=True)
+        if not Path(args.model, "config.json").is_file():
+            raise FileNotFoundError(f"no model at {args.model}: expected a directory with config.json and weights")
+        runs.require_writable(output, "--output-path")
+        report = run(args)
         runs.write_json(output, report)
         plots.plot_evaluation(report["results"], output.with_name("evaluation_plots.png"), args.model)
     except (ValueError, OSError) as error:

@@ -202,16 +202,6 @@ def by_domain(sources: list[dict]) -> dict[str, int]:
     return words
 
 
-def tokenizer_sources(path: str) -> list[dict] | None:
-    """The files that train_tokenizer.py trained the tokenizer at `path` on; None where no record of it is there."""
-    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-    record = file.with_suffix(".source.json")
-    if not record.is_file():
-        return None
-    facts = json.loads(record.read_text(encoding="utf-8"))
-    return facts["sources"] if facts["tokenizer_sha256"] == runs.sha256(file) else None
-
-
 def teacher_sources(path: str) -> list[dict] | None:
     """The files that train.py trained the teacher at `path` on; None where its directory does not say."""
     report = Path(path, runs.DATA_REPORT)
@@ -229,7 +219,7 @@ def check_budget(config: dict) -> dict[str, Any]:
     track, data = config["babylm"]["track"], config["data"]
     allowed, text = TRACKS[track], count_text(data["train_path"])
     own = {source["sha256"] for source in text}
-    learned = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
+    learned = {data["tokenizer_path"]: runs.tokenizer_sources(data["tokenizer_path"])}
     learned |= {path: teacher_sources(path) for path in config.get("distillation", {}).get("teachers", ())}
     other = {}
     for path, sources in learned.items():

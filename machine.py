@@ -147,7 +147,18 @@ def matmul_flops(precision: str) -> float:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised this because a device, or the CPU, has no memory left."""
-    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "alloc_failed"))
+
+
+def memory_advice(training: dict[str, Any]) -> str:
+    """What makes a step of this training section fit in less memory."""
+    batch, steps = training["batch_size"], training["gradient_accumulation_steps"]
+    half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
+    further = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true take less still"
+    if batch == 1:
+        return f"{further};{half and f' so do{half},'} a smaller model and a shorter data.seq_length"
+    less = f"--batch-size {batch // 2} --gradient-accumulation-steps {steps * 2}{half} --overwrite"
+    return f"the same step fits in less with {less}; {further}"
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers.pytorch_utils import Conv1D
 
 import machine
 import ranks
 from loss import NextTokenLoss
+
+log = logging.getLogger(__name__)
 
 
 def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
@@ -16,15 +20,21 @@ def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
     per_step = training["batch_size"] * training["gradient_accumulation_steps"] * ranks.count()
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
     attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
+    whole = ranks.steps_per_epoch(n_chunks, per_step) * training["num_epochs"]
+    steps = min(whole, training["max_steps"] or whole)
+    if training["warmup_steps"] >= steps:
+        log.warning("training.warmup_steps: %d, but the run has %d steps: the learning rate never comes to training.lr",
+                    training["warmup_steps"], steps)  # fmt: skip
+    chunks = ranks.chunks_after(steps, n_chunks, per_step)
     return {
         "parameters": model.num_parameters(),
         "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
         "processes": ranks.count(),
         "tokens_per_step": per_step * seq_length,
-        "steps": ranks.steps_per_epoch(n_chunks, per_step) * training["num_epochs"],
-        "epochs": training["num_epochs"],
-        "words": report["words"] * training["num_epochs"],
-        "tokens": n_chunks * seq_length * training["num_epochs"],
+        "steps": steps,
+        "epochs": round(chunks / n_chunks, 4),
+        "words": round(report["words"] / report["tokens"] * chunks * seq_length),
+        "tokens": chunks * seq_length,
         "flops_per_token": 6 * (products + attention),  # forward 2, backward 4; causal attention sees T / 2 on average
         "seed": training["seed"],
         "loss": loss_in_words(config.get("distillation")),
@@ -85,7 +95,7 @@ def print_plan(config: dict, plan: dict, example: str) -> None:
     print(f"model       {config['model']['type']}, {plan['parameters']:,} parameters "
           f"({plan['parameters_without_embeddings']:,} without embeddings)")  # fmt: skip
     print(f"step        {plan['tokens_per_step']:,} tokens (batch x accumulation x processes x seq_length: {batch})")
-    print(f"run         {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['words']:,} words, "
+    print(f"run         {plan['steps']:,} steps, {plan['epochs']:g} epochs, about {plan['words']:,} words, "
           f"{plan['tokens']:,} tokens")  # fmt: skip
     print(f"precision   {plan['precision']} ({plan['precision_reason']})")
     print(f"compile     {'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})")

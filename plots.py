@@ -84,13 +84,16 @@ def plot_curves(losses: dict[str, list[float]], path: Path) -> None:
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
     """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
 
-    `metrics` is one such dict, several merged, or a dict of them. A panel without its figures is left out; ValueError
-    where none has any.
+    `metrics` is one such dict, several merged, a dict of them, or evaluate.py's report. A panel without its figures is
+    left out; a perplexity alone is drawn with its intervals. ValueError where there is nothing to draw.
     """
+    metrics = metrics.get("results", metrics)
     found = dict(metrics)
     for value in metrics.values():
         found |= value if isinstance(value, dict) else {}
     panels = [draw for key, draw in EVALUATION_PANELS.items() if found.get(key)]
+    if not panels and found.get("nats_per_token") is not None:
+        panels = [_draw_rates]
     if not panels:
         raise ValueError(f"nothing to draw: the metrics hold none of {', '.join(EVALUATION_PANELS)}")
     rows = -(-len(panels) // 2)
@@ -103,6 +106,18 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a model may say what the font lacks: a box is drawn
         figure.savefig(path, dpi=120)
+
+
+def _draw_rates(axis, found: dict) -> None:
+    keys = ("nats_per_token", "bits_per_byte")
+    for place, key in enumerate(keys):
+        value, (low, high) = found[key], found[f"{key}_ci95"]
+        axis.plot([low, high], [place, place], color=BLUE, lw=2)
+        axis.plot(value, place, "o", color=BLUE)
+        axis.annotate(f"{value:.4f}", (value, place), xytext=(0, 8), textcoords="offset points", ha="center")
+    axis.set_yticks(range(len(keys)), [key.replace("_", " ") for key in keys])
+    axis.set(xlabel="with 95 % interval", ylim=(-0.6, len(keys) - 0.4), xlim=(0, None))
+    axis.set_title(f"perplexity {found['perplexity']:,.2f} per token, {found['word_perplexity']:,.2f} per word")
 
 
 def _draw_surprisal(axis, found: dict) -> None:

@@ -16,15 +16,14 @@ It does not download, deduplicate or split data, and it does not overwrite a fil
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from itertools import chain, islice
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,96 +38,17 @@ from data_utils import (
     read_documents,
 )
 from documents import clean_pieces
+from overlap import NGRAM, Overlap
 from runs import sha256, write_json
 from schema import TRACKS
 from train_tokenizer import check_request, describe, train_on_files
 
 if TYPE_CHECKING:
-    import numpy as np
     from tokenizers import Tokenizer
 
-NGRAM = 13  # words; the usual length in contamination checks of language models
 BATCH_PIECES = 128  # handed to the tokenizer at once when tokens are counted
 REPAIRS = ("empty_files", "bom_removed", "nul_removed", "surrogates_replaced", "invalid_bytes", "first_invalid")
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
-
-
-@lru_cache(maxsize=1_000_000)
-def word_hash(word: str) -> int:
-    """64-bit hash of a word, the same in every process (Python's own is salted)."""
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-
-
-def ngram_hashes(word_hashes: np.ndarray) -> np.ndarray:
-    """64-bit hashes of all runs of NGRAM words: uint64 (W,) -> uint64 (max(0, W - NGRAM + 1),).
-
-    A polynomial in an odd number modulo 2^64, all positions at once.
-    """
-    import numpy as np
-
-    n = max(0, len(word_hashes) - NGRAM + 1)
-    hashes = np.zeros(n, dtype=np.uint64)
-    for i in range(NGRAM):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + word_hashes[i : i + n]
-    return hashes
-
-
-class Overlap:
-    """Finds the documents and n-grams of dev that occur in train: reads dev first, then train, once each.
-
-    Words are split at white space and lower-cased, an n-gram does not cross documents. Memory: two 64-bit numbers for
-    each word of dev, nothing for train.
-    """
-
-    def __init__(self) -> None:
-        self.dev_ngrams: list[np.ndarray] = []  # hashes, an array for each piece of text
-        self.dev_documents: list[bytes] = []  # digests
-        self.shared_documents: set[bytes] = set()  # of dev and train
-        self.table: np.ndarray | None = None  # the sorted distinct n-grams of dev; None until train begins
-        self.digest = hashlib.blake2b(digest_size=16)  # of the document at hand
-        self.tail: Sequence[int] = []  # the hashes of its last NGRAM - 1 words
-
-    def start_train(self) -> None:
-        """Dev has been read: sort its n-grams for the search."""
-        import numpy as np
-
-        self.dev_ngrams = np.concatenate([np.zeros(0, dtype=np.uint64), *self.dev_ngrams])
-        self.table = np.unique(self.dev_ngrams)
-        self.found = np.zeros(len(self.table), dtype=bool)
-        self.known_documents = set(self.dev_documents)
-
-    def add(self, words: list[str], last: bool) -> None:
-        """Take in the next words (lower-cased) of the document at hand, its last ones or not."""
-        import numpy as np
-
-        self.digest.update("".join(f"{word} " for word in words).encode())
-        hashes = np.fromiter(chain(self.tail, map(word_hash, words)), dtype=np.uint64)
-        self.tail = hashes[-(NGRAM - 1) :]
-        ngrams = ngram_hashes(hashes)
-        if self.table is None:
-            self.dev_ngrams.append(ngrams)
-        elif len(self.table):
-            places = np.searchsorted(self.table, ngrams)
-            places[places == len(self.table)] = 0
-            self.found[places[self.table[places] == ngrams]] = True
-        if last:
-            if self.table is None:
-                self.dev_documents.append(self.digest.digest())
-            elif self.digest.digest() in self.known_documents:
-                self.shared_documents.add(self.digest.digest())
-            self.digest, self.tail = hashlib.blake2b(digest_size=16), []
-
-    def result(self) -> dict[str, int]:
-        """Counts for the manifest; an n-gram or a document that dev has twice counts twice."""
-        import numpy as np
-
-        return {
-            "ngram_words": NGRAM,
-            "dev_documents": len(self.dev_documents),
-            "dev_documents_in_train": sum(digest in self.shared_documents for digest in self.dev_documents),
-            "dev_ngrams": len(self.dev_ngrams),
-            "dev_ngrams_in_train": int(self.found[np.searchsorted(self.table, self.dev_ngrams)].sum()),
-        }
 
 
 def clean_fully(cleaner: Callable[[str], str] | None, text: str) -> str:
@@ -316,10 +236,16 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
         "splits": manifest["splits"] | splits,
         "tokenizer": tokenizer,
         "word_budget": budget,
-        "overlap": overlap.result() if overlap else None,
+        "overlap": name_places(overlap.result(), splits["dev"]["files"]) if overlap else None,
     }
     write_json(manifest_file, manifest)
     return manifest, list(splits)
+
+
+def name_places(overlap: dict, files: dict[str, dict]) -> dict:
+    """The result of Overlap with the shared documents by file and number (from 1) instead of by number alone."""
+    names = [f"{record['file']} {i}" for record in files.values() for i in range(1, record["documents"] + 1)]
+    return {**overlap, "places": [names[place] for place in overlap["places"]]}
 
 
 def print_split(split: str, entry: dict) -> None:
@@ -354,6 +280,9 @@ def print_checks(manifest: dict, splits: list[str]) -> None:
         print(f"overlap: {shared:,} of {total:,} documents of dev are in train,", end=" ")
         shared, total = overlap["dev_ngrams_in_train"], overlap["dev_ngrams"]
         print(f"{shared:,} of {total:,} runs of {NGRAM} words ({100 * shared / max(1, total):.3f} %)")
+        if overlap["places"]:
+            shown = ", ".join(overlap["places"][:10]) + ", ..." * (len(overlap["places"]) > 10)
+            print(f"warning: documents of dev in train, on which held-out scores flatter: {shown}", file=sys.stderr)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -384,9 +313,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the output directory is as it was", file=sys.stderr)
+        return 130
     for split in splits:
         print_split(split, manifest["splits"][split])
     print_checks(manifest, splits)
+    written = [f"{args.output_dir / split}/" for split in splits] + [str(args.output_dir / "manifest.json")]
+    print(f"wrote {', '.join(written)}; tokens are of {(manifest['tokenizer'] or {'path': 'no tokenizer'})['path']}")
     return 0
 
 

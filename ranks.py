@@ -82,10 +82,15 @@ def start() -> None:
 
 
 def require_gpus() -> None:
-    """ValueError without GPUs: accelerate's FSDP needs them, and on CPUs it would copy the model to each process."""
+    """ValueError without GPUs: accelerate's FSDP needs them, and on CPUs it would copy the model to each process.
+
+    In one process there is nothing to share out, which is said in a warning.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    if count() == 1:
+        logging.getLogger(__name__).warning("training.fsdp: true shares nothing out in one process (docs/scaling.md)")
+    elif not torch.cuda.is_available():
         raise ValueError("training.fsdp: true needs a GPU for each process; on CPUs leave it out")
 
 

@@ -22,6 +22,7 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
         model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
     )
     model.save_pretrained(run_dir)
+    runs.share_weights(run_dir)
     tokenizer.save_pretrained(run_dir)
     samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
                        temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip

@@ -15,7 +15,10 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,9 @@ MILLION = 1_000_000  # words, the unit in the names of BabyLM's checkpoints
 RESULTS = (
     METRICS, COMPLIANCE, "model.safetensors", "config.json", "generation_config.json", "README.md", "training_curves.png"
 )  # fmt: skip
+MEASURED = ("evaluation_results.json", "evaluation_plots.png", "benchmark.json", "benchmark.html", "benchmark.png")
 FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
-    "training.num_epochs", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
+    "training.num_epochs", "training.max_steps", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
     "training.eval_steps", "logging.wandb", "logging.project", "logging.output_dir"
 }  # fmt: skip
 
@@ -60,8 +64,25 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def share_weights(folder: Path) -> None:
+    """Weights get the permissions of the other files: safetensors lets nobody but their owner read them."""
+    if (folder / "config.json").is_file():
+        for file in folder.glob("*.safetensors"):
+            file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+
+
+def require_writable(file: Path, flag: str) -> None:
+    """Make the folder of a file of results; ValueError, before any work, where it cannot be written there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({error.strerror}); name another file with {flag}") from None
+
+
 def seal_checkpoint(folder: Path) -> None:
     """Write complete.json (size and sha256 of every file) as the last act of saving; drop the pickled arguments."""
+    share_weights(folder)
     for name in ("training_args.bin", MANIFEST):  # the manifest of a checkpoint that was saved here before
         (folder / name).unlink(missing_ok=True)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()}
@@ -126,15 +147,26 @@ def find_checkpoint(which: str, run_dir: Path) -> Path:
 # ---- whose directory it is ----------------------------------------------------------------------
 
 
+def _read(path: Path, parse: Callable[[str], Any]) -> dict:
+    """A file of a run; ValueError where it is damaged."""
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and all(isinstance(part, dict) for part in value.values() if path.name == CONFIG):
+            return value
+    except (ValueError, OSError, yaml.YAMLError):
+        pass
+    raise ValueError(f"{path}: is damaged; bring it back, or train anew with --overwrite or another --model_name")
+
+
 def _flat(config: dict) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
 
 
 def differences(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     """What differs between the run in run_dir and this configuration and text: {key: "key: was ..., is ..."}."""
-    old, new = _flat(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))), _flat(config)
+    old, new = _flat(_read(run_dir / CONFIG, yaml.safe_load)), _flat(config)
     lines = {k: f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)}
-    old_report, report = json.loads((run_dir / DATA_REPORT).read_text(encoding="utf-8")), dict(report)
+    old_report, report = _read(run_dir / DATA_REPORT, json.loads), dict(report)
     was, now = (r.pop("processes", 1) for r in (old_report, report))
     if was != now:
         lines["processes"] = f"processes: was {was}, is {now}"
@@ -148,27 +180,34 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
     """The metrics of a finished run of this very configuration on this very text, else None."""
     if not (run_dir / METRICS).is_file() or differences(run_dir, config, report):
         return None
-    return json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    return _read(run_dir / METRICS, json.loads)
+
+
+def require_own(run_dir: Path) -> None:
+    """ValueError where a run's directory holds files of something else."""
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG).is_file():
+        raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
 
 
 def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run; ValueError where something would be lost or mixed."""
-    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG).is_file():
-        raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
         if checkpoint.parent.resolve() != run_dir.resolve():
             raise ValueError(f"{checkpoint}: is not of this run, which is in {run_dir}")
         changed = differences(checkpoint.parent, config, report)
         if bad := [line for key, line in changed.items() if key not in FREE_ON_RESUME]:
-            raise ValueError(f"{checkpoint}: belongs to another run: " + "; ".join(bad))
+            remedy = "resume with what it was, or train anew with --overwrite or another --model_name"
+            raise ValueError(f"{checkpoint}: belongs to another run ({', '.join(bad)}); {remedy}")
         return checkpoint
     saved = checkpoints(run_dir)
     if (saved or milestones(run_dir) or any((run_dir / name).exists() for name in RESULTS)) and not overwrite:
-        state = ", ".join(differences(run_dir, config, report).values()) or "the same configuration, not finished"
+        changed = differences(run_dir, config, report)
+        state = ", ".join(changed.values()) or "the same configuration, not finished"
+        goes_on = bool(saved) and changed.keys() <= FREE_ON_RESUME
         raise ValueError(
             f"{run_dir}: holds another run ({state}); add "
-            + "--resume_from_checkpoint latest to go on with it, " * bool(saved)
+            + "--resume_from_checkpoint latest to go on with it, " * goes_on
             + "--overwrite to replace it, or choose another --model_name"
         )
     return None
@@ -180,7 +219,7 @@ def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) ->
     Of a run that goes on from a `checkpoint` only the later ones go: what follows them is another course.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:
+    for name in (*RESULTS, *MEASURED):  # of weights that are no longer here
         (run_dir / name).unlink(missing_ok=True)
     gone = [*checkpoints(run_dir), *milestones(run_dir)]
     if checkpoint is not None:
@@ -191,11 +230,29 @@ def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) ->
     write_text(run_dir / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
+def tokenizer_sources(path: str | Path) -> list[dict] | None:
+    """The files that train_tokenizer.py trained the tokenizer at `path` on; None without a record of this very file."""
+    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+    record = file.with_suffix(".source.json")
+    if not record.is_file() or not file.is_file():
+        return None
+    facts = json.loads(record.read_text(encoding="utf-8"))
+    return facts["sources"] if facts["tokenizer_sha256"] == sha256(file) else None
+
+
+def warn_of_leaks(report: dict) -> None:
+    """A warning for held-out files that are training files too: scores on them say nothing of other text."""
+    known = {source["sha256"]: source["file"] for source in report["train"]["sources"]}
+    for source in report["validation"]["sources"]:
+        if source["sha256"] in known:
+            log.warning("%s: the held-out text is training text too: %s", source["file"], known[source["sha256"]])
+
+
 def training_scores(folder: str | Path) -> dict[str, float | None] | None:
     """What a run of train.py found on its held-out text, and how many words it read; None for another's directory."""
     if not (file := Path(folder, METRICS)).is_file():
         return None
-    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    results = _read(file, json.loads)["results"]
     keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "floor_bits_per_byte", "words_trained")
     return {key: results[key] for key in keys}
 
@@ -220,6 +277,18 @@ def require_teacher(folder: str) -> None:
         raise FileNotFoundError(f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}")
 
 
+def floor_bits_per_byte(eval_path: str) -> float | None:
+    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
+    text = Path(eval_path).resolve()
+    path = (text.parent if text.is_file() else text).parent / "grammar.json"
+    if not path.is_file():
+        return None
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
+
+
 # ---- where a figure comes from ------------------------------------------------------------------
 
 
@@ -234,82 +303,17 @@ def environment(device: str | None = None) -> dict[str, str | None]:
         ).stdout.strip()
     except OSError:  # no git here
         git = ""
-    on_gpu = torch.cuda.is_available() and str(device or "auto").startswith(("auto", "cuda"))
+    asked = str(device or "auto")
+    on_gpu = torch.cuda.is_available() and asked.startswith(("auto", "cuda"))
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(asked.replace("auto", "cuda"))
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} threads",
         "git_hash": git or None,
     }
-
-
-CARD = """\
----
-{{ header }}
----
-
-# {{ config.model.name }}
-
-A {{ config.model.type }} language model of {{ "{:,}".format(plan.parameters) }} parameters, trained from scratch on
-{{ "{:,}".format(data.train.words) }} words ({{ plan.epochs }} epochs, {{ "{:,}".format(results.words_trained or plan.words) }} words seen) with BabyLlama.
-
-| score | value | unit |
-|---|---|---|
-| held-out loss | {{ "%.4f" % results.eval_loss }} | nats per token |
-| held-out perplexity | {{ "%.2f" % results.eval_perplexity }} | per token |
-| held-out bits per byte | {{ "%.4f" % results.eval_bits_per_byte }} | bits per UTF-8 byte |
-{%- if results.floor_bits_per_byte %}
-| floor of this text | {{ "%.4f" % results.floor_bits_per_byte }} | bits per UTF-8 byte: no model can do better |
-{%- endif %}
-| training speed | {{ "{:,.0f}".format(results.tokens_per_second) }} | tokens per second on {{ environment.device }} |
-
-Held-out scores are over {{ "{:,}".format(results.eval_tokens) }} tokens ({{ "{:,}".format(results.eval_bytes) }} bytes) of
-`{{ config.data.eval_path }}`, in full chunks of {{ config.data.seq_length }} tokens, in float32. A perplexity compares only
-models that share a tokenizer; bits per byte compare all.
-
-![training curves](training_curves.png)
-
-## Training
-
-Text `{{ config.data.train_path }}`, tokenizer `{{ config.data.tokenizer_path }}`, {{ "{:,}".format(plan.steps) }} steps of
-{{ "{:,}".format(plan.tokens_per_step) }} tokens, peak learning rate {{ config.training.lr }}
-({{ config.training.lr_scheduler }}), seed {{ config.training.seed }}, precision {{ plan.precision }}. The whole configuration is in
-`training_config.yaml`, what the data processor counted in `data_report.json`, every row of the log in `metrics.jsonl`,
-versions and the git commit in `training_metrics.json`.
-{%- if config.distillation %}
-
-Besides the text it learned from the distributions of {{ config.distillation.teachers | length }} teachers,
-{% for teacher in config.distillation.teachers %}`{{ teacher }}`{{ ", " if not loop.last }}{% endfor %}: {{ plan.loss }}.
-{%- endif %}
-
-{% if babylm -%}
-## BabyLM
-
-Track {{ babylm.track }}: {{ "{:,}".format(babylm.words) }} words of training text, of {{ "{:,}".format(babylm.words_allowed) }} allowed
-({% for domain, words in (babylm.words_by_domain.items() | list)[:12] %}{{ domain }} {{ "{:,}".format(words) }}{{ ", " if not loop.last }}{% endfor %}{{ ", ..." if babylm.words_by_domain | length > 12 }}),
-{{ "%.4g" % babylm.epochs }} of {{ babylm.epochs_allowed }} epochs, {{ "{:,}".format(babylm.words_seen) }} words seen.
-{% for path, words in babylm.other_words_learned_from.items() -%}
-`{{ path }}` learned from {% if words is none %}text that is not recorded{% elif words %}{{ "{:,}".format(words) }} words of other text, which count too{% else %}this text alone{% endif %}.
-{% endfor -%}
-{% if babylm.checkpoints -%}
-Checkpoints, each with the words seen at its step: {% for made in babylm.checkpoints %}`{{ made.name }}` {{ "{:,}".format(made.words_seen) }}{{ ", " if not loop.last }}{% endfor %}.
-{% endif -%}
-A word is what stands between white space. All of this, by domain and step, is in `compliance.json`.
-
-{% endif -%}
-## Samples
-
-Unprompted, temperature 0.8, top-p 0.95:
-
-{% for sample in samples -%}
-> {{ sample.split() | join(" ") }}
-
-{% endfor -%}
-## Limits
-
-A small model trained on little text: it makes things up, repeats what it read, and was not made safe for any use.
-"""
 
 
 def model_card(metrics: dict) -> str:
@@ -330,7 +334,8 @@ def model_card(metrics: dict) -> str:
         "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],
         "model-index": [{"name": config["model"]["name"], "results": measured}],
     }
-    return Template(CARD, keep_trailing_newline=True).render(
+    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    return Template(template, keep_trailing_newline=True).render(
         **metrics, header=yaml.safe_dump(header, sort_keys=False).strip()
     )
 

@@ -15,7 +15,6 @@ metrics, the curves and a model card. It does not clean text and does not fine-t
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -204,24 +203,15 @@ def _prepare_inputs(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def floor_bits_per_byte(eval_path: str) -> float | None:
-    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
-    text = Path(eval_path).resolve()
-    path = (text.parent if text.is_file() else text).parent / "grammar.json"
-    if not path.is_file():
-        return None
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
-
-
 def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
     """Train to the end; False where the user interrupted it, having said how to go on."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        further = "go on with --resume_from_checkpoint latest" if runs.checkpoints(run_dir) else "nothing was saved yet"
+        saved = runs.checkpoints(run_dir)
+        further = (
+            f"go on from {saved[0].name} with --resume_from_checkpoint latest" if saved else "nothing was saved yet"
+        )
         if ranks.is_main():
             print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
         return False
@@ -233,18 +223,20 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     config = load_config(args.config, args)
     budget = check_inputs(config)
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
+    runs.require_own(run_dir)
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
-    if config["training"]["fsdp"] and ranks.count() > 1:
+    if config["training"]["fsdp"]:
         ranks.require_gpus()
 
     from data_utils import byte_lengths, load_tokenizer
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length, lengths = config["data"]["seq_length"], byte_lengths(tokenizer)
-    floor = floor_bits_per_byte(config["data"]["eval_path"])
+    floor = runs.floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_inputs(config, tokenizer)
     data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
+    runs.warn_of_leaks(data_report)
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
         runs.print_summary(run_dir, metrics)
@@ -263,7 +255,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     loss = fit_to_machine(config, model, plan, tokenizer.bos_token_id)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     if args.dry_run:
-        print("dry run: nothing was trained and nothing written")
+        print("dry run: nothing was trained; the chunks are kept for the run")
         return None
     if ranks.is_main():
         runs.begin(run_dir, config, data_report, checkpoint)
@@ -292,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
     run_log = RunLog(job.run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
     trainer = trainer_of(config, job.data_report)(
         model=job.model,
-        args=training_arguments(config, job.run_dir, plan["precision"]),
+        args=training_arguments(config, job.run_dir, plan["precision"], plan["steps"]),
         train_dataset=job.train_data,
         eval_dataset=job.held_out,
         processing_class=job.tokenizer,
@@ -357,19 +349,14 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
         return 2, error
     except RuntimeError as error:
         if ranks.lost_another(error):
-            return 2, OSError("lost another process: it was killed (out of memory?), or its own error is above")
-        from machine import out_of_memory
+            why = str(error).strip().splitlines()[0]
+            return 2, OSError(f"lost another process: killed (out of memory?), or its own error is above ({why})")
+        from machine import memory_advice, out_of_memory
 
         if not out_of_memory(error):
             raise
-        training = load_config(args.config, args)["training"]
-        batch, steps = training["batch_size"], training["gradient_accumulation_steps"]
-        less = f"--batch-size {batch // 2} --gradient-accumulation-steps {steps * 2} --fp16 (or --bf16) --overwrite"
-        remedy = (
-            f"the same step fits in less with {less}" if batch > 1 else "use --bf16, or a smaller model or seq_length"
-        )
         what = "CUDA out of memory" if "cuda" in str(error).lower() else "out of memory"
-        return 2, MemoryError(f"{what}: {remedy}")
+        return 2, MemoryError(f"{what}: {memory_advice(load_config(args.config, args)['training'])}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_utils import SPECIAL_TOKENS, find_files, new_report, read_documents, source_of
-from runs import write_text
+from runs import sha256, tokenizer_sources, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,7 +35,7 @@ SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token after
 
 
 def check_request(vocab_size: int, output: Path | None = None) -> None:
-    """Raise ValueError for a vocabulary that cannot hold the bytes, or an output that cannot be a file."""
+    """Raise ValueError for a vocabulary that cannot hold the bytes, or an output that is a folder or another's file."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocabulary of {vocab_size} tokens: it must be at least {MIN_VOCAB_SIZE} "
@@ -43,6 +43,8 @@ def check_request(vocab_size: int, output: Path | None = None) -> None:
         )
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a directory; name the tokenizer file, such as {output / 'tokenizer.json'}")
+    if output is not None and output.is_file() and output.stat().st_size and tokenizer_sources(output) is None:
+        raise ValueError(f"{output}: not written by this script, or changed since; move it away or name another file")
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -96,8 +98,9 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
     """Train on the documents of `files` and write `output`; returns what was read and what came out.
 
-    Keys: files, bytes (UTF-8 bytes of the text read), vocab_size, bytes_per_token (on an even sample of about 4 MB) and
-    seconds. Raises ValueError when there is no text; see also `check_request`.
+    Keys: files, bytes (UTF-8 bytes of the text read), vocab_size, bytes_per_token (on an even sample of about 4 MB),
+    seconds, and replaces (whether another tokenizer had this name). Raises ValueError when there is no text; see also
+    `check_request`.
     """
     check_request(vocab_size, output)
     started = time.monotonic()
@@ -106,8 +109,9 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     tokenizer = train_bpe_tokenizer(_texts_with_progress(files, sample, counted), vocab_size)
     if not counted["bytes"]:
         raise ValueError(f"no text to train on: {files[0].parent} has only empty files")
+    replaces = output.is_file() and output.read_text(encoding="utf-8") not in ("", tokenizer.to_str())
     save_tokenizer(tokenizer, output)
-    record = {"tokenizer_sha256": source_of(output)["sha256"], "sources": counted["sources"]}
+    record = {"tokenizer_sha256": sha256(output), "sources": counted["sources"]}
     write_text(output.with_suffix(".source.json"), json.dumps(record, indent=1) + "\n")
     tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False))
     return {
@@ -116,6 +120,7 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
         "vocab_size": tokenizer.get_vocab_size(),
         "bytes_per_token": sum(len(text.encode()) for text in sample) / tokens,
         "seconds": time.monotonic() - started,
+        "replaces": replaces,
     }
 
 
@@ -152,6 +157,8 @@ def describe(summary: dict[str, float], vocab_size: int) -> str:
             f"note: {vocab_size} tokens were asked for, but the text gives only {reached - MIN_VOCAB_SIZE} merges"
             f" instead of {vocab_size - MIN_VOCAB_SIZE}: ask for {reached} tokens or use more text"
         )
+    if summary["replaces"]:
+        lines.append("note: another tokenizer had this name: runs that were made with it cannot be taken up again")
     return "\n".join(lines)
 
 
@@ -177,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(describe(summary, args.vocab_size))
     print(f"wrote {args.output}")
     return 0

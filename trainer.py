@@ -274,7 +274,8 @@ class LMTrainer(Trainer):
 class _Intervals(TrainerCallback):
     """A resumed run logs, evaluates and saves as its configuration says now, not as its checkpoint remembers.
 
-    Each checkpoint has its row in the log, from which a resumed run goes on with the clock; all processes gather it.
+    Each checkpoint and evaluation has its row in the log, which all processes gather; a resumed run goes on with the
+    clock of its checkpoint's.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -282,7 +283,7 @@ class _Intervals(TrainerCallback):
             state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_evaluate
 
     on_epoch_end = on_step_end
 
@@ -300,8 +301,8 @@ class _UpdateAverage(TrainerCallback):
 # ---- arguments ---------------------------------------------------------------------------------
 
 
-def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) -> TrainingArguments:
-    """The only place where our keys become Trainer's; what Trainer would do in silence is set by name."""
+def training_arguments(config: dict[str, Any], run_dir: Path, precision: str, steps: int = -1) -> TrainingArguments:
+    """The only place where our keys become Trainer's; what it does in silence is said. `steps`: of the whole run."""
     training = config["training"]
     use_wandb = config["logging"]["wandb"]
     stopping = training["early_stopping_patience"] is not None
@@ -315,6 +316,7 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) ->
         per_device_eval_batch_size=training["batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],
         num_train_epochs=training["num_epochs"],
+        max_steps=steps if training["max_steps"] else -1,
         max_grad_norm=training["max_grad_norm"],
         bf16=precision == "bf16",
         fp16=precision == "fp16",

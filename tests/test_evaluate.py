@@ -270,9 +270,11 @@ def test_plots_of_part_or_all(evaluator, texts, tmp_path):
             hostile,
             {"probabilities": text, "generation": hostile},
             {**text, **evaluator.calculate_perplexity(texts)},
+            evaluator.calculate_perplexity(texts),
+            {"results": {"perplexity": evaluator.calculate_perplexity(texts[:1])}},
         ]
     ):
-        path = tmp_path / f"{number}.png"
+        path = tmp_path / "pictures" / f"{number}.png"
         evaluator.plot_metrics(what, str(path))
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -359,10 +361,10 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "error: no model directory at nowhere"),
+        (["nowhere"], "error: no model at nowhere: expected a directory with config.json and weights"),
         (["RUN", "--eval-data", "nowhere"], "error: no held-out text at nowhere"),
         (["RUN", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
-        (["RUN", "--custom-prompts", "nowhere.txt"], "error: [Errno 2] No such file or directory: 'nowhere.txt'"),
+        (["RUN", "--custom-prompts", "nowhere.txt"], "error: nowhere.txt: No such file or directory; --custom-prompts"),
         (["RUN", "--custom-prompts", "EMPTY"], "error: EMPTY holds no prompt"),
         (["RUN", "--eval-data", "EMPTY"], "error: EMPTY holds no text"),
         (["RUN", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
@@ -380,6 +382,7 @@ def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments,
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "training_config.yaml").write_text("data: 3\n")
+    (tmp_path / "odd" / "config.json").write_text("{}")
     names = {
         "ODD": str(tmp_path / "odd"),
         "RUN": str(run_dir),
@@ -430,3 +433,11 @@ def test_the_other_packages_names_get_a_sentence(name):
     with pytest.raises(AttributeError, match=f"evaluate.{name} does not exist: this is BabyLlama's .*Hugging Face's"):
         getattr(evaluate, name)
     assert not hasattr(evaluate, name)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(run_dir, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert evaluate.main([str(run_dir), "--output-path", str(blocked / "results.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be written" in error and "--output-path" in error

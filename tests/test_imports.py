@@ -11,7 +11,7 @@ FLOORS = [
     {"machine"},
     {
         "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
-        "create_synthetic_data", "loss", "optimizers",
+        "create_synthetic_data", "loss", "optimizers", "overlap",
     },
     {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks"},
     {

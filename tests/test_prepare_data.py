@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import prepare_data
 from data_utils import create_cleaner_registry, load_tokenizer
-from prepare_data import Overlap, main, ngram_hashes
+from overlap import Overlap, ngram_hashes
+from prepare_data import main
 
 VOCAB = 300
 
@@ -271,8 +272,14 @@ def test_overlap_by_hand(run, raw, tmp_path, capsys):
     assert run("--skip-tokenizer") == 0
     assert manifest_of(tmp_path)["overlap"] == {
         "ngram_words": 13, "dev_documents": 3, "dev_documents_in_train": 1, "dev_ngrams": 3, "dev_ngrams_in_train": 2,
+        "places": ["dev/letters.dev 2"],
     }  # fmt: skip
-    assert "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in captured.out
+    assert "warning: documents of dev in train, on which held-out scores flatter: dev/letters.dev 2" in captured.err
+    assert captured.out.splitlines()[-1].startswith(
+        f"wrote {tmp_path / 'out' / 'dev'}/, {tmp_path / 'out' / 'train'}/, "
+    )
 
 
 # ---------------------------------------------------------------- what goes wrong

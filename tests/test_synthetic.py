@@ -507,3 +507,17 @@ def test_help_needs_nothing_heavy():
             "sys.exit(bool({'numpy', 'tqdm', 'torch'} & set(sys.modules)))")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert synthetic.make_parser().parse_args(["--num_tokens", "7", "--output_dir", "x"]).num_tokens == 7
+
+
+def test_files_of_others_are_not_replaced(tmp_path, capsys):
+    mine = tmp_path / "train" / "synthetic.train"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    argv = ["--num-tokens", "100", "--num-pairs", "2", "--output-dir", str(tmp_path)]
+    assert synthetic.main(argv) == 2 and mine.read_text() == "mine"
+    assert f"{mine} is not of this script" in capsys.readouterr().err
+    (tmp_path / "grammar.json").write_text("{}")
+    assert synthetic.main(argv) == 2 and mine.read_text() == "mine"
+    mine.unlink()
+    (tmp_path / "grammar.json").unlink()
+    assert synthetic.main(argv) == synthetic.main([*argv, "--seed", "2"]) == 0  # its own it replaces

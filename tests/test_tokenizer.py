@@ -16,6 +16,10 @@ from conftest import ROOT, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
+import create_synthetic_data
+import prepare_data
+import runs
+import train_tokenizer
 from data_utils import load_tokenizer
 from train_tokenizer import main, train_bpe_tokenizer
 
@@ -261,12 +265,43 @@ def test_mistakes_are_one_line_and_change_nothing(arguments, expected, text_dir,
     (tmp_path / "blank" / "a.train").write_text("")
     output = tmp_path / "tokenizer.json"
     output.write_text("the old one")
+    record = {"tokenizer_sha256": runs.sha256(output), "sources": []}
+    output.with_suffix(".source.json").write_text(json.dumps(record))
     flags = {"--data-dir": str(text_dir), "--vocab-size": "300", "--output": str(output)}
     flags |= dict([arguments])
     assert main([word for flag in flags.items() for word in flag]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
     assert output.read_text() == "the old one"
+
+
+def test_a_tokenizer_of_others_is_not_overwritten(text_dir, tmp_path, capsys):
+    output = tmp_path / "tokenizer.json"
+    argv = ["--data-dir", str(text_dir), "--output", str(output), "--vocab-size"]
+    assert main([*argv, "300"]) == main([*argv, "300"]) == 0  # our own, and the same again
+    assert "another tokenizer" not in capsys.readouterr().out
+    assert main([*argv, "310"]) == 0
+    assert "another tokenizer had this name" in capsys.readouterr().out
+    changed = output.read_text() + "\n"
+    output.write_text(changed)
+    assert main([*argv, "300"]) == 2
+    assert "not written by this script, or changed since" in capsys.readouterr().err
+    assert output.read_text() == changed
+    output.write_text("")  # as made for a temporary file
+    assert main([*argv, "300"]) == 0
+
+
+@pytest.mark.parametrize("script", [prepare_data, train_tokenizer, create_synthetic_data])
+def test_ctrl_c_is_one_line(script, text_dir, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    name = {"prepare_data": "prepare", "train_tokenizer": "train_on_files"}.get(script.__name__, script.__name__)
+    monkeypatch.setattr(script, name, interrupted)
+    monkeypatch.chdir(tmp_path)
+    argv = {"prepare_data": ["--babylm-10m"], "train_tokenizer": ["--data-dir"]}.get(script.__name__, ["--output-dir"])
+    assert script.main([*argv, str(text_dir)]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
 
 
 def test_help_and_errors_do_not_import_torch():

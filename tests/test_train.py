@@ -21,7 +21,7 @@ import runs
 import settings
 import train
 from loss import NextTokenLoss
-from machine import pick_precision
+from machine import memory_advice, pick_precision
 from run_log import RunLog
 from trainer import (
     LMTrainer,
@@ -331,6 +331,81 @@ def test_another_run_of_the_same_name_is_refused(finished_copy, capsys):
     assert (run_dir / "model.safetensors").read_bytes() != weights
 
 
+def test_resuming_is_offered_only_where_it_would_be_accepted(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
+    assert "--resume_from_checkpoint" not in capsys.readouterr().err
+    assert train.main(["--config", str(config_path), "--num-epochs", "3"]) == 2
+    assert "add --resume_from_checkpoint latest to go on" in capsys.readouterr().err
+    assert train.main(["--config", str(config_path), "--num-epochs", "3", "--resume_from_checkpoint", "latest"]) == 0
+
+
+@pytest.mark.parametrize("name", [runs.CONFIG, runs.DATA_REPORT, runs.METRICS])
+@pytest.mark.parametrize("text", ["", "a: [", "- a", '{"a": 1'])
+def test_a_damaged_run_directory_is_one_line(finished_copy, name, text, capsys):
+    config_path, run_dir = finished_copy
+    (run_dir / name).write_text(text)
+    assert train.main(["--config", str(config_path)]) == 2
+    (line,) = errors_of(capsys)
+    assert f"{run_dir / name}: is damaged" in line and "--overwrite" in line
+
+
+def test_what_was_measured_goes_with_the_weights(finished_copy):
+    config_path, run_dir = finished_copy
+    for name in runs.MEASURED:
+        (run_dir / name).write_text("of the old weights")
+    (run_dir / "thesis.txt").write_text("mine")
+    assert train.main(["--config", str(config_path), "--overwrite", "--num-epochs", "1"]) == 0
+    assert not any((run_dir / name).exists() for name in runs.MEASURED) and (run_dir / "thesis.txt").is_file()
+
+
+def test_weights_are_for_whom_the_rest_is_for(finished):
+    _, run_dir = finished
+    weights = list(run_dir.rglob("*.safetensors"))
+    assert len(weights) > 1
+    assert {path.stat().st_mode for path in weights} == {(run_dir / "config.json").stat().st_mode}
+
+
+@pytest.mark.parametrize("most", [5, 1000])
+def test_max_steps_ends_the_run(most, config_file, tmp_path, capsys):
+    """In the middle of an epoch, or not at all; the learning rate comes to its end either way; later it may go on."""
+    path = config_file(training__logging_steps=1)
+    assert train.main(["--config", str(path), "--set", f"training.max_steps={most}"]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    metrics = json.loads((run_dir / runs.METRICS).read_text())
+    rows = [json.loads(line) for line in (run_dir / runs.LOG).read_text().splitlines()]
+    steps = metrics["plan"]["steps"]
+    assert (steps == 5) == (most == 5) and rows[-1]["step"] == steps and "eval_loss" in rows[-1]
+    assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"] == rows[-1]["tokens"]
+    rates = [row["learning_rate"] for row in rows if "loss" in row]
+    assert rates[-1] < 0.2 * max(rates)
+    if most == 5:
+        assert metrics["plan"]["tokens"] == 5 * metrics["plan"]["tokens_per_step"] and metrics["plan"]["epochs"] < 1
+        whole = ["--config", str(path), "--resume_from_checkpoint", "latest"]
+        assert train.main(whole) == 0
+        assert json.loads((run_dir / runs.METRICS).read_text())["plan"]["epochs"] == 2
+        assert "epochs, about" in capsys.readouterr().out
+
+
+def test_held_out_text_that_is_training_text_is_pointed_out(config_file, corpus_dir, caplog):
+    path = config_file(data__eval_path=str(corpus_dir / "train" / "toy.train"))
+    assert train.main(["--config", str(path), "--dry-run"]) == 0
+    assert "the held-out text is training text too: toy.train" in caplog.text
+    caplog.clear()
+    assert train.main(["--config", str(config_file()), "--dry-run"]) == 0
+    assert "training text too" not in caplog.text
+
+
+def test_a_warm_up_longer_than_the_run_is_pointed_out(config_file, caplog):
+    assert train.main(["--config", str(config_file(training__warmup_steps=900)), "--dry-run"]) == 0
+    assert "training.warmup_steps: 900, but the run has" in caplog.text
+
+
+def test_fsdp_in_one_process_is_pointed_out(config_file, caplog):
+    assert train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"]) == 0
+    assert "training.fsdp: true shares nothing out in one process" in caplog.text
+
+
 def test_a_directory_with_other_things_is_left_alone(config_file, tmp_path, capsys):
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "thesis.tex").write_text("years of work")
@@ -404,7 +479,7 @@ def test_an_interrupted_run_goes_on(config_file, tmp_path):
     child.send_signal(signal.SIGINT)
     error = child.communicate(timeout=120)[1]
     assert child.returncode == 130, error
-    assert "go on with --resume_from_checkpoint latest" in error
+    assert "; go on from checkpoint-10 with --resume_from_checkpoint latest" in error
     assert not (run_dir / "training_metrics.json").exists()
     assert train.main(["--config", str(path)]) == 2  # neither forgotten nor overwritten
     assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
@@ -544,14 +619,21 @@ def test_out_of_memory_says_what_helps(config_file, capsys):
     def full(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    path = str(config_file(training__num_epochs=1))
+    path = str(config_file(training__num_epochs=1, training__precision="fp32"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LMTrainer, "training_step", full)
         assert train.main(["--config", path]) == 2
     (line,) = errors_of(capsys)
-    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16) --overwrite" in line
-    flags = line.split("less with ")[1].replace("(or --bf16)", "").split()
+    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16) --overwrite; " in line
+    less, further = line.split("less with ")[1].split("; ")
+    flags = [
+        *less.replace("(or --bf16)", "").split(),
+        *further.removesuffix(" take less still").replace(" and ", " ").split(),
+    ]
+    assert flags[-4:] == ["--set", "training.gradient_checkpointing=true", "--set", "training.chunked_loss=true"]
     assert train.main(["--config", path, *flags]) == 0
+    assert "fp16" not in memory_advice({"batch_size": 8, "gradient_accumulation_steps": 1, "precision": "bf16",
+                                                "fp16": False, "bf16": True})  # fmt: skip
 
 
 def test_a_run_that_saved_nothing_is_in_nobodys_way(config_file, tmp_path):
@@ -597,9 +679,9 @@ def test_each_checkpoint_has_a_row_to_go_on_from(config_file, tmp_path):
 def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
-    assert train.floor_bits_per_byte(str(tmp_path / "dev")) is None
+    assert runs.floor_bits_per_byte(str(tmp_path / "dev")) is None
     (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
-    assert [train.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
+    assert [runs.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
 
 
 def test_a_foreign_grammar_is_named_before_anything_is_trained(config_file, corpus_dir, tmp_path, capsys):
