@@ -33,6 +33,7 @@ from documents import (
     find_files,
     new_report,
     read_documents,
+    replace_surrogates,
     source_of,
 )
 
@@ -115,6 +116,11 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("BABYLLAMA_CACHE") or Path(__file__).resolve().parent / "data" / "cache")
 
 
+def _check_length(max_length: int) -> None:
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length: {max_length!r} is not a number of tokens in a chunk; use 1 or more")
+
+
 class DataProcessor:
     """Text files -> datasets of token chunks. `reports` holds the counts of each split that was prepared."""
 
@@ -160,7 +166,8 @@ class DataProcessor:
 
     def tokenize_and_chunk(self, example: dict[str, str], max_length: int = 128) -> dict[str, list[list[int]]]:
         """The full chunks of max_length ids of BOS, text, EOS; what does not fill one is left out."""
-        text, cuts = example["text"], [0]
+        _check_length(max_length)
+        text, cuts = replace_surrogates(example["text"]), [0]
         while cuts[-1] < len(text) or len(cuts) == 1:
             cuts.append(cut(text, cuts[-1]))
         texts = [text[start:end] for start, end in itertools.pairwise(cuts)]
@@ -186,7 +193,8 @@ class DataProcessor:
         """
         from datasets import Dataset, DatasetDict
 
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, min(num_proc, os.cpu_count() or 1))))
+        _check_length(max_length)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, min(num_proc or 1, os.cpu_count() or 1))))
         folders = {"train": train_data_dir, "validation": eval_data_dir}
         inputs = {split: find_files(folder, split) for split, folder in folders.items()}
         prepared = DatasetDict()

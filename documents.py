@@ -127,6 +127,13 @@ def _blocks(path: Path, report: dict) -> Iterator[str]:
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which no UTF-8 can hold and no tokenizer takes."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
 _LOOK_AHEAD = 400  # characters that decide whether newlines end a document
 _NEXT_TITLE = r"= = = [^=\n][^\n]{0,250} = = =[ \t]*(?:\n|\Z)"
 _NEXT_CUE = r"\d{1,6}[ \t]{0,9}\n[ \t]{0,9}\d\d?:\d\d:\d\d[^\n]{0,30}-->"

@@ -280,6 +280,8 @@ def _validated(
 
 def check(raw: Any, source: str = "") -> dict:
     """Check a raw config and return it as a plain dict with every default filled in; ConfigError lists all problems."""
+    if isinstance(raw, dict) and "logging" in raw and raw["logging"] is None:  # all its keys have defaults
+        raw = {**raw, "logging": {}}
     if not isinstance(raw, dict):
         raise ConfigError([f"not a configuration; it needs the sections {', '.join(SECTIONS)}"], source)
     return _validated(Config, raw, _broken_rules(raw), source=source)
@@ -293,6 +295,14 @@ def check_model_section(section: Any) -> dict:
         raise ConfigError([f"Unknown model type: {section.get('type')!r}; known: {', '.join(FFN_RATIO)}"])
     raw = {"name": "model", **section}
     return _validated(ModelSection, raw, _broken_rules({"model": raw}), ("model",))
+
+
+def with_defaults(name: str, section: Any) -> dict:
+    """A section as a notebook writes it, its missing keys filled in; ConfigError for a key that is not of it."""
+    fields = SECTIONS[name].model_fields
+    if unknown := [key for key in section or {} if key not in fields]:
+        raise ConfigError([_unknown((name, unknown[0]))])
+    return {**{key: field.default for key, field in fields.items() if not field.is_required()}, **(section or {})}
 
 
 def set_key(raw: Any, assignment: str, source: str = "--set") -> None:

@@ -164,7 +164,7 @@ def _prepare_datasets(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
 
     from data_utils import DataProcessor
 
-    data = config["data"]
+    data = settings.with_defaults("data", config.get("data"))
     processor = DataProcessor(tokenizer)
     both = processor.prepare_dataset(data["train_path"], data["eval_path"], max_length=data["seq_length"], clean=False)
     held_out = both["validation"]
@@ -175,7 +175,7 @@ def _prepare_datasets(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
     if data["random_offset"]:
         from trainer import ShiftedChunks
 
-        train = ShiftedChunks(train, config["training"]["seed"])
+        train = ShiftedChunks(train, settings.with_defaults("training", config.get("training"))["seed"])
     return train, held_out.with_format("numpy"), processor.reports
 
 
@@ -183,6 +183,7 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
     """(train, held-out) datasets of full chunks: column input_ids, seq_length small integers in each row.
 
     The text is read as it is (prepare_data.py cleans). The held-out set is a fixed choice of data.eval_samples chunks.
+    `config` needs no more than data.train_path and data.eval_path; other keys have their defaults.
     """
     train, held_out, _ = _prepare_datasets(config, tokenizer)
     return train, held_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -472,3 +473,19 @@ def test_real_files(tmp_path, tokenizer, name):
     processor = DataProcessor(tokenizer, cache_dir=tmp_path)
     ids = [i for _, batch, _ in processor._encode((0, p) for p in read_documents(path)) for i in batch.tolist()]
     assert ids == reference(processor, found)
+
+
+@pytest.mark.parametrize("length", [0, -3, "128", None, True, 1.5])
+def test_a_senseless_length_is_refused(tokenizer, corpus_dir, tmp_path, length):
+    processor = DataProcessor(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=f"max_length: {re.escape(repr(length))} is not a number of tokens"):
+        processor.tokenize_and_chunk({"text": "The cat"}, max_length=length)
+    with pytest.raises(ValueError, match="use 1 or more"):
+        processor.prepare_dataset(corpus_dir / "train", corpus_dir / "dev", max_length=length)
+    assert processor.prepare_dataset(corpus_dir / "train", corpus_dir / "dev", max_length=32, num_proc=None)
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
+    processor = DataProcessor(tokenizer, tmp_path)
+    broken, mended = (processor.tokenize_and_chunk({"text": f"a cat {c} sees"}, 2) for c in ("\ud800", "\ufffd"))
+    assert broken == mended and broken["input_ids"]

@@ -8,12 +8,14 @@ import logging
 import math
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import sentences
+from conftest import ROOT, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -125,6 +127,18 @@ def test_bos_stands_in_front_exactly_once(models, tokenizer):
     without = token_logprobs(models["Llama"], tokenizer, [text], bos=False)[0]
     assert without.ids.tolist() == ids[1:]
     assert without.logprobs == pytest.approx(naive_logprobs(models["Llama"], ids), rel=1e-5)
+
+
+def test_half_a_surrogate_pair_is_refused(models, tokenizer):
+    with pytest.raises(ValueError, match="half of a surrogate pair.*good '?.*ud800"):
+        token_logprobs(models["Llama"], tokenizer, ["a cat", "a good \ud800 cat"])
+
+
+def test_loading_says_nothing(tmp_path, model_dirs):
+    """GPT-2's check for padding without a mask would warn, at the first forward pass of a process."""
+    code = f"import inference; inference.load_model({str(model_dirs['GPT2'])!r}, 'cpu')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_tokenizer_without_bos_uses_eos_or_says_so(models, tokenizer):

@@ -233,3 +233,8 @@ def test_the_schema_accepts_every_shipped_config_key():
         for name, keys in config.items():
             assert set(keys) <= set(sections[name]["properties"]), path
             assert not set(sections[name].get("required", [])) - set(keys), path
+
+
+def test_a_logging_section_without_keys_has_its_defaults():
+    bare = dict(raw(), logging=None)
+    assert settings.check(bare)["logging"] == settings.check(raw())["logging"]

@@ -133,6 +133,17 @@ def test_the_partial_config_of_a_notebook():
     assert train.create_model(config, Words()).num_parameters() == expected
 
 
+def test_the_smallest_config_of_a_notebook(corpus_dir, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path))
+    config = {"data": {key: str(corpus_dir / "train" / "toy.train") for key in ("train_path", "eval_path")}}
+    train_data, held_out = train.prepare_datasets_modern(config, tokenizer)
+    assert len(train_data[0]["input_ids"]) == 128 and 0 < len(held_out) <= 256
+    shifted, _ = train.prepare_datasets_modern({"data": {**config["data"], "random_offset": True}}, tokenizer)
+    assert len(shifted) == len(train_data) - 1
+    with pytest.raises(ValueError, match=r"data.seq_len: unknown key; did you mean data.seq_length\?"):
+        train.prepare_datasets_modern({"data": {**config["data"], "seq_len": 3}}, tokenizer)
+
+
 def test_create_model_refuses():
     with pytest.raises(ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
         train.create_model({"model": {"type": "BERT"}}, Words())
