@@ -84,14 +84,9 @@ def divergence(student_logits: torch.Tensor, targets: SoftTargets, temperature: 
 
 
 def distillation_loss(
-    student_logits: torch.Tensor,
-    targets: SoftTargets,
-    input_ids: torch.Tensor,
-    *,
-    temperature: float,
-    alpha: float,
+    student_logits: torch.Tensor, targets: SoftTargets, input_ids: torch.Tensor, *, temperature: float, alpha: float,
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """The loss of chunks, mean per predicted token: student logits (B, T, V), targets (B, T, K), input_ids (B, T).
 
     alpha x cross-entropy + (1 - alpha) x T^2 x KL; T^2 keeps the gradients' size when T changes (Hinton et al.). The
@@ -232,18 +227,24 @@ class CachedChunks(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {**self.chunks[index], "top_ids": self.ids[index], "top_probs": self.probs[index]}
 
+    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+        """The rows of a batch, which a DataLoader asks for: chunks that can be read together are."""
+        together = getattr(self.chunks, "__getitems__", lambda indices: [self.chunks[i] for i in indices])
+        ids, probs = self.ids[indices], self.probs[indices]
+        return [{**row, "top_ids": ids[i], "top_probs": probs[i]} for i, row in enumerate(together(indices))]
+
 
 def collate_cached(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What `collate` makes of the chunks, and top_ids (B, T, K) int64, top_probs (B, T, K) float32."""
+    """What `collate` makes of the chunks, and top_ids (B, T, K) int32, top_probs (B, T, K) float32."""
     batch = collate(rows)
-    batch["top_ids"] = torch.from_numpy(np.stack([row["top_ids"] for row in rows]).astype(np.int64))
+    batch["top_ids"] = torch.from_numpy(np.stack([row["top_ids"] for row in rows]).astype(np.int32))
     batch["top_probs"] = torch.from_numpy(np.stack([row["top_probs"] for row in rows]))
     return batch
 
 
 def cached_targets(batch: dict[str, torch.Tensor], here: slice = slice(None)) -> SoftTargets:
     """What the teachers said of some chunks of a batch of cached chunks."""
-    return SoftTargets(batch["top_probs"][here], batch["top_ids"][here])
+    return SoftTargets(batch["top_probs"][here], batch["top_ids"][here].long())
 
 
 def write_cache(folder: Path, facts: dict[str, Any], chunks, ensemble: Ensemble, student, batch_size: int) -> None:
@@ -270,12 +271,15 @@ def write_cache(folder: Path, facts: dict[str, Any], chunks, ensemble: Ensemble,
         with tqdm(total=len(chunks), desc="asking the teachers", unit="chunk", disable=None) as bar:
             for batch in DataLoader(chunks, batch_size, collate_fn=collate_chunks):
                 logits = ensemble.logits(batch["input_ids"])
-                for i in range(len(batch["input_ids"])):  # one at a time stays in a CPU's cache
-                    top = ensemble.targets(logits, slice(i, i + 1)).probs.topk(k)
-                    ids[row + i], probs[row + i] = top.indices[0].cpu().numpy(), top.values[0].cpu().numpy()
+                n = len(batch["input_ids"])
+                step = n if logits[0].is_cuda else 1  # one at a time stays in a CPU's cache
+                for i in range(0, n, step):
+                    top = ensemble.targets(logits, slice(i, i + step)).probs.topk(k)
+                    here = slice(row + i, row + i + step)
+                    ids[here], probs[here] = top.indices.cpu().numpy(), top.values.cpu().numpy()
                     dropped += (1 - top.values.sum(-1)).clamp(min=0).sum().item()
-                row += len(batch["input_ids"])
-                bar.update(len(batch["input_ids"]))
+                row += n
+                bar.update(n)
         ids.flush(), probs.flush()
         about = {"facts": facts, "bytes": n_bytes, "dropped_mass": dropped / (shape[0] * shape[1])}
         runs.write_json(part / ABOUT, about | measure_error(CachedChunks(chunks, part), ensemble, student))
@@ -380,14 +384,8 @@ def distilling_trainer(config: dict, report: dict, *, model, train_dataset, loss
                 write_cache(folder, facts, train_dataset, teach(), model, config["training"]["batch_size"])
         train_dataset = CachedChunks(train_dataset, folder)
         print("cache       " + cache_words(folder), flush=True)
-    return DistillationTrainer(
-        distillation=section,
-        ensemble=None if cached else teach(),
-        model=model,
-        train_dataset=train_dataset,
-        loss=loss,
-        **options,
-    )
+    options |= {"model": model, "train_dataset": train_dataset, "loss": loss}
+    return DistillationTrainer(distillation=section, ensemble=None if cached else teach(), **options)
 
 
 def cache_words(folder: Path) -> str:
@@ -396,5 +394,6 @@ def cache_words(folder: Path) -> str:
     return (
         f"{about['facts']['top_k']} tokens of each place, {about['bytes'] / 1e6:,.0f} MB in {folder}; dropped mass "
         f"{about['dropped_mass']:.4f} on average; the student's KL before training on {about['sample_chunks']} chunks: "
-        f"{about['sample_kl_cached']:.4f} nats per token, uncached {about['sample_kl']:.4f}"
+        f"{about['sample_kl_cached']:.4f} nats per token, uncached {about['sample_kl']:.4f}: the cache tells "
+        f"{about['sample_kl_cached'] / max(about['sample_kl'], 1e-9):.0%} of it, a larger distillation.top_k more"
     )

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
-SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32
+SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32, which a CPU's caches help with
+GPU_SLICE_ELEMENTS = 2**26
 
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -82,13 +83,18 @@ def head_nll(
     """
     n, length = input_ids.shape
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
-    chunks = max(1, SLICE_ELEMENTS // (head.out_features * length))  # in a slice
+    elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
+    chunks = max(1, elements // (head.out_features * length))  # in a slice
     with torch.autocast(states.device.type, enabled=False):  # which would halve some of the products and not others
         return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
 
 
-def _never_packed(position_ids: torch.Tensor) -> None:
+def _nothing(*args) -> None:
     return None
+
+
+def _no() -> bool:
+    return False
 
 
 _is_tracing = getattr(masking_utils, "is_tracing", None)
@@ -100,21 +106,28 @@ def _a_mask_is_traced(mask=None) -> bool:
 
 @contextmanager
 def chunks_are_whole() -> Iterator[None]:
-    """In here transformers builds no mask where causal attention alone will do.
+    """In here transformers builds no mask where causal attention alone will do, and does not wait for the device.
 
     In a forward pass without mask and cache it looks, by their positions, for texts packed into a row: on a GPU that
     waits for the device, and compiled it puts a mask in the place of causal attention, as releases before 5.23 do in
-    any compiled pass. Our chunks carry no such positions (data.document_mask goes by the tokens).
+    any compiled pass. Our chunks carry no such positions (data.document_mask goes by the tokens). Some torch releases
+    say of any compiled pass that it is an export. GPT-2 looks for padding in the tokens, which waits as well.
     """
-    ours = {"find_packed_sequence_indices": _never_packed, "is_tracing": _a_mask_is_traced}
-    own = {name: getattr(masking_utils, name) for name in ours if hasattr(masking_utils, name)}
-    for name in own:
-        setattr(masking_utils, name, ours[name])
+    ours = [
+        (masking_utils, "find_packed_sequence_indices", _nothing),
+        (masking_utils, "is_tracing", _a_mask_is_traced),
+        (masking_utils, "is_torchdynamo_exporting", _no),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask", _nothing),
+    ]
+    own = [(place, name, getattr(place, name)) for place, name, _ in ours if hasattr(place, name)]
+    for place, name, function in ours:
+        if hasattr(place, name):
+            setattr(place, name, function)
     try:
         yield
     finally:
-        for name, function in own.items():
-            setattr(masking_utils, name, function)
+        for place, name, function in own:
+            setattr(place, name, function)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:

@@ -134,7 +134,9 @@ def matmul_flops(precision: str) -> float:
         (8192 if cuda else 1024),
         {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32),
     )
-    a, b = (torch.full((size, size), 0.5, dtype=dtype, device="cuda" if cuda else "cpu") for _ in "ab")
+    device = torch.device("cuda" if cuda else "cpu")
+    random = torch.Generator(device).manual_seed(0)  # numbers as in training: constant ones would cost a GPU less power
+    a, b = (torch.randn((size, size), generator=random, device=device).to(dtype) for _ in "ab")
     best = float("inf")
     for _ in range(6):  # the first warms up
         started = time.perf_counter()

@@ -8,6 +8,7 @@ It knows the keys of the `training` section and no Trainer.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,23 @@ class MuonAdamW(torch.optim.Optimizer):
         for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
             part.load_state_dict(state_dict[name])
         self._share()
+
+
+class Average:
+    """An exponential moving average of a model's weights, in a copy of it: `module`. The first update copies.
+
+    torch's AveragedModel does the same, but keeps its count on the CPU and so waits for the GPU at each step.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.module, self.decay, self.begun = copy.deepcopy(model), decay, False
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Let the present weights in."""
+        own, new = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(own, new, 1 - self.decay if self.begun else 1.0)
+        self.begun = True
 
 
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:

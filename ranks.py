@@ -13,6 +13,7 @@ everything here does nothing. It knows neither configurations nor models.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import logging
 import math
@@ -70,9 +71,11 @@ def start() -> None:
     from transformers import Trainer  # noqa: F401  (takes seconds: all processes at once, not in turn)
 
     store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank(), world_size=count()
-    )
+    options = {"store": store, "rank": rank(), "world_size": count(), "timeout": datetime.timedelta(hours=1)}
+    if torch.cuda.is_available():
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local), **options)
+    else:
+        dist.init_process_group("gloo", **options)
     _group["store"] = dist.PrefixStore("babyllama", store)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if not is_main():

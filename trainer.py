@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ from transformers import (
 import ranks
 from inference import generate
 from loss import NextTokenLoss
-from optimizers import make_optimizer, schedule
+from optimizers import Average, make_optimizer, schedule
 from runs import seal_checkpoint
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,12 @@ class ShiftedChunks(TrainerCallback):
         return len(self.chunks) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        two = [self.chunks[i]["input_ids"] for i in (index, index + 1)]
-        return {"input_ids": np.concatenate([two[0][self.offset :], two[1][: self.offset]])}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+        """The rows of a batch, which a DataLoader asks for, in one reading: row by row takes twenty times as long."""
+        two = np.asarray(self.chunks[[i + k for i in indices for k in (0, 1)]]["input_ids"]).reshape(len(indices), -1)
+        return [{"input_ids": row[self.offset : self.offset + self.length]} for row in two]
 
 
 # ---- loss and evaluation ------------------------------------------------------------------------
@@ -143,6 +147,10 @@ class LMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self._nonfinite = torch.zeros((), device=self.args.device)
+        if self.is_fsdp_enabled and (self.args.bf16 or self.args.fp16):  # else sums over tokens would be halved too
+            half = torch.bfloat16 if self.args.bf16 else torch.float16
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         if training["early_stopping_patience"]:
             self.add_callback(EarlyStoppingCallback(training["early_stopping_patience"]))
         if training["gradient_checkpointing"]:
@@ -152,7 +160,7 @@ class LMTrainer(Trainer):
         self.add_callback(_Intervals())
         self.average = None
         if training["ema"]:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(training["ema"]))
+            self.average = Average(self.model, training["ema"])
             self.add_callback(_UpdateAverage(self.average))
         if isinstance(self.train_dataset, ShiftedChunks):
             self.add_callback(self.train_dataset)
@@ -221,7 +229,8 @@ class LMTrainer(Trainer):
         chunks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.average.module if self.average else self.model
         batch_size = self.args.per_device_eval_batch_size
-        sums = evaluate_chunks(model, chunks, self.byte_lengths, batch_size, self.loss.mask_from, together=True)
+        with self.accelerator.autocast():
+            sums = evaluate_chunks(model, chunks, self.byte_lengths, batch_size, self.loss.mask_from, together=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in sums.items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics | {"samples": self._samples(model)})
@@ -268,7 +277,7 @@ class LMTrainer(Trainer):
     def _load_average(self, folder) -> None:
         if self.average:
             load_model(self.average.module, Path(folder) / AVERAGE)
-            self.average.n_averaged.fill_(1)  # not the first: the next weights are averaged in, not copied
+            self.average.begun = True  # the next weights are averaged in, not copied
 
 
 class _Intervals(TrainerCallback):
@@ -291,11 +300,11 @@ class _Intervals(TrainerCallback):
 class _UpdateAverage(TrainerCallback):
     """After each step the weights enter their exponential moving average."""
 
-    def __init__(self, average: AveragedModel):
+    def __init__(self, average: Average):
         self.average = average
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update_parameters(model)
+        self.average.update(model)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -343,7 +352,7 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str, st
         disable_tqdm=True,
         report_to=["wandb"] if use_wandb else [],
         run_name=config["model"]["name"],
-        ddp_find_unused_parameters=False,
+        **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers"), False),
         fsdp=training["fsdp"] and ranks.count() > 1,
         fsdp_config={"version": 2},
     )

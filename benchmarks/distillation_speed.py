@@ -55,7 +55,7 @@ def one_turn(config: dict, tokenizer, chunks: list[dict], teachers: list[str], f
 
     transformers.set_seed(0)
     model = create_model(config, tokenizer)
-    plan = describe(config, model, {"words": 0}, len(chunks))
+    plan = describe(config, model, {"words": 0, "tokens": 1}, len(chunks))
     loss = fit_to_machine(config, model, plan, tokenizer.bos_token_id)
     arguments = training_arguments(config, folder, plan["precision"])
     arguments.save_strategy = arguments.eval_strategy = "no"

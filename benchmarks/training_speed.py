@@ -16,6 +16,7 @@ variant's recipe and of ours.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -28,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-VOCABULARY, WARM_UP = 16000, 2
+VOCABULARY, WARM_UP, BLOCK = 16000, 2, 10
 
 
 def tokenizer_of(config: dict):
@@ -46,23 +47,26 @@ def tokenizer_of(config: dict):
 
 
 class Clock:
-    """A callback that notes the time at which each step ends."""
+    """A callback that notes the time at which each step ends; a GPU is waited for once in BLOCK steps only."""
 
     def __new__(cls):
         import torch
         from transformers import TrainerCallback
 
         class _Clock(TrainerCallback):
-            times, losses = [], []
+            times, losses, steps = [], [], []
 
             def on_train_begin(self, *args, **kwargs):
-                self.times = [time.perf_counter()]
+                self.times, self.steps = [time.perf_counter()], [0]
                 self.losses = []
 
             def on_step_end(self, *args, **kwargs):
+                if torch.cuda.is_available() and args[1].global_step > WARM_UP and args[1].global_step % BLOCK:
+                    return
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
+                self.steps.append(args[1].global_step)
 
             def on_log(self, args, state, control, logs=None, **kwargs):
                 self.losses += [logs["loss"]] if "loss" in logs else []
@@ -84,7 +88,8 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path):
     batch = config["training"]["batch_size"]
     arguments = training_arguments(config, folder, variant.get("precision", "bf16" if cuda else "fp32"))
     arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.num_train_epochs, arguments.logging_steps, arguments.load_best_model_at_end = 1, 1, False
+    arguments.num_train_epochs, arguments.load_best_model_at_end = 1, False
+    arguments.logging_steps = BLOCK if cuda else 1  # a row of the log waits for a GPU
     common = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [clock]}
     if "micro" in variant:
         arguments.per_device_train_batch_size = variant["micro"]
@@ -108,10 +113,10 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path):
     return clock
 
 
-def random_rows(config: dict, n: int) -> list[dict]:
+def random_rows(config: dict, n: int, vocabulary: int) -> list[dict]:
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(3, VOCABULARY, (n, config["data"]["seq_length"]))
+    ids = np.random.default_rng(0).integers(3, vocabulary, (n, config["data"]["seq_length"]))
     return [{"input_ids": row.tolist()} for row in ids]
 
 
@@ -135,8 +140,9 @@ def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: P
 def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[str, float]:
     """{"speed": median tokens per second after the warm-up, "first": seconds of the first step}, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        times = train_once(config, variant, tokenizer, rows, Path(folder)).times
-    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+        clock = train_once(config, variant, tokenizer, rows, Path(folder))
+    marks = list(zip(clock.times, clock.steps, strict=True))
+    seconds = [(b - a) / (n - m) for (a, m), (b, n) in itertools.pairwise(marks)]  # of a step
     tokens = step_of(config) * config["data"]["seq_length"]
     return {"speed": tokens / statistics.median(seconds[WARM_UP:]), "first": seconds[0]}
 
@@ -169,17 +175,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def report(config: dict, tokenizer, speeds: dict[str, list[float]], firsts: dict[str, list[float]]) -> None:
     """Print a row for each variant: its speed, against the best plain one and against products of matrices."""
+    import torch
+
     from machine import matmul_flops
     from plan import describe
     from train import create_model
 
-    work = describe(config, create_model(config, tokenizer), {"words": 0}, step_of(config))["flops_per_token"]
+    model = create_model(config, tokenizer)
+    work = describe(config, model, {"words": 0, "tokens": 1}, step_of(config))["flops_per_token"]
     best = max(statistics.median(found) for name, found in speeds.items() if name.startswith("plain"))
-    peaks = {form: matmul_flops(form) for form in ("fp32", "bf16") if form == "fp32" or any(form in n for n in speeds)}
+    halved = ("bf16", "plain") if torch.cuda.is_available() else ("bf16",)
+    used = {name: "bf16" if any(word in name for word in halved) else "fp32" for name in speeds}
+    peaks = {form: matmul_flops(form) for form in sorted(set(used.values()), reverse=True)}
     print("products of matrices: " + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
     print(f"{'':28}{'median':>9}{'min':>9}{'max':>9}{'ratio':>7}{'share':>7}{'first step':>12}   tokens per second")
     for name, found in speeds.items():
-        middle, peak = statistics.median(found), peaks["bf16" if "bf16" in name else "fp32"]
+        middle, peak = statistics.median(found), peaks[used[name]]
         figures = f"{middle:9,.0f}{min(found):9,.0f}{max(found):9,.0f}{middle / best:7.2f}{middle * work / peak:7.0%}"
         print(f"{name:28}{figures}{firsts[name][0]:10.1f} s")
 
@@ -196,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}
     variants, step = {**plain, **ours}, step_of(config)
     if args.turn:
-        rows = random_rows(config, step * (WARM_UP + args.steps))
+        rows = random_rows(config, step * (WARM_UP + args.steps), len(tokenizer))
         print(json.dumps(one_turn(config, variants[args.turn], tokenizer, rows)))
         return 0
     if args.curves:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_model, tiny_config
+from datasets import Dataset
 from torch.nn import functional as F
 
 import loss
@@ -157,13 +158,16 @@ def test_document_mask_by_hand():
 
 def test_shifted_chunks_are_slices_of_the_stream():
     stream = np.arange(50, dtype=np.uint16)
-    chunks = [{"input_ids": stream[i : i + 10]} for i in range(0, 50, 10)]
+    chunks = Dataset.from_dict({"input_ids": [stream[i : i + 10] for i in range(0, 50, 10)]}).with_format("numpy")
     shifted, offsets = ShiftedChunks(chunks, seed=3), set()
     for epoch in range(20):
         shifted.start_epoch(epoch)
         offsets.add(shifted.offset)
         rows = np.concatenate([shifted[i]["input_ids"] for i in range(len(shifted))])
         assert rows.tolist() == stream[shifted.offset : shifted.offset + 40].tolist()
+        assert [r["input_ids"].tolist() for r in shifted.__getitems__([3, 0, 3])] == [
+            shifted[i]["input_ids"].tolist() for i in (3, 0, 3)
+        ]
     assert len(offsets) > 5
     other = ShiftedChunks(chunks, seed=3)
     other.start_epoch(7)

@@ -95,9 +95,14 @@ def sharded(config: str, name: str) -> None:
         self.device = torch.device("cpu")
         return "gloo", DistributedType.MULTI_GPU
 
-    held = []
+    held, losses = [], []
 
     class Spy(trainer.LMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.dtype)
+            return loss
+
         def best_model(self):
             held.extend((p.numel(), p.to_local().numel()) for p in self.model.parameters() if isinstance(p, DTensor))
             return super().best_model()
@@ -107,6 +112,9 @@ def sharded(config: str, name: str) -> None:
         patch.setattr(ranks, "require_gpus", lambda: None)
         patch.setattr(distillation, "LMTrainer", Spy)
         train_and_resume(config, name, "--set", "training.fsdp=true")
+        half = ["--bf16", "--set", "training.fsdp=true", "--set", "training.max_steps=2"]
+        assert train.main(["--config", config, "--model-name", f"{name}-half", *half]) == 0
+    assert set(losses) == {torch.float32}
     whole, here = (sum(column) for column in zip(*held, strict=True))
     assert 0.4 < here / whole < 0.6, "each process should hold one half of the weights"
 
