@@ -40,7 +40,8 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
 def prompts_typed() -> Iterator[str]:
     """Lines that a person types or a pipe holds, until an empty one or the end of the input."""
     while True:
-        print("prompt> ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.isatty():
+            print("prompt> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().rstrip("\n")
         if not line:
             return

@@ -176,7 +176,8 @@ def run_sweep(args: argparse.Namespace, load: Callable, attempt: Callable) -> in
             seconds.append(time.perf_counter() - started)
         rows.append({"name": name, "values": point, **(measured(folder / name) if not code else {"error": str(error)})})
         write(folder, grid, rows)
-    print(f"\n{table(grid, rows)}\ntable, figures and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
+    print("\n".join(["", table(grid, rows), *edges(grid, rows)]))
+    print(f"table, figures and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
     return 2 if any("error" in row for row in rows) else 0
 
 
@@ -200,6 +201,18 @@ def best_of(rows: list[dict]) -> str | None:
     """The name of the run with the fewest bits per byte, which compare between tokenizers too."""
     done = [row for row in rows if "error" not in row]
     return min(done, key=lambda row: row["eval_bits_per_byte"])["name"] if done else None
+
+
+def edges(grid: dict[str, list], rows: list[dict]) -> list[str]:
+    """A line for each key of which the best value is the smallest or the largest of three or more numbers."""
+    name, lines = best_of(rows), []
+    for key, values in grid.items() if name else ():
+        best = next(row["values"][key] for row in rows if row["name"] == name)
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if numbers and len(values) > 2 and best in (min(values), max(values)) and key != "training.seed":
+            side = "smallest" if best == min(values) else "largest"
+            lines.append(f"{key}: the {side} value, {text_of(best)}, came out best: beyond it may lie a better one")
+    return lines
 
 
 def table(grid: dict[str, list], rows: list[dict]) -> str:

@@ -85,7 +85,7 @@ class ShiftedChunks(TrainerCallback):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
-        """The rows of a batch, which a DataLoader asks for, in one reading: row by row takes twenty times as long."""
+        """The rows of a batch, which a DataLoader asks for, in one reading: row by row takes nine times as long."""
         two = np.asarray(self.chunks[[i + k for i in indices for k in (0, 1)]]["input_ids"]).reshape(len(indices), -1)
         return [{"input_ids": row[self.offset : self.offset + self.length]} for row in two]
 

@@ -198,6 +198,15 @@ def test_python_examples_run(workshop):
     assert "26,450,304" in done.stdout  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
 
 
+def test_the_guide_splits_a_file(tmp_path):
+    (code,) = blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "python")
+    text = "".join(f"Line {i} of a caf\u00e9.\n" for i in range(40))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    parts = [(tmp_path / "own" / name).read_text(encoding="utf-8") for name in ("train/book.train", "dev/book.dev")]
+    assert "".join(parts) == text and [part.count("\n") for part in parts] == [38, 2]
+
+
 def test_figures_name_the_commit_that_gave_them():
     text = TEXTS[ROOT / "docs" / "benchmarks.md"]
     sections = [part for part in re.split(r"^## ", text, flags=re.M)[1:] if re.search(r"tokens per second|MB/s", part)]

@@ -81,7 +81,12 @@ def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkey
     assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
     out = capsys.readouterr()
     assert "The cat" in out.out and "A dog" in out.out and "never read" not in out.out
-    assert out.err.count("prompt> ") == 3
+    assert "prompt>" not in out.err  # nobody is asked
+    terminal = io.StringIO("The cat\nA dog\n\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err.count("prompt> ") == 3
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))  # ends without an empty line
     assert generate.main([str(model_dirs["Llama"]), "--max_new_tokens", "3", "--device", "cpu"]) == 0
 

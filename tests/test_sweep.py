@@ -134,6 +134,20 @@ def test_a_sweep_from_the_first_run_to_the_table(swept, capsys):
     assert {path: path.stat().st_mtime_ns for path in swept.folder.glob("*/*")} == before
 
 
+def test_a_best_value_at_the_edge_is_pointed_out():
+    grid = {"training.lr": [1e-3, 3e-3, 1e-2], "model.n_layer": [1, 2, 3], "training.optimizer": ["a", "b", "c"]}
+    points = sweep.points_of(grid)
+    for lr, layers, expected in ((1e-2, 2, ["training.lr: the largest value, 0.01,"]), (3e-3, 2, []),
+                                 (1e-3, 3, ["training.lr: the smallest", "model.n_layer: the largest value, 3,"])):  # fmt: skip
+        rows = [{"name": str(i), "values": p, "eval_bits_per_byte": 1.0} for i, p in enumerate(points)]
+        at = points.index({"training.lr": lr, "model.n_layer": layers, "training.optimizer": "a"})
+        rows[at]["eval_bits_per_byte"] = 0.5
+        lines = sweep.edges(grid, [*rows, {"name": "x", "values": points[0], "error": "no memory"}])
+        assert len(lines) == len(expected)
+        assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+    assert sweep.edges(grid, [{"name": "x", "values": points[0], "error": "no memory"}]) == []
+
+
 def unfinished(run_dir) -> None:
     """A finished run as it was before its last checkpoint."""
     shutil.rmtree(runs.checkpoints(run_dir)[0])
