@@ -35,7 +35,7 @@ def pick_device(device: str | None = None) -> torch.device:
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):
+    if not re.fullmatch(r"cpu(:0)?|mps|cuda(:\d+)?", str(device)):
         raise ValueError(f'device "{device}" is unknown: use auto, cpu, cuda, cuda:N or mps')
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():

@@ -184,6 +184,8 @@ def clean_splits(sources: dict, cleaners: dict[str, Callable] | None, staging: P
 def prepare_tokenizer(args: argparse.Namespace, splits: dict, staging: Path) -> dict | None:
     """Train the tokenizer unless told not to, count tokens with it; returns its record, None where there is none."""
     if "train" in splits and not args.skip_tokenizer:
+        if not any(record["words"] for record in splits["train"]["files"].values()):
+            raise ValueError(f"{args.babylm_10m or args.babylm_100m}: no text in it, or none that cleaning left")
         files = [staging / record["file"] for record in splits["train"]["files"].values()]
         print(describe(train_on_files(files, args.tokenizer_vocab, args.tokenizer_output), args.tokenizer_vocab))
     elif not args.tokenizer_output.exists():

@@ -139,6 +139,8 @@ def find_checkpoint(which: str, run_dir: Path) -> Path:
     folder = Path(which)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint; give its directory or the word latest")
+    if found := checkpoints(folder):
+        raise ValueError(f"{folder}: is a run, not a checkpoint; give one of its own, such as {found[0]}, or latest")
     if problem := damage(folder):
         raise ValueError(f"{folder}: cannot resume from it: {problem}")
     return folder

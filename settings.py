@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from schema import MAX_EPOCHS, OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
 MAX_CONFIG_BYTES = 1_000_000
+PATHS = {"data": ("tokenizer_path", "train_path", "eval_path"), "logging": ("output_dir",)}  # in which ~ is home
 FFN_RATIO = {"Llama": 8 / 3, "GPT2": 4.0, "GPTJ": 4.0}  # usual intermediate_size / hidden_size
 
 
@@ -284,7 +286,10 @@ def check(raw: Any, source: str = "") -> dict:
         raw = {**raw, "logging": {}}
     if not isinstance(raw, dict):
         raise ConfigError([f"not a configuration; it needs the sections {', '.join(SECTIONS)}"], source)
-    return _validated(Config, raw, _broken_rules(raw), source=source)
+    config = _validated(Config, raw, _broken_rules(raw), source=source)
+    for section, keys in PATHS.items():  # a shell does it for a flag, nobody for a file
+        config[section] |= {key: os.path.expanduser(config[section][key]) for key in keys}
+    return config
 
 
 def check_model_section(section: Any) -> dict:

@@ -112,7 +112,7 @@ def quietly(load: Callable, args: argparse.Namespace) -> dict:
         logging.disable(logging.NOTSET)
 
 
-def check_all(variants: list[argparse.Namespace], points: list[dict], load: Callable) -> None:
+def check_all(path: str, variants: list[argparse.Namespace], points: list[dict], load: Callable) -> None:
     """Read every configuration; one error with all problems of all, those that not all have with their values."""
     found: dict[str, list[str]] = {}
     for args, point in zip(variants, points, strict=True):
@@ -123,7 +123,7 @@ def check_all(variants: list[argparse.Namespace], points: list[dict], load: Call
                 found.setdefault(problem, []).append(describe(point))
     if found:
         lines = [f"{'' if len(where) == len(points) else where[0] + ': '}{line}" for line, where in found.items()]
-        raise settings.ConfigError(lines, "sweep")
+        raise settings.ConfigError(lines, path)
 
 
 def free_memory() -> None:
@@ -156,7 +156,7 @@ def run_sweep(args: argparse.Namespace, load: Callable, attempt: Callable) -> in
     if same := {name for name in names if names.count(name) > 1}:
         raise settings.ConfigError([f"several runs would be named {name}" for name in sorted(same)], args.sweep)
     variants = [variant(args, point, name, folder) for point, name in zip(points, names, strict=True)]
-    check_all(variants, points, load)
+    check_all(args.sweep, variants, points, load)
     print(f"sweep       {len(points)} runs in {folder}/")
     if args.dry_run:
         print("\n".join(f"  {name}: {describe(point)}" for name, point in zip(names, points, strict=True)))

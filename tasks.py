@@ -201,7 +201,8 @@ def _rows(path: Path) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: after line {number}: not UTF-8 ({error.reason})") from None
         except (ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{path}: line {number} is not {path.suffix[1:].upper()} ({error})") from None
+            kind = "CSV" if path.suffix == ".csv" else "JSON"
+            raise ValueError(f"{path}: line {number} is not {kind} ({error})") from None
 
 
 def decode_rows(task: str, rows: Iterable[Any], source: str, stem: str, strict: bool = False) -> list[Item]:

@@ -208,7 +208,7 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
     """Train to the end; False where the user interrupted it, having said how to go on."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # who read the output has gone: `| head`
         saved = runs.checkpoints(run_dir)
         further = (
             f"go on from {saved[0].name} with --resume_from_checkpoint latest" if saved else "nothing was saved yet"
@@ -224,6 +224,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     config = load_config(args.config, args)
     budget = check_inputs(config)
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
+    if args.overwrite and args.resume_from_checkpoint:
+        raise ValueError("--overwrite, --resume_from_checkpoint: one begins anew, the other goes on; choose one")
     runs.require_own(run_dir)
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)

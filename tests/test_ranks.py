@@ -115,7 +115,7 @@ def launch(launcher: str, script: str, *arguments, cache: Path) -> subprocess.Co
         "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, also where there is a GPU
     }
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")

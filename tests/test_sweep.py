@@ -70,7 +70,7 @@ def test_every_configuration_is_checked_before_the_first_run(swept, capsys):
     assert sum("training.epochs: unknown key" in line for line in lines) == 1, "said once, for all"
     assert not any("nowhere not found" in line for line in lines), "a wrong configuration is not looked at further"
     (lr,) = (line for line in lines if "training.lr: 2.0 is not allowed" in line)
-    assert lr.startswith("error: sweep: training.lr=2, model.n_head=4, ")
+    assert lr.startswith(f"error: {swept.folder.parent.parent / 'sweep.yaml'}: training.lr=2, model.n_head=4, ")
     assert any("model.hidden_size: 32: hidden_size must be divisible by n_head (5)" in line for line in lines)
     assert len(lines) == 3
     assert not swept.folder.exists()

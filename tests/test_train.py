@@ -531,6 +531,10 @@ def test_resuming_another_run_is_refused(finished_copy, capsys):
     assert "training.seed: was 42, is 1" in error
     assert train.main([*resume[:-1], "no/such/place"]) == 2
     assert "no such checkpoint; give its directory or the word latest" in capsys.readouterr().err
+    assert train.main([*resume[:-1], str(run_dir)]) == 2
+    assert "is a run, not a checkpoint; give one of its own, such as " in capsys.readouterr().err
+    assert train.main([*resume, "--overwrite"]) == 2
+    assert "choose one" in capsys.readouterr().err and runs.checkpoints(run_dir)
 
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--dry-run"])
@@ -547,6 +551,15 @@ def test_a_tokenizer_without_bytes_is_refused_before_anything_goes(finished_copy
     assert train.main(["--config", str(config_path), *set_it, flag]) == 2
     assert "byte-level" in errors_of(capsys)[0]
     assert (run_dir / "model.safetensors").read_bytes() == weights and runs.checkpoints(run_dir)
+
+
+def test_a_reader_that_goes_away_ends_the_run_like_ctrl_c(config_file, monkeypatch, capsys):
+    def gone(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(RunLog, "on_log", gone)
+    assert train.main(["--config", str(config_file())]) == 130
+    assert "interrupted after step 1; nothing was saved yet" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_step(config_file, monkeypatch, capsys):
