@@ -88,10 +88,10 @@ def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
             repetition.append(drawn(result[metric], result[f"{metric}_ci95"]))
         elif metric == "avg_consistency_score":
             (gap,) = result["baselines"].values()
-            parts[name] = drawn(gap["difference"], gap["difference_ci95"]).clip(min=0)
+            parts[name] = drawn(gap["difference"], gap["difference_ci95"]).clip(0, 1)
         elif metric in ("accuracy", "completion_accuracy", "spearman"):
             above = drawn(result[metric], result[f"{metric}_ci95"]) - result["chance"]
-            parts[name] = above.clip(min=0) / max(1 - result["chance"], 1e-9)
+            parts[name] = (above / max(1 - result["chance"], 1e-9)).clip(0, 1)
     shown = {name: float(values[0]) for name, values in parts.items()}
     if repetition:
         shown["one_minus_repetition"] = float(1 - np.mean(repetition, axis=0)[0])
