@@ -235,11 +235,13 @@ def test_the_schema_accepts_every_shipped_config_key():
             assert not set(sections[name].get("required", [])) - set(keys), path
 
 
-def test_a_tilde_is_home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
+def test_a_tilde_is_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = raw(data__train_path="~/text", logging__output_dir="~/models")
     checked = settings.check(config)
-    assert (checked["data"]["train_path"], checked["logging"]["output_dir"]) == ("/home/ada/text", "/home/ada/models")
+    assert (checked["data"]["train_path"], checked["logging"]["output_dir"]) == tuple(
+        str(tmp_path / name) for name in ("text", "models")
+    )
 
 
 def test_a_logging_section_without_keys_has_its_defaults():
