@@ -129,11 +129,12 @@ def parts_text(results: dict) -> str:
     """An overall score with its interval and its parts."""
     if results["overall_score"] is None:
         return "none: no task measures quality"
-    parts, (low, high) = dict(results["overall_parts"]), results["overall_score_ci95"]
+    parts, between = dict(results["overall_parts"]), results.get("overall_score_ci95")  # not in older files
+    shown = f" [{number(between[0])}, {number(between[1])}]" if between else ""
     factor = parts.pop("one_minus_repetition", None)
     mean = ", ".join(f"{task} {number(value)}" for task, value in parts.items())
     times = "" if factor is None else f"; times {number(factor)} (1 - repetition)"
-    return f"{number(results['overall_score'])} [{number(low)}, {number(high)}] = mean of {mean}{times}"
+    return f"{number(results['overall_score'])}{shown} = mean of {mean}{times}"
 
 
 def text_report(document: dict) -> str:

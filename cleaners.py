@@ -56,8 +56,10 @@ _CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "dow
 _CREDIT = re.compile(
     r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
     r"(?: (?:and|&) [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
-    r"|^\W*\w+ subtitles?\W*$|^\W*(?:translated|corrected|re-?sync(?:ed)?)(?: (?:and|&) [a-z]{1,20})? ?(?:by\b|:)[^.!?]{0,40}$"
-    r"|\brate this subtitle\b|\bosdb\.link\b|\badvertise your product\b"
+    r"|^\W*(?!(?:no|any|a|the|with|without|what|need|more|my|your|these|those)\b)\w+ subtitles?[^\w?]*$"
+    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? ?by ?:|^\W*re-?sync ?(?:by\b|:)"
+    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? by (?!(?:my|the|a|an|his|her|our|your|their|whom?|some\w*)\b)[\w.-]{1,30}\W*$"
+    r"|\brate this subtitle\b|\bosdb\.link\b|^\W*advertise your product or brand\b"
     r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
 )
 _BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")

@@ -404,7 +404,8 @@ def create_synthetic_data(
         (output_dir / split).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".unfinished-") as scratch:
         facts = _write_all(grammar, Path(scratch), num_tokens, seed, num_pairs)
-        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name != "grammar.json"):  # which shows whose they are
             os.replace(path, output_dir / path.relative_to(scratch))
     return facts
 

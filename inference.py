@@ -69,7 +69,7 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
     model = model.to(target).eval()
     with torch.no_grad():  # the first token's logits in two texts that differ in the second
-        a, b = [i for i in range(3) if i != model.config.pad_token_id][:2]  # transformers would warn of padding
+        a, b, *_ = (i for i in range(3) if i != getattr(model.config, "pad_token_id", None))  # padding is warned of
         ids = torch.tensor([[a, a], [a, b]], device=target)
         first, other = model(input_ids=ids, use_cache=False).logits[:, 0].float()
     if (first - other).abs().max() > (1e-5 if dtype == "float32" else 1e-2) * first.abs().max():
@@ -92,8 +92,8 @@ def encode(tokenizer, texts: Sequence[str | Sequence[int]], bos: bool | None = T
     try:
         "".join(strings).encode()
     except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 20) : error.end]
-        raise ValueError(f"a text holds half of a surrogate pair, which is no character: ...{near!r}") from None
+        where = repr(error.object[: error.end][-20:])
+        raise ValueError(f"a text holds half of a surrogate pair, which is no character: ...{where}") from None
     if rust := getattr(tokenizer, "backend_tokenizer", None):  # alone: more than twice as fast
         rust.no_truncation(), rust.no_padding()
         encoded = (encoding.ids for encoding in rust.encode_batch_fast(strings, add_special_tokens=False))

@@ -79,7 +79,7 @@ def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def drawn(value: float, interval: Sequence[float]) -> np.ndarray:  # (1 + RESAMPLES,): the value, then others
-        return value + (interval[1] - interval[0]) / (2 * Z95) * np.append(0.0, rng.standard_normal(RESAMPLES))
+        return np.append(value, value + (interval[1] - interval[0]) / (2 * Z95) * rng.standard_normal(RESAMPLES))
 
     parts, repetition = {}, []
     for name, result in results.items():

@@ -155,7 +155,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict:
         value = parse(path.read_text(encoding="utf-8"))
         if isinstance(value, dict) and all(isinstance(part, dict) for part in value.values() if path.name == CONFIG):
             return value
-    except (ValueError, OSError, yaml.YAMLError):
+    except (ValueError, FileNotFoundError, yaml.YAMLError):
         pass
     raise ValueError(f"{path}: is damaged; bring it back, or train anew with --overwrite or another --model_name")
 
@@ -215,6 +215,13 @@ def claim(run_dir: Path, config: dict, report: dict, resume: str | None, overwri
     return None
 
 
+def require_ahead(checkpoint: Path | None, steps: int) -> None:
+    """ValueError where a checkpoint has gone further than the run is to go."""
+    if checkpoint and step_of(checkpoint) > steps:
+        remedy = "ask for more, or train anew with --overwrite or another --model_name"
+        raise ValueError(f"{checkpoint}: is past the {steps} steps that are asked for; {remedy}")
+
+
 def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:
     """Write what the run is before its first step; an older run's results go, and its checkpoints.
 
@@ -235,28 +242,35 @@ def begin(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) ->
 def tokenizer_sources(path: str | Path) -> list[dict] | None:
     """The files that train_tokenizer.py trained the tokenizer at `path` on; None without a record of this very file."""
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-    record = file.with_suffix(".source.json")
-    if not record.is_file() or not file.is_file():
+    try:
+        facts = json.loads(tokenizer_record(file).read_text(encoding="utf-8"))
+        return facts["sources"] if facts["tokenizer_sha256"] == sha256(file) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    facts = json.loads(record.read_text(encoding="utf-8"))
-    return facts["sources"] if facts["tokenizer_sha256"] == sha256(file) else None
+
+
+def tokenizer_record(file: Path) -> Path:
+    """Where train_tokenizer.py says what the tokenizer in `file` learned from."""
+    return file.with_name(file.name.removesuffix(".json") + ".source.json")
 
 
 def warn_of_leaks(report: dict) -> None:
     """A warning for held-out files that are training files too: scores on them say nothing of other text."""
-    known = {source["sha256"]: source["file"] for source in report["train"]["sources"]}
+    nothing = hashlib.sha256(b"").hexdigest()
+    known = {s["sha256"]: s["file"] for s in report["train"]["sources"] if s["sha256"] != nothing}
     for source in report["validation"]["sources"]:
         if source["sha256"] in known:
             log.warning("%s: the held-out text is training text too: %s", source["file"], known[source["sha256"]])
 
 
 def training_scores(folder: str | Path) -> dict[str, float | None] | None:
-    """What a run of train.py found on its held-out text, and how many words it read; None for another's directory."""
-    if not (file := Path(folder, METRICS)).is_file():
+    """What a run of train.py found on its held-out text, and how many words it read; None where that cannot be read."""
+    try:
+        results = json.loads(Path(folder, METRICS).read_text(encoding="utf-8"))["results"]
+        found = {key: float(results[key]) for key in ("eval_loss", "eval_perplexity", "eval_bits_per_byte")}
+        return found | {key: results.get(key) for key in ("floor_bits_per_byte", "words_trained")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    results = _read(file, json.loads)["results"]
-    keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "floor_bits_per_byte", "words_trained")
-    return {key: results[key] for key in keys}
 
 
 def is_model(folder: str | Path) -> bool:

@@ -209,7 +209,7 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (KeyboardInterrupt, BrokenPipeError):  # who read the output has gone: `| head`
-        saved = runs.checkpoints(run_dir)
+        saved = [folder for folder in runs.checkpoints(run_dir) if (folder / runs.MANIFEST).is_file()]
         further = (
             f"go on from {saved[0].name} with --resume_from_checkpoint latest" if saved else "nothing was saved yet"
         )
@@ -257,6 +257,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     plan = describe(config, model, data_report["train"], len(train_data))
     loss = fit_to_machine(config, model, plan, tokenizer.bos_token_id)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
+    runs.require_ahead(checkpoint, plan["steps"])
     if args.dry_run:
         print("dry run: nothing was trained; the chunks are kept for the run")
         return None

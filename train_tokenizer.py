@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_utils import SPECIAL_TOKENS, find_files, new_report, read_documents, source_of
-from runs import sha256, tokenizer_sources, write_text
+from runs import sha256, tokenizer_record, tokenizer_sources, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ def check_request(vocab_size: int, output: Path | None = None) -> None:
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a directory; name the tokenizer file, such as {output / 'tokenizer.json'}")
     if output is not None and output.is_file() and output.stat().st_size and tokenizer_sources(output) is None:
-        raise ValueError(f"{output}: not written by this script, or changed since; move it away or name another file")
+        raise ValueError(f"{output}: no record that this script wrote it as it is; move it away or name another file")
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -112,7 +112,7 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     replaces = output.is_file() and output.read_text(encoding="utf-8") not in ("", tokenizer.to_str())
     save_tokenizer(tokenizer, output)
     record = {"tokenizer_sha256": sha256(output), "sources": counted["sources"]}
-    write_text(output.with_suffix(".source.json"), json.dumps(record, indent=1) + "\n")
+    write_text(tokenizer_record(output), json.dumps(record, indent=1) + "\n")
     tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False))
     return {
         "files": len(files),

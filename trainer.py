@@ -193,6 +193,15 @@ class LMTrainer(Trainer):
             return super().get_train_dataloader()
         return ranks.train_loader(self.train_dataset, self.args, self.data_collator)
 
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing, where a resumed run had ended by its steps or by early stopping: Trainer looks only after a step."""
+        waits = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in waits)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model if model is None else model, self.training)

@@ -293,6 +293,13 @@ def test_what_a_run_left_stands_on_the_page(tmp_path):
     assert "0.8241" not in page(made) and "Held-out text" not in page(document())
 
 
+def test_a_file_of_an_earlier_release_is_drawn(tmp_path):
+    made = document()
+    for results, facts in zip(made["results"].values(), made["models"].values(), strict=True):
+        del results["overall_score_ci95"], facts["training"]
+    assert "= mean of blimp 0.250" in text_report(made) and "Held-out text" not in page(made)
+
+
 def test_subsets_stand_below_the_task():
     made = document()
     rows = {f"kind {i}": {**result(0.9), "accuracy_ci95": [0.8, 0.95]} for i in range(3)}

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cleaners
-from data_utils import clean_text, create_cleaner_registry, domain_of
+from data_utils import DomainCleaners, clean_text, create_cleaner_registry, domain_of
 
 REGISTRY = create_cleaner_registry()
 BABYLM_NAMES = ["aochildes", "childes", "bnc_spoken", "cbt", "children_stories", "gutenberg", "open_subtitles", "qed"]
@@ -253,3 +253,28 @@ def test_artefacts_of_a_real_corpus_go(domain):
     assert REGISTRY[domain](clean) == clean
     kept = len(clean) / len(text)
     assert kept > 0.4 if domain in ("open_subtitles", "qed") else kept > 0.65
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Sync & corrections by explosiveskull", "Corrected by X", "Translated by: Bob", "Resync: Xenzai", "English subtitles",
+     "Please rate this subtitle at www.osdb.link/abc", "Advertise your product or brand here"],
+)  # fmt: skip
+def test_credits_go(line):
+    assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == "Hello.\nGood day."
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["You have to advertise your product.", "Translated by my grandmother", "Corrected by the teacher, I was ashamed",
+     "Corrected: the bearing is 270", "Translated: 'I love you'", "No subtitles.", "Any subtitles?", "The subtitle"],
+)  # fmt: skip
+def test_what_only_sounds_like_credits_stays(line):
+    assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == f"Hello.\n{line}\nGood day."
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_of_other_systems(end):
+    for clean, text in ((DomainCleaners.wikipedia, "x\n== T ==\ny"), (clean_text, "a , b \nc\n\n\n\nd"),
+                        (DomainCleaners.subtitles, "1\n00:00:01,000 --> 00:00:02,000\nHi\n")):  # fmt: skip
+        assert clean(text.replace("\n", end)) == clean(text)

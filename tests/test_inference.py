@@ -130,7 +130,7 @@ def test_bos_stands_in_front_exactly_once(models, tokenizer):
 
 
 def test_half_a_surrogate_pair_is_refused(models, tokenizer):
-    with pytest.raises(ValueError, match="half of a surrogate pair.*good '?.*ud800"):
+    with pytest.raises(ValueError, match="half of a surrogate pair.*a good .ud800"):
         token_logprobs(models["Llama"], tokenizer, ["a cat", "a good \ud800 cat"])
 
 

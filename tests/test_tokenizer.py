@@ -285,10 +285,15 @@ def test_a_tokenizer_of_others_is_not_overwritten(text_dir, tmp_path, capsys):
     changed = output.read_text() + "\n"
     output.write_text(changed)
     assert main([*argv, "300"]) == 2
-    assert "not written by this script, or changed since" in capsys.readouterr().err
+    assert "no record that this script wrote it as it is" in capsys.readouterr().err
     assert output.read_text() == changed
     output.write_text("")  # as made for a temporary file
     assert main([*argv, "300"]) == 0
+    for damaged in ("{", "{}", "[]"):
+        output.with_suffix(".source.json").write_text(damaged)
+        assert main([*argv, "300"]) == 2 and "no record" in capsys.readouterr().err
+    for name in ("v1.0", "v1.1", "v1.0"):  # each has a record of its own
+        assert main(["--data-dir", str(text_dir), "--vocab-size", "300", "--output", str(tmp_path / name)]) == 0
 
 
 @pytest.mark.parametrize("script", [prepare_data, train_tokenizer, create_synthetic_data])

@@ -398,12 +398,34 @@ def test_max_steps_ends_the_run(most, config_file, tmp_path, capsys):
         assert "epochs, about" in capsys.readouterr().out
 
 
-def test_held_out_text_that_is_training_text_is_pointed_out(config_file, corpus_dir, caplog):
+def test_a_run_at_its_end_trains_no_further(config_file, tmp_path, capsys):
+    """Killed after its last checkpoint, with nothing written; and one that has gone further than is asked for now."""
+    path = str(config_file(training__lr_scheduler="constant"))
+    run_dir, steps = tmp_path / "models" / "tiny", ["--set", "training.max_steps=10"]  # in the second epoch
+    assert train.main(["--config", path, *steps]) == 0
+    weights = (run_dir / "model.safetensors").read_bytes()
+    for name in runs.RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+    assert train.main(["--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    metrics = json.loads((run_dir / runs.METRICS).read_text())
+    assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"]
+    fewer = ["--set", "training.max_steps=3", "--resume_from_checkpoint", "latest"]
+    assert train.main(["--config", path, *fewer]) == 2
+    assert "checkpoint-10: is past the 3 steps that are asked for" in capsys.readouterr().err
+    assert (run_dir / runs.METRICS).is_file()
+
+
+def test_held_out_text_that_is_training_text_is_pointed_out(config_file, corpus_dir, tmp_path, caplog):
     path = config_file(data__eval_path=str(corpus_dir / "train" / "toy.train"))
     assert train.main(["--config", str(path), "--dry-run"]) == 0
     assert "the held-out text is training text too: toy.train" in caplog.text
     caplog.clear()
-    assert train.main(["--config", str(config_file()), "--dry-run"]) == 0
+    for split in ("train", "dev"):
+        shutil.copytree(corpus_dir / split, tmp_path / split)
+        (tmp_path / split / f"empty.{split}").write_text("")
+    apart = config_file(data__train_path=str(tmp_path / "train"), data__eval_path=str(tmp_path / "dev"))
+    assert train.main(["--config", str(apart), "--dry-run"]) == 0
     assert "training text too" not in caplog.text
 
 
