@@ -350,6 +350,13 @@ def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, eval_steps
     assert len(losses) < 60 and (eval_steps is None or rows_of(run_dir)[-1]["step"] % eval_steps == 0)
     assert min(losses) not in losses[-2:]
     assert results_of(run_dir)["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    # killed after it had stopped, before its results were written: it goes no further
+    rows, weights = rows_of(run_dir), (run_dir / "model.safetensors").read_bytes()
+    for name in runs.RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert [row["step"] for row in rows_of(run_dir)] == [row["step"] for row in rows]
+    assert (run_dir / "model.safetensors").read_bytes() == weights
 
 
 def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
