@@ -119,10 +119,10 @@ def chunks_are_whole() -> Iterator[None]:
         (masking_utils, "is_torchdynamo_exporting", _no),
         (PreTrainedModel, "warn_if_padding_and_no_attention_mask", _nothing),
     ]
-    own = [(place, name, getattr(place, name)) for place, name, _ in ours if hasattr(place, name)]
+    ours = [(place, name, function) for place, name, function in ours if hasattr(place, name)]  # not all have all
+    own = [(place, name, getattr(place, name)) for place, name, _ in ours]
     for place, name, function in ours:
-        if hasattr(place, name):
-            setattr(place, name, function)
+        setattr(place, name, function)
     try:
         yield
     finally:

@@ -158,7 +158,7 @@ def memory_advice(training: dict[str, Any]) -> str:
     half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
     further = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true take less still"
     if batch == 1:
-        return f"{further};{half and f' so do{half},'} a smaller model and a shorter data.seq_length"
+        return f"{further}; so do{half and half + ','} a smaller model and a shorter data.seq_length"
     less = f"--batch-size {batch // 2} --gradient-accumulation-steps {steps * 2}{half} --overwrite"
     return f"the same step fits in less with {less}; {further}"
 

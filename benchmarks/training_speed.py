@@ -61,12 +61,13 @@ class Clock:
                 self.losses = []
 
             def on_step_end(self, *args, **kwargs):
-                if torch.cuda.is_available() and args[1].global_step > WARM_UP and args[1].global_step % BLOCK:
-                    return
+                step, last = args[1].global_step, args[1].max_steps
                 if torch.cuda.is_available():
+                    if WARM_UP < step < last and step % BLOCK:
+                        return
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
-                self.steps.append(args[1].global_step)
+                self.steps.append(step)
 
             def on_log(self, args, state, control, logs=None, **kwargs):
                 self.losses += [logs["loss"]] if "loss" in logs else []
@@ -74,7 +75,7 @@ class Clock:
         return _Clock()
 
 
-def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path):
+def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path, log_every: int = 1):
     """Train over the rows; returns the clock. `variant` is {"micro": n} for the plain script, else how ours runs."""
     import torch
     import transformers
@@ -89,7 +90,7 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path):
     arguments = training_arguments(config, folder, variant.get("precision", "bf16" if cuda else "fp32"))
     arguments.save_strategy = arguments.eval_strategy = "no"
     arguments.num_train_epochs, arguments.load_best_model_at_end = 1, False
-    arguments.logging_steps = BLOCK if cuda else 1  # a row of the log waits for a GPU
+    arguments.logging_steps = log_every
     common = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [clock]}
     if "micro" in variant:
         arguments.per_device_train_batch_size = variant["micro"]
@@ -140,7 +141,7 @@ def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: P
 def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[str, float]:
     """{"speed": median tokens per second after the warm-up, "first": seconds of the first step}, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        clock = train_once(config, variant, tokenizer, rows, Path(folder))
+        clock = train_once(config, variant, tokenizer, rows, Path(folder), log_every=BLOCK)  # a row waits for a GPU
     marks = list(zip(clock.times, clock.steps, strict=True))
     seconds = [(b - a) / (n - m) for (a, m), (b, n) in itertools.pairwise(marks)]  # of a step
     tokens = step_of(config) * config["data"]["seq_length"]

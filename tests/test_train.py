@@ -678,6 +678,9 @@ def test_out_of_memory_says_what_helps(config_file, capsys):
     ]
     assert flags[-4:] == ["--set", "training.gradient_checkpointing=true", "--set", "training.chunked_loss=true"]
     assert train.main(["--config", path, *flags]) == 0
+    one = {"batch_size": 1, "gradient_accumulation_steps": 1, "fp16": False, "bf16": False}
+    assert "; so do --fp16 (or --bf16), a smaller model" in memory_advice({**one, "precision": "fp32"})
+    assert "; so do a smaller model" in memory_advice({**one, "precision": "bf16"})
     assert "fp16" not in memory_advice({"batch_size": 8, "gradient_accumulation_steps": 1, "precision": "bf16",
                                                 "fp16": False, "bf16": True})  # fmt: skip
 
