@@ -56,7 +56,7 @@ def relative_scores(
     begins = _begins(ids, starts, counts, inference.context_length(model))
     lengths = np.array([len(text) - begin for text, begin in zip(ids, begins, strict=True)])
     scale = np.sqrt(np.bincount(owner, lengths).clip(min=1))  # the errors of tokens add up like a random walk
-    exact, dtype = np.zeros(len(counts), dtype=bool), fast_dtype(model.device)
+    exact, dtype = np.zeros(len(counts), dtype=bool), machine.fast_dtype(model.device)
     fast, asked = np.full(len(ids), np.nan), np.arange(len(counts))
     if len(counts) > 2 * SAMPLE:
         asked = np.linspace(0, len(counts) - 1, SAMPLE).astype(int)  # from every part alike
@@ -78,15 +78,6 @@ def relative_scores(
     if not exact.all():
         precision |= {"fast": str(dtype).removeprefix("torch."), "largest_error_nats": float(errors[known].max())}
     return scores, precision
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """The number format in which this device multiplies matrices fastest: bfloat16 where it has units for it."""
-    if device.type == "cuda":
-        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_units = device.type == "cpu" and machine.cpu_has_bf16_units()
-    return torch.bfloat16 if has_units else torch.float32
 
 
 def _begins(ids: Sequence[list[int]], starts: Sequence[int], counts: np.ndarray, context: int) -> list[int]:

@@ -325,7 +325,8 @@ def generate_steps(
     draws its random numbers from stream (seed, streams[i]); the streams default to 0, 1, 2...
     """
     known, context = inspect.signature(model.forward).parameters, context_length(model)
-    _check_sampling(prompts, max_new_tokens, temperature, top_p, known)
+    held = "cache" if "cache" in known else "past_key_values"  # its name from transformers 5.24 on, and before
+    _check_sampling(prompts, max_new_tokens, temperature, top_p, keeps_cache=held in known)
     check_ids(model, prompts)
     prompts = _fit_context(prompts, max_new_tokens, context)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]  # tokens that each may still make
@@ -336,10 +337,9 @@ def generate_steps(
     lengths, positions, cache = mask.sum(1, keepdim=True), (mask.cumsum(1) - 1).clamp(min=0), None
     options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     for step in range(draws.shape[1]):
-        if "position_ids" in known:  # architectures without it count from the mask
-            options["position_ids"] = positions
-        out = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-        cache = out.past_key_values
+        options |= {"position_ids": positions} if "position_ids" in known else {}  # others count from the mask
+        out = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{held: cache}, **options)
+        cache = out[held]
         chosen = _sample(out.logits[:, -1].float(), temperature, top_p, draws[:, step])  # (B,)
         new = [t if left and t not in stop else None for t, left in zip(chosen.tolist(), room, strict=True)]
         room = [0 if token is None else left - 1 for token, left in zip(new, room, strict=True)]
@@ -350,7 +350,7 @@ def generate_steps(
         positions = (lengths + step).clamp(max=context - 1)  # one that has ended goes on unheard, within the context
 
 
-def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: float, known: Collection[str]) -> None:
+def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: float, keeps_cache: bool) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
     if not 0 <= temperature < float("inf"):
@@ -359,7 +359,7 @@ def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: flo
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     if not prompts or not all(len(ids) for ids in prompts):
         raise ValueError("a batch needs a prompt, and a prompt a token: put BOS in front")
-    if "past_key_values" not in known:
+    if not keeps_cache:
         raise ValueError("this architecture keeps no key-value cache, which generation here needs")
 
 

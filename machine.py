@@ -56,6 +56,15 @@ def cpu_has_bf16_units() -> bool:
     return "avx512_bf16" in text or "amx_bf16" in text
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The number format in which this device multiplies matrices fastest: bfloat16 where it has units for it."""
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = device.type == "cpu" and cpu_has_bf16_units()
+    return torch.bfloat16 if has_units else torch.float32
+
+
 def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     """(precision, reason) for a training section on this machine: "fp32", "bf16" or "fp16", and why in one line."""
     asked = "fp16" if training["fp16"] else "bf16" if training["bf16"] else training["precision"]

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-WSD_DECAY = (
-    0.2  # share of the steps in which wsd falls: within the 8 to 20 % that Hu et al. 2024 (MiniCPM) found enough
-)
+import machine
+
+WSD_DECAY = 0.2  # share of the steps in which wsd falls: Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
+STACK_ELEMENTS = 2**25  # of matrices that are orthogonalised together: 64 MB in bfloat16
 
 
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
@@ -45,11 +46,55 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
     return factor
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) on matrices, AdamW on the rest, as one optimizer with the groups of both.
+def orthogonal(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float):
+    """Each matrix (n, A, B) with its singular values near 1: a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]  # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, A, A)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
-    Muon's step is scaled to the size of AdamW's (match_rms_adamw, Liu et al. 2025), so that both take the same `lr`.
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, taking all matrices of a shape together, in the number format that the machine has units for.
+
+    torch's own takes each by itself, always in bfloat16: many small products on a GPU, slow ones on a CPU without units
+    for it (docs/benchmarks.md). The step is scaled to the size of AdamW's (match_rms_adamw, Liu et al. 2025), so that
+    both take the same `lr`.
     """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, own in alike.items():
+                at_once = max(1, STACK_ELEMENTS // shape.numel())
+                for at in range(0, len(own), at_once):
+                    self._move(group, own[at : at + at_once])
+
+    def _move(self, group: dict[str, Any], weights: list[torch.nn.Parameter]) -> None:
+        """One step for matrices of one shape (A, B): momentum, Nesterov's, orthogonalised; weight decay."""
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        lr, decay, momentum = (float(group[key]) for key in ("lr", "weight_decay", "momentum"))
+        gradients, momenta = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        stack = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # (n, A, B)
+        stack = stack.to(machine.fast_dtype(stack.device))
+        made = orthogonal(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(weights[0].dtype)
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_add_(weights, list(made.unbind()), alpha=-lr * 0.2 * math.sqrt(max(stack.shape[1:])))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on matrices, AdamW on the rest, as one optimizer with the groups of both."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = (muon, adamw)
@@ -94,7 +139,7 @@ class Average:
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW over all weights, or Muon over the matrices of the layers and AdamW over embeddings, head and vectors.
 
-    Matrices decay by training.weight_decay, vectors (norms, biases) do not. ValueError where this torch has no Muon.
+    Matrices decay by training.weight_decay, vectors (norms, biases) do not.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     tables.add(id(model.get_output_embeddings().weight))
@@ -105,9 +150,7 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
     adamw = {**common, "betas": betas, "eps": training["adam_epsilon"], "fused": True}
     if training["optimizer"] == "adamw":
         return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **adamw)
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training.optimizer: muon needs torch 2.9 or newer (this is {torch.__version__}); use adamw")
     inner = [p for p in matrices if id(p) not in tables]
     outer = [p for p in matrices if id(p) in tables]
-    muon = torch.optim.Muon(inner, **common, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, **common, adjust_lr_fn="match_rms_adamw")
     return MuonAdamW(muon, torch.optim.AdamW([{"params": outer}, {"params": vectors, "weight_decay": 0.0}], **adamw))

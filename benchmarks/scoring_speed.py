@@ -79,6 +79,7 @@ def limit(model_path: str, data: str, every: int) -> dict:
     import choices
     import inference
     import likelihood
+    import machine
     import tasks
 
     model, tokenizer = inference.load_model(model_path, "cpu")
@@ -89,7 +90,7 @@ def limit(model_path: str, data: str, every: int) -> dict:
     contexts = {tuple(text[:end]) for text, begin in zip(ids, begins, strict=True) for end in range(begin, len(text))}
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
-    fast, tokens, rates = choices.fast_dtype(model.device), sum(len(text) - 1 for text in ids), {}
+    fast, tokens, rates = machine.fast_dtype(model.device), sum(len(text) - 1 for text in ids), {}
     for dtype in (torch.float32, fast):
         a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
         times = [timed(lambda a=a, b=b: a @ b) for _ in range(12)][2:]
