@@ -283,7 +283,7 @@ def test_a_finished_run_is_a_plain_model_directory(finished):
     assert not list(run_dir.rglob("training_args.bin"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run_dir), AutoTokenizer.from_pretrained(run_dir)
     assert model.config.use_cache is True
-    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.eos_token_id in (2, [2])  # a list in older releases
     assert tokenizer("The cat")["input_ids"][0] == tokenizer.bos_token_id == 1
     assert tokenizer.model_max_length == 32
 
