@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from schema import MAX_EPOCHS, OPTIONAL, SECTIONS, Config, ModelSection, Section
+from schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
 MAX_CONFIG_BYTES = 1_000_000
@@ -243,6 +243,8 @@ def warnings_of(config: dict) -> list[str]:
         for key, field in section.model_fields.items():
             value = (config.get(name) or {}).get(key)
             low, high = (field.json_schema_extra or {}).get("typical", (None, None))
+            if key == "lr" and config["training"]["optimizer"] == "muon":
+                high = MUON_LR
             if low is not None and value is not None and not low <= value <= high:
                 lines.append(f"{name}.{key}: {value:g} is outside the typical range {low:g} to {high:g}")
     model = config["model"]

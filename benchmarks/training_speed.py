@@ -5,12 +5,12 @@
 
 The plain script is what a tutorial gives: DataCollatorForLanguageModeling, float32 (on a GPU bf16), the model's own
 loss, at each micro-batch of --micro, accumulated to the configuration's batch. Ours is LMTrainer with each choice of
-number format and compilation. Same model, ids, effective batch and seed; no evaluation, no saving. Each turn is a
-process of its own: memory that an earlier one gave back would be had again at less cost. The first two steps do not
-count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats times. Prints
-median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at which this
-machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best plain
-variant's recipe and of ours.
+number format and compilation. Same model, ids, effective batch and seed, both with AdamW; no evaluation, no saving.
+Each turn is a process of its own: memory that an earlier one gave back would be had again at less cost. The first two
+steps do not count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats
+times. Prints median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at
+which this machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best
+plain variant's recipe and of ours.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     from train import load_config
 
     config = load_config(args.config, args)
+    config["training"]["optimizer"] = "adamw"  # as the plain script has it
     tokenizer = tokenizer_of(config)
     plain = {f"plain, micro-batch {m}": {"micro": m} for m in args.micro if config["training"]["batch_size"] % m == 0}
     ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}

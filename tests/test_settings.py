@@ -190,6 +190,9 @@ def test_unusual_values_are_warned_of_once_each(config_file, caplog):
     assert any(
         "model.intermediate_size: 256 is 4.00 x hidden_size; 2.67 x is usual for Llama" in line for line in lines
     )
+    caplog.clear()
+    load_config(config_file(training__lr=5e-3, training__optimizer="muon"))
+    assert not caplog.records
 
 
 def test_a_resolved_config_is_a_config(tmp_path, config_file):
