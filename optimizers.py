@@ -18,6 +18,7 @@ import torch
 import machine
 
 WSD_DECAY = 0.2  # share of the steps in which wsd falls: Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
+ITERATIONS = 5  # of Newton and Schulz: torch's default
 STACK_ELEMENTS = 2**25  # of matrices that are orthogonalised together: 64 MB in bfloat16
 
 
@@ -136,21 +137,35 @@ class Average:
         self.begun = True
 
 
+def _kinds(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], ...]:
+    """(matrices of the layers, embeddings and output layer, vectors) of a model."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in weights if p.ndim >= 2]
+    inner, outer = [p for p in matrices if id(p) not in tables], [p for p in matrices if id(p) in tables]
+    return inner, outer, [p for p in weights if p.ndim < 2]
+
+
+def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
+    """Floating-point operations of the matrix products of an optimiser's step: three for each of Muon's iterations."""
+    if training["optimizer"] != "muon":
+        return 0
+    sizes = [sorted(p.shape) for p in _kinds(model)[0]]
+    return ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
+
+
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW over all weights, or Muon over the matrices of the layers and AdamW over embeddings, head and vectors.
 
     Matrices decay by training.weight_decay, vectors (norms, biases) do not.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
+    inner, outer, vectors = _kinds(model)
     common = {"lr": training["lr"], "weight_decay": training["weight_decay"]}
     betas = training["adam_beta1"], training["adam_beta2"]
     adamw = {**common, "betas": betas, "eps": training["adam_epsilon"], "fused": True}
     if training["optimizer"] == "adamw":
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]  # in one order, for resuming
         return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **adamw)
-    inner = [p for p in matrices if id(p) not in tables]
-    outer = [p for p in matrices if id(p) in tables]
-    muon = Muon(inner, **common, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, **common, ns_steps=ITERATIONS, adjust_lr_fn="match_rms_adamw")
     return MuonAdamW(muon, torch.optim.AdamW([{"params": outer}, {"params": vectors, "weight_decay": 0.0}], **adamw))

@@ -8,6 +8,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import machine
+import optimizers
 import ranks
 from loss import NextTokenLoss
 
@@ -36,6 +37,7 @@ def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
         "words": round(report["words"] / report["tokens"] * chunks * seq_length),
         "tokens": chunks * seq_length,
         "flops_per_token": 6 * (products + attention),  # forward 2, backward 4; causal attention sees T / 2 on average
+        "optimizer_flops_per_step": optimizers.flops_per_step(model, training),
         "seed": training["seed"],
         "loss": loss_in_words(config.get("distillation")),
     }
@@ -58,7 +60,8 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     training, cuda = config["training"], torch.cuda.is_available()
     precision, why = machine.pick_precision(training)
     matmul_flops = machine.matmul_flops(precision) * ranks.count()
-    seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
+    in_turn = plan["steps"] * plan["optimizer_flops_per_step"] * plan["processes"]  # each process does all of it
+    seconds = (plan["tokens"] * plan["flops_per_token"] + in_turn) / matmul_flops
     compiled, why_compiled = machine.pick_compile(
         training, seconds / machine.share_of_products(precision, False), precision
     )

@@ -250,6 +250,20 @@ def test_muon_is_torchs(monkeypatch, dtype, at_once):
     assert apart.norm() < 0.02 * moved.norm()  # theirs is in bfloat16
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_the_operations_of_an_optimisers_step(defaults, kind):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build_tiny_model(kind)
+    for optimizer in ("adamw", "muon"):
+        keys = {**defaults, "optimizer": optimizer}
+        moved = make_optimizer(model, keys)
+        NextTokenLoss()(model, torch.arange(3, 35)[None]).backward()
+        with FlopCounterMode(display=False) as counter:
+            moved.step()
+        assert counter.get_total_flops() == optimizers.flops_per_step(model, keys)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_muon_moves_matrices_and_adamw_the_rest(defaults, kind):
     keys = {**defaults, "lr": 1e-2, "optimizer": "muon"}
