@@ -47,6 +47,7 @@ def pick_device(device: str | None = None) -> torch.device:
     return chosen
 
 
+@functools.cache
 def cpu_has_bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX); read from /proc/cpuinfo."""
     try:

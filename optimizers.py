@@ -19,7 +19,7 @@ import machine
 
 WSD_DECAY = 0.2  # share of the steps in which wsd falls: Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
 ITERATIONS = 5  # of Newton and Schulz: torch's default
-STACK_ELEMENTS = 2**25  # of matrices that are orthogonalised together: 64 MB in bfloat16
+STACK_ELEMENTS = 2**23  # of matrices that are orthogonalised together; in float32 that takes 170 MB at its peak
 
 
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
@@ -67,8 +67,12 @@ class Muon(torch.optim.Muon):
     both take the same `lr`.
     """
 
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, lr, weight_decay, ns_steps=ITERATIONS, adjust_lr_fn="match_rms_adamw")
+
     @torch.no_grad()
     def step(self, closure=None):
+        assert closure is None, "the gradients are there already"
         for group in self.param_groups:
             alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
@@ -167,5 +171,5 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
     if training["optimizer"] == "adamw":
         matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]  # in one order, for resuming
         return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **adamw)
-    muon = Muon(inner, **common, ns_steps=ITERATIONS, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, **common)
     return MuonAdamW(muon, torch.optim.AdamW([{"params": outer}, {"params": vectors, "weight_decay": 0.0}], **adamw))

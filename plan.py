@@ -60,8 +60,7 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     training, cuda = config["training"], torch.cuda.is_available()
     precision, why = machine.pick_precision(training)
     matmul_flops = machine.matmul_flops(precision) * ranks.count()
-    in_turn = plan["steps"] * plan["optimizer_flops_per_step"] * plan["processes"]  # each process does all of it
-    seconds = (plan["tokens"] * plan["flops_per_token"] + in_turn) / matmul_flops
+    seconds = plan["tokens"] * plan["flops_per_token"] / matmul_flops
     compiled, why_compiled = machine.pick_compile(
         training, seconds / machine.share_of_products(precision, False), precision
     )
@@ -70,13 +69,22 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     plan |= {
         "precision": precision, "precision_reason": why, "compile": compiled, "compile_reason": why_compiled,
         "matmul_flops": matmul_flops,
-        "expected_seconds": seconds / machine.share_of_products(precision, compiled),
+        "expected_seconds": seconds / machine.share_of_products(precision, compiled) + optimizer_seconds(plan),
     }  # fmt: skip
     chunked = training["chunked_loss"] if training["chunked_loss"] != "auto" else not cuda
     return NextTokenLoss(
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32, batch_size=training["batch_size"],
         compile=compiled, chunked=chunked, mask_from=bos_token_id if config["data"]["document_mask"] else None,
     )  # fmt: skip
+
+
+def optimizer_seconds(plan: dict) -> float:
+    """What the optimiser's products take of a run: in Muon's own number format, all of them in each process."""
+    if not plan["optimizer_flops_per_step"]:
+        return 0.0
+    own = "bf16" if machine.fast_dtype(machine.pick_device()) == torch.bfloat16 else "fp32"
+    flops = plan["steps"] * plan["optimizer_flops_per_step"]
+    return flops / machine.matmul_flops(own) / machine.share_of_products(own, False)
 
 
 def duration(seconds: float) -> str:
@@ -107,5 +115,7 @@ def print_plan(config: dict, plan: dict, example: str) -> None:
     if teachers:
         print(f"teachers    {', '.join(teachers)}; loss = {plan['loss']}")
     time = duration(plan["expected_seconds"]) + (" without the teachers' part" if teachers else "")
-    print(f"time        about {time} ({speed} in products of matrices, {work} a token)")
+    muon = plan["optimizer_flops_per_step"]
+    work += " a token" + (f", {muon / 1e9:,.1f} GFLOP of Muon's a step" if muon else "")
+    print(f"time        about {time} ({speed} in products of matrices, {work})")
     print(f"example     {example!r}", flush=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MUON_LR = 1e-2  # typical up to here; what does well with it lies above what does with AdamW: docs/benchmarks.md
+MUON_LR = 8e-3  # typical with Muon is up to here: what does well lies above what does with AdamW (docs/benchmarks.md)
 
 
 def _key(description: str, default: Any = ..., *, typical: tuple | None = None, **limits) -> Any:
@@ -49,7 +49,9 @@ class ModelSection(Section):
 
 
 class TrainingSection(Section):
-    lr: float = _key("Peak learning rate; with muon a higher one is typical", ge=1e-6, le=1e-2, typical=(1e-5, 1e-3))
+    lr: float = _key(
+        f"Peak learning rate; with muon up to {MUON_LR:g} is typical", ge=1e-6, le=1e-2, typical=(1e-5, 1e-3)
+    )
     batch_size: int = _key("Chunks in a batch of each process (each device)", gt=0, typical=(1, 128))
     num_epochs: int = _key("Passes over the training text", ge=1, typical=(1, 10))
     max_steps: int | None = _key("Optimiser steps after which the run ends, epochs or not; null: none", None, ge=1)

@@ -1,10 +1,10 @@
-"""Seconds of a step of AdamW, of Muon as torch has it, and of Muon as train.py takes it, beside the rest of the step.
+"""Seconds of a step of AdamW, of Muon as torch has it, and of Muon as train.py takes it, beside a batch's two passes.
 
     python benchmarks/optimizer_speed.py --config config/llama-10M.yaml --repeats 5
 
 The model is randomly initialised and has the gradients of one batch of random ids; each way moves the same weights, in
 turn, --repeats times over after a first round that does not count. Prints median, minimum and maximum, the ratio to
-torch's Muon, and the time of the forward and backward pass of a step in float32, not compiled.
+torch's Muon, and the time of the forward and backward pass of that one batch in float32, not compiled.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, optimizer in ways.items():
             times[name].append(seconds_of(optimizer.step, device))
     base = statistics.median(times["torch"][1:])
-    print(f"forward and backward pass of {shape[0]} x {shape[1]} tokens {spread(times['passes'][1:])}")
+    print(f"forward and backward pass of a batch of {shape[0]} x {shape[1]} tokens {spread(times['passes'][1:])}")
     for name, title in WAYS.items():
         some = times[name][1:]
         print(f"{title:20}{spread(some)}, ratio {base / statistics.median(some):.2f}")

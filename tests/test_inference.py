@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from conftest import ROOT, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers.utils import ModelOutput
 
 import inference
 from inference import generate, generate_steps, ids_logprobs, load_model, pick_device, token_logprobs
@@ -367,6 +370,27 @@ def test_prompt_and_new_tokens_stay_within_the_context(models, tokenizer, caplog
     assert [sum(token is not None for token in row) for row in zip(*steps, strict=True)] == [32, 63]
     alone = list(generate_steps(models[kind], [[BOS]], max_new_tokens=500, temperature=0))
     assert [step[0] for step in alone] == [step[1] for step in steps]
+
+
+@dataclass
+class Answer(ModelOutput):
+    logits: torch.Tensor | None = None
+    cache: object = None
+
+
+def test_the_cache_under_either_name(models, tokenizer, monkeypatch):
+    """transformers 5.24 calls it `cache`, releases before past_key_values: in the call and in what comes back."""
+    model = copy.deepcopy(models["Llama"])
+    expected, own = generate(model, tokenizer, ["The cat", "The dog sees"], max_new_tokens=8, seed=1), model.forward
+    theirs = next(name for name in ("cache", "past_key_values") if name in inspect.signature(own).parameters)
+
+    def forward(input_ids, attention_mask, position_ids, cache=None, use_cache=None, logits_to_keep=0):
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        out = own(input_ids=input_ids, logits_to_keep=logits_to_keep, **{theirs: cache}, **options)
+        return Answer(out.logits, out[theirs])
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert generate(model, tokenizer, ["The cat", "The dog sees"], max_new_tokens=8, seed=1) == expected
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,11 @@ def test_unusual_values_are_warned_of_once_each(config_file, caplog):
         "model.intermediate_size: 256 is 4.00 x hidden_size; 2.67 x is usual for Llama" in line for line in lines
     )
     caplog.clear()
-    load_config(config_file(training__lr=5e-3, training__optimizer="muon"))
+    load_config(config_file(training__lr=8e-3, training__optimizer="muon"))
     assert not caplog.records
+    load_config(config_file(training__lr=9e-3, training__optimizer="muon"))
+    assert "training.lr: 0.009 is outside the typical range 1e-05 to 0.008" in caplog.text
+    assert not settings.warnings_of({"model": settings.check_model_section(GOOD["model"])})  # of a notebook
 
 
 def test_a_resolved_config_is_a_config(tmp_path, config_file):
