@@ -327,7 +327,7 @@ def environment(device: str | None = None) -> dict[str, str | None]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(asked.replace("auto", "cuda"))
         if on_gpu
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}",
         "git_hash": git or None,
     }
 
