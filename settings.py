@@ -240,10 +240,11 @@ def warnings_of(config: dict) -> list[str]:
     """One line for each value that is allowed but outside what is typical."""
     lines = []
     for name, section in SECTIONS.items():
+        given = config.get(name) or {}
         for key, field in section.model_fields.items():
-            value = (config.get(name) or {}).get(key)
+            value = given.get(key)
             low, high = (field.json_schema_extra or {}).get("typical", (None, None))
-            if key == "lr" and (config.get(name) or {}).get("optimizer") == "muon":
+            if key == "lr" and given.get("optimizer") == "muon":
                 high = MUON_LR
             if low is not None and value is not None and not low <= value <= high:
                 lines.append(f"{name}.{key}: {value:g} is outside the typical range {low:g} to {high:g}")
