@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 SAMPLE = 256  # items that are scored both ways before the others are decided
 SAFETY = 2.0  # a decision of the fast pass needs a margin of this many times the largest error seen
 CLOSE = 1e-4  # nats; margins up to this are left to float32 in any case
+LITTLE_FOR_A_GPU = 1e14  # floating-point operations: a few seconds' work
 TREE_TOKENS = 48  # that a tree may hold beyond its first text; more would share more, and attend to more in vain
 CPU_HEAD_TILE = 512, 1024  # logits held at a time, places x tokens: 2 MB in float32, which stay in caches
 
@@ -58,7 +59,7 @@ def relative_scores(
     scale = np.sqrt(np.bincount(owner, lengths).clip(min=1))  # the errors of tokens add up like a random walk
     exact, dtype = np.zeros(len(counts), dtype=bool), machine.fast_dtype(model.device)
     fast, asked = np.full(len(ids), np.nan), np.arange(len(counts))
-    if len(counts) > 2 * SAMPLE:
+    if len(counts) > 2 * SAMPLE and not _is_little(model, ids):
         asked = np.linspace(0, len(counts) - 1, SAMPLE).astype(int)  # from every part alike
         try:
             fast = fast_sums(model, ids, begins, dtype)
@@ -78,6 +79,12 @@ def relative_scores(
     if not exact.all():
         precision |= {"fast": str(dtype).removeprefix("torch."), "largest_error_nats": float(errors[known].max())}
     return scores, precision
+
+
+def _is_little(model, ids: Sequence[list[int]]) -> bool:
+    """Whether a GPU has scored all in float32 before Python has found what the texts share."""
+    work = 2 * sum(map(len, ids)) * sum(p.numel() for p in model.parameters())  # floating-point operations
+    return model.device.type == "cuda" and work < LITTLE_FOR_A_GPU
 
 
 def _begins(ids: Sequence[list[int]], starts: Sequence[int], counts: np.ndarray, context: int) -> list[int]:

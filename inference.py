@@ -11,7 +11,6 @@ a fast pass for where only the best counts). It opens local model directories on
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from machine import pick_device
+from decoding import Decoder
+from machine import keep_freed_memory, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
         raise FileNotFoundError(f"{path} has no .safetensors weights (pickled .bin files are not opened)")
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"{path} has no tokenizer.json: the tokenizer belongs beside the weights")
-    target, shown = pick_device(device), hf_logging.is_progress_bar_enabled()
+    if (target := pick_device(device)).type == "cpu":
+        keep_freed_memory()
+    shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         local = {"local_files_only": True, "trust_remote_code": False}
@@ -324,9 +326,8 @@ def generate_steps(
     A prompt ends at a token of `stop` (not given out), after `max_new_tokens`, or where its context is full. Prompt i
     draws its random numbers from stream (seed, streams[i]); the streams default to 0, 1, 2...
     """
-    known, context = inspect.signature(model.forward).parameters, context_length(model)
-    held = "cache" if "cache" in known else "past_key_values"  # its name from transformers 5.24 on, and before
-    _check_sampling(prompts, max_new_tokens, temperature, top_p, keeps_cache=held in known)
+    context = context_length(model)
+    _check_sampling(prompts, max_new_tokens, temperature, top_p)
     check_ids(model, prompts)
     prompts = _fit_context(prompts, max_new_tokens, context)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]  # tokens that each may still make
@@ -334,23 +335,20 @@ def generate_steps(
     draws = [generator.random(max(room), dtype=np.float32) for generator in generators]
     draws = torch.as_tensor(np.array(draws), device=model.device)  # (B, steps); no row depends on another
     tokens, mask = (part.to(model.device) for part in _pad_left(prompts))  # (B, T) both
-    lengths, positions, cache = mask.sum(1, keepdim=True), (mask.cumsum(1) - 1).clamp(min=0), None
-    options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    lengths, positions = mask.sum(1, keepdim=True), (mask.cumsum(1) - 1).clamp(min=0)
+    decoder = Decoder(model, mask, draws.shape[1])
     for step in range(draws.shape[1]):
-        options |= {"position_ids": positions} if "position_ids" in known else {}  # others count from the mask
-        out = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{held: cache}, **options)
-        cache = out[held]
-        chosen = _sample(out.logits[:, -1].float(), temperature, top_p, draws[:, step])  # (B,)
+        chosen = _sample(decoder(tokens, positions), temperature, top_p, draws[:, step])  # (B,)
         new = [t if left and t not in stop else None for t, left in zip(chosen.tolist(), room, strict=True)]
         room = [0 if token is None else left - 1 for token, left in zip(new, room, strict=True)]
         yield new
         if not any(room):
             return
-        tokens, mask = chosen[:, None], F.pad(mask, (0, 1), value=1)
+        tokens = chosen[:, None]
         positions = (lengths + step).clamp(max=context - 1)  # one that has ended goes on unheard, within the context
 
 
-def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: float, keeps_cache: bool) -> None:
+def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: float) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
     if not 0 <= temperature < float("inf"):
@@ -359,8 +357,6 @@ def _check_sampling(prompts, max_new_tokens: int, temperature: float, top_p: flo
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     if not prompts or not all(len(ids) for ids in prompts):
         raise ValueError("a batch needs a prompt, and a prompt a token: put BOS in front")
-    if not keeps_cache:
-        raise ValueError("this architecture keeps no key-value cache, which generation here needs")
 
 
 def _fit_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[Sequence[int]]:

@@ -105,29 +105,50 @@ def _a_mask_is_traced(mask=None) -> bool:
 
 
 @contextmanager
-def chunks_are_whole() -> Iterator[None]:
+def chunks_are_whole(*more: tuple[object, str, Callable]) -> Iterator[None]:
     """In here transformers builds no mask where causal attention alone will do, and does not wait for the device.
 
     In a forward pass without mask and cache it looks, by their positions, for texts packed into a row: on a GPU that
     waits for the device, and compiled it puts a mask in the place of causal attention, as releases before 5.23 do in
     any compiled pass. Our chunks carry no such positions (data.document_mask goes by the tokens). Some torch releases
-    say of any compiled pass that it is an export. GPT-2 looks for padding in the tokens, which waits as well.
+    say of any compiled pass that it is an export. GPT-2 looks for padding in the tokens, which waits as well. `more`:
+    further replacements, each a place, a name and a function.
     """
     ours = [
         (masking_utils, "find_packed_sequence_indices", _nothing),
         (masking_utils, "is_tracing", _a_mask_is_traced),
         (masking_utils, "is_torchdynamo_exporting", _no),
         (PreTrainedModel, "warn_if_padding_and_no_attention_mask", _nothing),
+        *more,
     ]
     ours = [(place, name, function) for place, name, function in ours if hasattr(place, name)]  # not all have all
-    own = [(place, name, getattr(place, name)) for place, name, _ in ours]
+    own = [(place, name, vars(place).get(name)) for place, name, _ in ours]
     for place, name, function in ours:
         setattr(place, name, function)
     try:
         yield
     finally:
         for place, name, function in own:
-            setattr(place, name, function)
+            if function is None:  # it was the class's
+                delattr(place, name)
+            else:
+                setattr(place, name, function)
+
+
+def rotation_table(rotary: torch.nn.Module, length: int) -> Callable:
+    """A forward of Llama's rotary embedding for whole chunks, which looks up the cosines and sines of 0 to T - 1.
+
+    Compiled, the embedding's own works them out again for each element of each layer's queries and keys, forward and
+    backward: a sixth of a step on a CPU (docs/benchmarks.md).
+    """
+    with torch.autocast(rotary.inv_freq.device.type, enabled=False):
+        positions = torch.arange(length, device=rotary.inv_freq.device)[None]
+        cos, sin = type(rotary).forward(rotary, rotary.inv_freq, position_ids=positions)  # (1, T, D) float32
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    return forward
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
@@ -152,6 +173,7 @@ class NextTokenLoss:
         self.dtype, self.batch_size, self.compile, self.mask_from = dtype, batch_size, compile, mask_from
         self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
         self.fast, self.body = self.plain, None
+        self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}
         if compile and chunked:
             kernel = torch.compile(fused_slice_nll, dynamic=False)
             self.fast = functools.partial(self._sliced, kernel)
@@ -159,8 +181,17 @@ class NextTokenLoss:
             self.fast = torch.compile(self._whole, dynamic=False)
 
     def __call__(self, model, input_ids: torch.Tensor) -> torch.Tensor:
-        with chunks_are_whole():
+        with self.whole_chunks(model, input_ids):
             return (self.fast if len(input_ids) == self.batch_size else self.plain)(model, input_ids)
+
+    def whole_chunks(self, model, input_ids: torch.Tensor):
+        """chunks_are_whole for a pass of this model over chunks (B, T), with a table for Llama's rotary embedding."""
+        rotary, length = getattr(model.base_model, "rotary_emb", None), input_ids.shape[1]
+        if rotary is None:
+            return chunks_are_whole()
+        if (rotary, length) not in self._tables:
+            self._tables[rotary, length] = rotation_table(rotary, length)
+        return chunks_are_whole((rotary, "forward", self._tables[rotary, length]))
 
     def _mask(self, input_ids):
         return (

@@ -1,11 +1,12 @@
 """What this machine can do: devices, number formats, compilation, the speed of matrix products, memory in use.
 
-It looks at the machine only; it changes no setting and knows no model.
+It looks at the machine only and knows no model; the one setting it changes is keep_freed_memory's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # that training reaches without and with it. In float32 on a CPU the products take most of the time either way.
 COMPILE_WORTH_SECONDS, FP32_COMPILE_WORTH_SECONDS = 300, 1200
 SHARES, FP32_SHARES = (0.25, 0.5), (0.5, 0.6)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @functools.cache  # so that the warning comes once
@@ -157,6 +160,21 @@ def matmul_flops(precision: str) -> float:
     return 2 * size**3 / best
 
 
+def keep_freed_memory() -> None:
+    """Let the process keep memory that it frees for what it needs next (glibc; elsewhere nothing happens).
+
+    Left to itself glibc gives large blocks back at once, and the system hands each out again as fresh pages of zeros: a
+    quarter of the time of a training step on a CPU (docs/benchmarks.md).
+    """
+    _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 30)
+    _glibc("mallopt", M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _glibc(function: str, *args: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries, other systems
+        getattr(ctypes.CDLL(None), function)(*args)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised this because a device, or the CPU, has no memory left."""
     return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "alloc_failed"))
@@ -178,6 +196,7 @@ def forget_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
+        _glibc("malloc_trim", 0)  # what keep_freed_memory has kept
         with contextlib.suppress(OSError):  # where it is not allowed the peak stays that of the process so far
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: the peak of the resident memory
 

@@ -64,6 +64,8 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
     compiled, why_compiled = machine.pick_compile(
         training, seconds / machine.share_of_products(precision, False), precision
     )
+    if not cuda:
+        machine.keep_freed_memory()
     if machine.eager_is_faster(precision, config["data"]["seq_length"]):
         model.set_attn_implementation("eager")
     plan |= {

@@ -36,7 +36,7 @@ RESULTS = (
 MEASURED = ("evaluation_results.json", "evaluation_plots.png", "benchmark.json", "benchmark.html", "benchmark.png")
 FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
     "training.num_epochs", "training.max_steps", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
-    "training.eval_steps", "logging.wandb", "logging.project", "logging.output_dir"
+    "training.eval_steps", "training.cuda_graphs", "logging.wandb", "logging.project", "logging.output_dir",
 }  # fmt: skip
 
 

@@ -84,6 +84,11 @@ class TrainingSection(Section):
         "also faster",
         "auto",
     )
+    cuda_graphs: bool = _key(
+        "Record a batch's passes once and start them by one call (CUDA graphs): on one GPU, not with fp16, teachers or "
+        "gradient_checkpointing",
+        True,
+    )
     gradient_checkpointing: bool = _key("Recompute activations in the backward pass: less memory, slower", False)
     fsdp: bool = _key(
         "Over several processes: share out weights, gradients and optimiser states (FSDP) instead of copying them",

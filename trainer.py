@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import ranks
+from graphs import BatchGraphs
 from inference import generate
 from loss import NextTokenLoss
 from optimizers import Average, make_optimizer, schedule
@@ -140,6 +141,8 @@ class LMTrainer(Trainer):
     configuration (optimizer, schedule, average of the weights), `loss` what turns a model and a batch into nats.
     """
 
+    ids_are_all = True  # that a batch's loss depends on: its passes can be recorded
+
     def __init__(self, *args, byte_lengths: np.ndarray, training: dict[str, Any], loss: NextTokenLoss, **kwargs):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
         self.remove_callback(PrinterCallback)  # RunLog tells the same in fewer words
@@ -164,6 +167,12 @@ class LMTrainer(Trainer):
             self.add_callback(_UpdateAverage(self.average))
         if isinstance(self.train_dataset, ShiftedChunks):
             self.add_callback(self.train_dataset)
+        self.graphs = None
+        alone = ranks.count() == 1 and self.args.device.type == "cuda" and not self.args.fp16
+        lazy = self.model.config._attn_implementation == "eager" and not self.loss.compile  # it copies from the CPU
+        if training["cuda_graphs"] and alone and self.ids_are_all and not (lazy or training["gradient_checkpointing"]):
+            batch_size = self.args.per_device_train_batch_size
+            self.graphs = BatchGraphs(self._passes, self.model.parameters(), batch_size)
 
     def best_model(self) -> torch.nn.Module | None:
         """What is evaluated and saved in the end: the average of the weights where there is one, else the model.
@@ -227,11 +236,31 @@ class LMTrainer(Trainer):
         with self.accelerator.autocast():
             loss = self.batch_loss(model, inputs, items)
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        self._note(loss.detach(), ids.shape[1])
+        return (loss, None) if return_outputs else loss
+
+    def _note(self, loss: torch.Tensor, length: int) -> None:
+        """Count the tokens seen, and whether a batch's loss is a number."""
         per_step = self.get_total_train_batch_size(self.args)
         seen = ranks.chunks_after(self.state.global_step + 1, len(self.train_dataset), per_step)
-        self.state.num_input_tokens_seen = seen * ids.shape[1]
-        self._nonfinite += ~torch.isfinite(loss.detach())  # looked at only when logging: no wait for the device here
-        return (loss, None) if return_outputs else loss
+        self.state.num_input_tokens_seen = seen * length
+        self._nonfinite += ~torch.isfinite(loss)  # looked at only when logging: no wait for the device here
+
+    def _passes(self, ids: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """A batch's part of a step's loss, with its gradients."""
+        with self.accelerator.autocast():
+            loss = self.batch_loss(self.model, {"input_ids": ids}, items)
+        loss.backward()
+        return loss.detach()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.graphs is None or num_items_in_batch is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        loss = self.graphs(inputs["input_ids"], num_items_in_batch)
+        self._note(loss, inputs["input_ids"].shape[1])
+        return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         started = time.perf_counter()

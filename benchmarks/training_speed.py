@@ -6,16 +6,19 @@
 The plain script is what a tutorial gives: DataCollatorForLanguageModeling, float32 (on a GPU bf16), the model's own
 loss, at each micro-batch of --micro, accumulated to the configuration's batch. Ours is LMTrainer with each choice of
 number format and compilation. Same model, ids, effective batch and seed, both with AdamW; no evaluation, no saving.
-Each turn is a process of its own: memory that an earlier one gave back would be had again at less cost. The first two
-steps do not count, but the seconds of the first are shown. The order is: every variant once, then all again, --repeats
-times. Prints median, minimum and maximum, the ratio of the medians to the best plain one, and the share of the speed at
-which this machine multiplies matrices. --curves trains on the configuration's own text and draws the losses of the best
-plain variant's recipe and of ours.
+On a CPU each turn is a process of its own: memory that an earlier one gave back would be had again at less cost.
+Two steps at the beginning (on a GPU ten) do not count, but the seconds of the first are shown. The order: every variant
+once, then all again, --repeats times. Prints median, minimum and maximum of the turns (of a single one: of its steps,
+on a GPU of ten steps at a time), the ratio of the medians to the best plain one, and the share of the speed at which
+this machine multiplies matrices; on a GPU whose datasheet is known also the MFU, and the most memory that was
+allocated. --curves trains on the configuration's own text and draws the losses of the best plain variant's recipe and
+of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import logging
@@ -29,7 +32,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-VOCABULARY, WARM_UP, BLOCK = 16000, 2, 10
+VOCABULARY, BLOCK = 16000, 10
+OURS = ["as it is", "compiled"]
+
+
+def warm_up() -> int:
+    """Steps before those that count; on a GPU the first ones are also recorded (graphs.py)."""
+    import torch
+
+    return 10 if torch.cuda.is_available() else 2
+
+
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # NVIDIA's, dense bf16, FLOP/s; H100: the SXM part
 
 
 def tokenizer_of(config: dict):
@@ -63,7 +77,7 @@ class Clock:
             def on_step_end(self, *args, **kwargs):
                 step, last = args[1].global_step, args[1].max_steps
                 if torch.cuda.is_available():
-                    if WARM_UP < step < last and step % BLOCK:
+                    if warm_up() < step < last and step % BLOCK:
                         return
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
@@ -80,12 +94,15 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path, log_e
     import torch
     import transformers
 
+    import machine
     from loss import NextTokenLoss
     from train import create_model
     from trainer import LMTrainer, training_arguments
 
     transformers.set_seed(config["training"]["seed"])
-    model, clock, cuda = create_model(config, tokenizer), Clock(), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        model, clock = create_model(config, tokenizer), Clock()
     batch = config["training"]["batch_size"]
     arguments = training_arguments(config, folder, variant.get("precision", "bf16" if cuda else "fp32"))
     arguments.save_strategy = arguments.eval_strategy = "no"
@@ -104,6 +121,8 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path, log_e
         trainer = transformers.Trainer(**common, data_collator=collator, processing_class=tokenizer)
     else:
         bf16 = variant["precision"] == "bf16"
+        if not cuda:
+            machine.keep_freed_memory()
         if bf16 and not cuda:
             model.set_attn_implementation("eager")
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -139,17 +158,30 @@ def curves(config: dict, variants: dict[str, dict], tokenizer, n: int, folder: P
 
 
 def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[str, float]:
-    """{"speed": median tokens per second after the warm-up, "first": seconds of the first step}, in this process."""
+    """One variant in this process: tokens per second of each step or block after the warm-up, the seconds of the first
+    step, memory in GB."""
+    import machine
+
+    device = machine.pick_device()
+    machine.forget_peak_memory(device)
     with tempfile.TemporaryDirectory() as folder:
         clock = train_once(config, variant, tokenizer, rows, Path(folder), log_every=BLOCK)  # a row waits for a GPU
     marks = list(zip(clock.times, clock.steps, strict=True))
     seconds = [(b - a) / (n - m) for (a, m), (b, n) in itertools.pairwise(marks)]  # of a step
     tokens = step_of(config) * config["data"]["seq_length"]
-    return {"speed": tokens / statistics.median(seconds[WARM_UP:]), "first": seconds[0]}
+    speeds = [tokens / one for one in seconds[warm_up() :]]
+    return {"speeds": speeds, "first": seconds[0], "memory": machine.peak_memory_gb(device)}
 
 
-def in_a_process(name: str, argv: list[str]) -> dict[str, float]:
-    """one_turn of the variant of this name, in a process of its own."""
+def turn_of(name: str, variants: dict[str, dict], config: dict, tokenizer, steps: int, argv: list[str]) -> dict:
+    """one_turn of the variant of this name: on a GPU here, else in a process of its own."""
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        return one_turn(config, variants[name], tokenizer, random_rows(config, step_of(config) * steps, len(tokenizer)))
     done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"{name}: failed with exit code {done.returncode}")
@@ -168,13 +200,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each variant (default 3)")
     parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="micro-batches of the plain script")
     parser.add_argument("--formats", nargs="+", default=["fp32", "bf16"], help="number formats of ours")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=OURS, help="how ours runs (default: both)")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw losses on the configuration's text instead")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration")
     parser.add_argument("--turn", metavar="VARIANT", help="one turn, here, printed as JSON")
     return parser
 
 
-def report(config: dict, tokenizer, speeds: dict[str, list[float]], firsts: dict[str, list[float]]) -> None:
+def report(config: dict, tokenizer, turns: dict[str, list[dict[str, float]]]) -> None:
     """Print a row for each variant: its speed, against the best plain one and against products of matrices."""
     import torch
 
@@ -184,16 +217,28 @@ def report(config: dict, tokenizer, speeds: dict[str, list[float]], firsts: dict
 
     model = create_model(config, tokenizer)
     work = describe(config, model, {"words": 0, "tokens": 1}, step_of(config))["flops_per_token"]
+    speeds = {name: [statistics.median(turn["speeds"]) for turn in found] for name, found in turns.items()}
+    ends = {name: [speed for turn in found for speed in turn["speeds"]] for name, found in turns.items()}
     best = max(statistics.median(found) for name, found in speeds.items() if name.startswith("plain"))
-    halved = ("bf16", "plain") if torch.cuda.is_available() else ("bf16",)
-    used = {name: "bf16" if any(word in name for word in halved) else "fp32" for name in speeds}
+    cuda = torch.cuda.is_available()
+    used = {name: "bf16" if "bf16" in name or (cuda and "plain" in name) else "fp32" for name in speeds}
     peaks = {form: matmul_flops(form) for form in sorted(set(used.values()), reverse=True)}
+    sheet = next((peak for part, peak in DATASHEET.items() if cuda and part in torch.cuda.get_device_name()), None)
     print("products of matrices: " + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
-    print(f"{'':28}{'median':>9}{'min':>9}{'max':>9}{'ratio':>7}{'share':>7}{'first step':>12}   tokens per second")
+    print(f"{config['model']['name']}, {model.num_parameters():,} parameters; {work / 1e6:,.1f} MFLOP a token: 6 x "
+          "(weights in products + layers x width x seq_length); "
+          f"{step_of(config) * config['data']['seq_length']:,} tokens a step")  # fmt: skip
+    if sheet:
+        print(f"MFU: tokens per second x FLOP a token / {sheet / 1e12:.0f} TFLOP/s ({torch.cuda.get_device_name()})")
+    mfu = "    MFU" if sheet else ""
+    print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}{'ratio':>7}{'share':>7}{mfu}{'first step':>12}{'memory':>10}")
     for name, found in speeds.items():
         middle, peak = statistics.median(found), peaks[used[name]]
-        figures = f"{middle:9,.0f}{min(found):9,.0f}{max(found):9,.0f}{middle / best:7.2f}{middle * work / peak:7.0%}"
-        print(f"{name:28}{figures}{firsts[name][0]:10.1f} s")
+        low, high = (min(ends[name]), max(ends[name])) if len(found) == 1 else (min(found), max(found))
+        figures = f"{middle:10,.0f}{low:10,.0f}{high:10,.0f}{middle / best:7.2f}{middle * work / peak:7.0%}"
+        figures += f"{middle * work / sheet:7.1%}" if sheet else ""
+        memory = max(turn["memory"] for turn in turns[name])
+        print(f"{name:28}{figures}{turns[name][0]['first']:10.1f} s{memory:7.2f} GB")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,10 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     config["training"]["optimizer"] = "adamw"  # as the plain script has it
     tokenizer = tokenizer_of(config)
     plain = {f"plain, micro-batch {m}": {"micro": m} for m in args.micro if config["training"]["batch_size"] % m == 0}
-    ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p in args.formats for c in (False, True)}
+    ways = [(p, c) for p in args.formats for c in (False, True) if ("compiled" if c else "as it is") in args.ours]
+    ours = {f"ours, {p}{', compiled' * c}": {"precision": p, "compile": c} for p, c in ways}
     variants, step = {**plain, **ours}, step_of(config)
     if args.turn:
-        rows = random_rows(config, step * (WARM_UP + args.steps), len(tokenizer))
+        rows = random_rows(config, step * (warm_up() + args.steps), len(tokenizer))
         print(json.dumps(one_turn(config, variants[args.turn], tokenizer, rows)))
         return 0
     if args.curves:
@@ -217,15 +263,12 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             curves(config, two, tokenizer, step * args.steps, Path(folder), args.curves)
         return 0
-    speeds: dict[str, list[float]] = {name: [] for name in variants}
-    firsts: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[dict]] = {name: [] for name in variants}
     for _ in range(args.repeats):
         for name in variants:
-            turn = in_a_process(name, argv)
-            speeds[name].append(turn["speed"])
-            firsts[name].append(turn["first"])
-            print(f"{name}: {turn['speed']:,.0f} tokens/s", file=sys.stderr)
-    report(config, tokenizer, speeds, firsts)
+            turns[name].append(turn_of(name, variants, config, tokenizer, warm_up() + args.steps, argv))
+            print(f"{name}: {statistics.median(turns[name][-1]['speeds']):,.0f} tokens/s", file=sys.stderr)
+    report(config, tokenizer, turns)
     return 0
 
 

@@ -111,7 +111,7 @@ def test_a_fast_pass_that_goes_wrong_decides_nothing(monkeypatch):
     assert precision == {"items": 600, "float32_items": 600}
     begins = choices._begins(texts, [1] * len(texts), np.array(counts), 64)
     exact = [s.logprobs.sum() for s in inference.ids_logprobs(model, texts, starts=begins)]
-    assert scores == pytest.approx(np.array(exact), abs=1e-6)
+    assert scores == pytest.approx(np.array(exact), rel=1e-6)
 
 
 def test_encode_gives_the_ids_of_the_tokenizer(tokenizer):

@@ -12,6 +12,7 @@ import yaml
 from conftest import build_tiny_model, tiny_config
 from test_train import back_to_checkpoint, chunks, errors_of
 
+import machine
 import runs
 import settings
 import train
@@ -201,6 +202,8 @@ def two_teachers(average: str = "probabilities") -> Ensemble:
 def make_trainer(tmp_path, rows, ensemble, distillation=None, loss=None, **training) -> DistillationTrainer:
     config = settings.check(tiny_config(tmp_path, tmp_path, tmp_path))
     config["training"] |= {"num_epochs": 1, "lr_scheduler": "constant", **training}
+    for teacher in ensemble.models if ensemble else ():
+        teacher.to(machine.pick_device())
     return DistillationTrainer(
         model=build_tiny_model("Llama").train(), args=training_arguments(config, tmp_path, "fp32"),
         train_dataset=rows, eval_dataset=chunks(2), byte_lengths=np.ones(400, dtype=np.int64),
@@ -248,11 +251,11 @@ def test_the_student_nears_its_teacher(tmp_path):
     section = {"alpha": 0.0, "temperature": 1.0}
     trainer = make_trainer(tmp_path, rows, Ensemble([teacher], 1.0, "logits"), section, num_epochs=15,
                            gradient_accumulation_steps=1)  # fmt: skip
-    weights = [p.clone() for p in teacher.parameters()]
+    weights = [p.detach().cpu().clone() for p in teacher.parameters()]
     trainer.train()
     parts = [row["kd_loss"] for row in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "kd_loss" in row]
     assert parts[-1] < 0.7 * parts[0]
-    assert all(torch.equal(a, b) for a, b in zip(weights, teacher.parameters(), strict=True))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(weights, teacher.parameters(), strict=True))
     assert all(p.grad is None for p in teacher.parameters())
 
 

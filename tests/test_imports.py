@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    {"machine"},
+    {"machine", "decoding"},
     {
         "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
-        "create_synthetic_data", "loss", "optimizers", "overlap",
+        "create_synthetic_data", "loss", "optimizers", "overlap", "graphs",
     },
     {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks"},
     {

@@ -391,7 +391,7 @@ def test_the_average_is_the_average(config_file, tmp_path, monkeypatch):
     update = trainer._UpdateAverage.on_step_end
 
     def note(self, args, state, control, model=None, **kwargs):
-        seen.append(model.lm_head.weight.detach().clone())
+        seen.append(model.lm_head.weight.detach().cpu().clone())
         return update(self, args, state, control, model=model, **kwargs)
 
     monkeypatch.setattr(trainer._UpdateAverage, "on_step_end", note)

@@ -138,7 +138,7 @@ def spy(monkeypatch) -> list[tuple[int, int]]:
     given_chunks, original = [], LMTrainer.training_step
 
     def record(self, model, inputs, *args, **kwargs):
-        given_chunks.extend((self.state.global_step + 1, row.numpy().tobytes()) for row in inputs["input_ids"])
+        given_chunks.extend((self.state.global_step + 1, row.numpy().tobytes()) for row in inputs["input_ids"].cpu())
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(LMTrainer, "training_step", record)

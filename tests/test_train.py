@@ -214,7 +214,7 @@ def test_uneven_accumulation_is_one_big_batch(tmp_path):
         model = build_tiny_model("Llama").train()
         make_trainer(tmp_path / str(batch_size), model, chunks(7), batch_size=batch_size, num_epochs=1,
                      gradient_accumulation_steps=accumulation, lr_scheduler="constant").train()  # fmt: skip
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in build_tiny_model("Llama").parameters()])
     assert (weights[0] - start).abs().max() > 1e-4
     # Adam's first step is lr * sign(gradient): gradients of rounding size may flip, all others must agree
