@@ -215,7 +215,8 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict[str, float]]]) ->
     from plan import describe
     from train import create_model
 
-    model = create_model(config, tokenizer)
+    with torch.device("meta"):  # only its shapes are wanted
+        model = create_model(config, tokenizer)
     work = describe(config, model, {"words": 0, "tokens": 1}, step_of(config))["flops_per_token"]
     speeds = {name: [statistics.median(turn["speeds"]) for turn in found] for name, found in turns.items()}
     ends = {name: [speed for turn in found for speed in turn["speeds"]] for name, found in turns.items()}
