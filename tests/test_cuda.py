@@ -87,9 +87,9 @@ def test_recorded_batches_train_as_others_do(tmp_path, kind, accumulation, compi
     for on in (True, False):
         keys = {"gradient_accumulation_steps": accumulation, "cuda_graphs": on, "compile": compiled}
         trainer = train(tmp_path / str(on), kind, extra=8 * (accumulation - 1) + 5, compiled=compiled, **keys)
-        assert set(trainer.graphs.graphs if trainer.graphs else ()) == (
-            set() if not on else {False, True} if accumulation > 1 else {False}
-        )
+        recorded = on and (compiled or kind != "GPTJ")  # whose attention copies from the CPU where it is not compiled
+        kinds = set(trainer.graphs.graphs if trainer.graphs else ())
+        assert kinds == ({False, True} if recorded and accumulation > 1 else {False} if recorded else set())
         found[on] = losses(trainer)
     assert len(found[True]) == 13
     assert found[True] == pytest.approx(found[False], abs=2e-4)
