@@ -9,12 +9,14 @@ start the kernels of a small model than they take. Whether a text ends, and whic
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
 from torch.nn import functional as F
 
 RECORDED = ("llama", "gpt2", "gptj")  # model types whose cache is no more than keys and values
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # kinds of rotary embedding that do not look at the length first
 LEAST_STEPS = 8  # below these a recording is not won back
 
 
@@ -29,8 +31,7 @@ class Decoder:
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.takes_positions = "position_ids" in known  # others count from the mask
         self.model, self.mask, self.cache = model, mask, None
-        recorded = model.device.type == "cuda" and model.config.model_type in RECORDED and steps >= LEAST_STEPS
-        self.room = Room(mask, steps, model.dtype) if recorded else None
+        self.room = Room(mask, steps, model.dtype) if _can_be_recorded(model) and steps >= LEAST_STEPS else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
@@ -64,15 +65,27 @@ class Decoder:
 
     def _record(self) -> None:
         """Record a step; what it writes and where it writes next move on with each replay."""
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = self.tokens.device
+        own, stream = torch.cuda.current_stream(device), _recording_stream(device)
+        stream.wait_stream(own)
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            self.graph.capture_begin()
+            self.graph.capture_begin(capture_error_mode="thread_local")  # other threads may use the device
             try:
                 self.logits = self._in_room(self.tokens, self.positions)
             finally:
                 self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        own.wait_stream(stream)
+
+
+def _can_be_recorded(model) -> bool:
+    angles = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", FIXED_ANGLES[0])
+    return model.device.type == "cuda" and model.config.model_type in RECORDED and angles in FIXED_ANGLES
+
+
+@functools.cache  # cuBLAS keeps 32 MB for each stream that it ever saw
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Room:
@@ -83,12 +96,12 @@ class Room:
 
     def __init__(self, mask: torch.Tensor, steps: int, dtype: torch.dtype):
         n, width = mask.shape
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.layers: list[tuple[torch.Tensor, ...]] = []
         self.length, self.columns = width + steps, torch.arange(width, device=mask.device)
-        self.hidden = torch.finfo(dtype).min
         seen = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril() & mask.bool()[:, None]  # (B, T, T)
         seen |= torch.eye(width, dtype=torch.bool, device=mask.device)  # padding sees itself: a row of none has no mean
-        self.mask = torch.full((n, 1, width, self.length), self.hidden, dtype=dtype, device=mask.device)
+        hidden = torch.finfo(dtype).min
+        self.mask = torch.full((n, 1, width, self.length), hidden, dtype=dtype, device=mask.device)
         self.mask[:, 0, :, :width].masked_fill_(seen, 0)
 
     def open(self, n: int) -> torch.Tensor:
@@ -103,14 +116,14 @@ class Room:
             self.mask, self.columns = self.mask[:, :, -1:].clone(), self.columns[-1:].clone()
         self.columns += 1
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-        """What transformers' layers call with new keys and values (B, H, n, D): all of them, the new ones included."""
-        if layer == len(self.layers):
-            shape = (*keys.shape[:2], self.length, keys.shape[3])
-            self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
-        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """What transformers' layers call with new keys and values (B, H, n, D): all of them (B, H, L, D)."""
+        both = (key_states, value_states)
+        if layer_idx == len(self.layers):
+            self.layers.append(tuple(new.new_zeros(*new.shape[:2], self.length, new.shape[3]) for new in both))
+        for kept, new in zip(self.layers[layer_idx], both, strict=True):
             kept.index_copy_(2, self.columns, new)
-        return self.layers[layer]
+        return self.layers[layer_idx]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """How many places are written, as transformers asks where it is given no positions; it is given them."""

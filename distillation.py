@@ -317,8 +317,6 @@ class DistillationTrainer(LMTrainer):
     alpha and T^2. Held-out evaluation is LMTrainer's.
     """
 
-    ids_are_all = False
-
     def __init__(self, *args, distillation: dict[str, Any], ensemble: Ensemble | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.ensemble, self.distillation = ensemble, distillation
@@ -332,7 +330,8 @@ class DistillationTrainer(LMTrainer):
             targets = functools.partial(self.ensemble.targets, self.ensemble.logits(ids))
         else:
             targets = functools.partial(cached_targets, inputs)
-        self._parts_since = self.state.global_step if self._parts_since is None else self._parts_since
+        if self._parts_since is None:
+            self._parts_since = self.state.global_step
         alpha, temperature = self.distillation["alpha"], self.distillation["temperature"]
         batchmean = self.distillation["reduction"] == "batchmean"
         kl_weight = (1 - alpha) * temperature**2 * (length - 1 if batchmean else 1)  # items / (T - 1) is chunks

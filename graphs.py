@@ -4,7 +4,7 @@ The kernels of a small model take less time than Python takes to start them (doc
 was started once, recorded, and can be started again by a single call on other numbers in the same places.
 
     passes = BatchGraphs(run, model.parameters(), batch_size=32)  # run(ids, items) -> loss, its gradients in p.grad
-    loss = passes(ids, items)  # the same, from the fourth full batch on as a graph
+    loss = passes(ids, items)  # the same; a graph from the first step on that begins after three full batches
 
 It knows no Trainer and no model.
 """
@@ -17,9 +17,7 @@ import torch
 
 from machine import out_of_memory
 
-WARM_UP = (
-    3  # full batches that run as they are: what is chosen, compiled or allocated at first use must be there before
-)
+WARM_UP = 3  # full batches that run as they are: what is compiled or allocated at first use must be there before
 
 
 class BatchGraphs:
@@ -56,14 +54,16 @@ class BatchGraphs:
         """Record one of the graphs; the gradients of the first are where both leave theirs."""
         if not adds:
             self.ids, self.items = ids.clone(), items.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self.graphs[False][0].pool() if adds else None
         try:
-            with torch.cuda.graph(graph, pool=self.graphs[False][0].pool() if adds else None):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # workers pin their memory
                 loss = self.run(self.ids, self.items)
         except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            why = str(error).strip().splitlines()[0]
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            cause = error.__context__ or error  # the end of a recording that failed has an error of its own
+            if isinstance(cause, RuntimeError) and out_of_memory(cause):
+                raise cause from None
+            why = str(cause).strip().splitlines()[0]
             raise ValueError(
                 f"no CUDA graph of a batch could be made ({why}); use training.cuda_graphs=false"
             ) from error

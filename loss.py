@@ -165,12 +165,15 @@ class NextTokenLoss:
 
     With `compile` the batches of `batch_size` chunks go through torch.compile and others, such as the last of an epoch,
     do not: each new shape would be compiled anew. `chunked` takes the output layer a slice at a time (loss.head_nll).
+    `recorded` is for the trainer, which then records a batch's passes (graphs.py).
     """
 
     def __init__(
-        self, *, dtype=torch.float32, batch_size=0, compile=False, chunked=False, mask_from: int | None = None
-    ):
+        self, *, dtype=torch.float32, batch_size=0, compile=False, chunked=False, mask_from: int | None = None,
+        recorded=False,
+    ):  # fmt: skip
         self.dtype, self.batch_size, self.compile, self.mask_from = dtype, batch_size, compile, mask_from
+        self.recorded = recorded
         self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
         self.fast, self.body = self.plain, None
         self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}

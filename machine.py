@@ -164,15 +164,17 @@ def keep_freed_memory() -> None:
     """Let the process keep memory that it frees for what it needs next (glibc; elsewhere nothing happens).
 
     Left to itself glibc gives large blocks back at once, and the system hands each out again as fresh pages of zeros: a
-    quarter of the time of a training step on a CPU (docs/benchmarks.md).
+    quarter of the time of a training step on a CPU (docs/benchmarks.md). Older releases keep blocks up to 32 MB only.
     """
-    _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 30)
-    _glibc("mallopt", M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 30) or _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 25):
+        _glibc("mallopt", M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _glibc(function: str, *args: int) -> None:
+def _glibc(function: str, *args: int) -> int:
+    """What a function of the C library returns: 1 for done; 0 where there is no such function."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries, other systems
-        getattr(ctypes.CDLL(None), function)(*args)
+        return getattr(ctypes.CDLL(None), function)(*args)
+    return 0
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -185,6 +187,8 @@ def memory_advice(training: dict[str, Any]) -> str:
     batch, steps = training["batch_size"], training["gradient_accumulation_steps"]
     half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
     further = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true take less still"
+    if torch.cuda.is_available():
+        further = "--set training.cuda_graphs=false takes less, " + further
     if batch == 1:
         return f"{further}; so do{half and half + ','} a smaller model and a shorter data.seq_length"
     less = f"--batch-size {batch // 2} --gradient-accumulation-steps {steps * 2}{half} --overwrite"

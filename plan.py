@@ -73,11 +73,29 @@ def fit_to_machine(config: dict, model, plan: dict, bos_token_id: int):
         "matmul_flops": matmul_flops,
         "expected_seconds": seconds / machine.share_of_products(precision, compiled) + optimizer_seconds(plan),
     }  # fmt: skip
+    plan["cuda_graphs"], plan["cuda_graphs_reason"] = (
+        pick_recording(config, precision, compiled) if cuda else (False, "no CUDA")
+    )
     chunked = training["chunked_loss"] if training["chunked_loss"] != "auto" else not cuda
     return NextTokenLoss(
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32, batch_size=training["batch_size"],
         compile=compiled, chunked=chunked, mask_from=bos_token_id if config["data"]["document_mask"] else None,
+        recorded=plan["cuda_graphs"],
     )  # fmt: skip
+
+
+def pick_recording(config: dict, precision: str, compiled: bool) -> tuple[bool, str]:
+    """(whether a batch's passes are recorded as a CUDA graph on a GPU, reason); see graphs.py."""
+    training = config["training"]
+    hindrances = [
+        (not training["cuda_graphs"], "as asked"),
+        (ranks.count() > 1, "not with several processes"),
+        (precision == "fp16", "not with fp16, whose scale changes"),
+        (training["gradient_checkpointing"], "not with training.gradient_checkpointing"),
+        ("distillation" in config, "not with teachers"),
+        (config["model"]["type"] == "GPTJ" and not compiled, "not for GPT-J without compilation"),
+    ]
+    return next(((False, why) for there, why in hindrances if there), (True, "one call starts a batch's passes"))
 
 
 def optimizer_seconds(plan: dict) -> float:
@@ -112,6 +130,8 @@ def print_plan(config: dict, plan: dict, example: str) -> None:
           f"{plan['tokens']:,} tokens")  # fmt: skip
     print(f"precision   {plan['precision']} ({plan['precision_reason']})")
     print(f"compile     {'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})")
+    if torch.cuda.is_available():
+        print(f"CUDA graphs {'yes' if plan['cuda_graphs'] else 'no'} ({plan['cuda_graphs_reason']})")
     speed, work = f"{plan['matmul_flops'] / 1e9:,.0f} GFLOP/s", f"{plan['flops_per_token'] / 1e6:,.1f} MFLOP"
     teachers = config.get("distillation", {}).get("teachers", [])
     if teachers:

@@ -216,6 +216,7 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
         if ranks.is_main():
             print(f"interrupted after step {trainer.state.global_step}; {further}", file=sys.stderr)
         return False
+    trainer.graphs = None  # whose memory the final evaluation may want
     return True
 
 

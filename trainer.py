@@ -141,8 +141,6 @@ class LMTrainer(Trainer):
     configuration (optimizer, schedule, average of the weights), `loss` what turns a model and a batch into nats.
     """
 
-    ids_are_all = True  # that a batch's loss depends on: its passes can be recorded
-
     def __init__(self, *args, byte_lengths: np.ndarray, training: dict[str, Any], loss: NextTokenLoss, **kwargs):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
         self.remove_callback(PrinterCallback)  # RunLog tells the same in fewer words
@@ -168,11 +166,8 @@ class LMTrainer(Trainer):
         if isinstance(self.train_dataset, ShiftedChunks):
             self.add_callback(self.train_dataset)
         self.graphs = None
-        alone = ranks.count() == 1 and self.args.device.type == "cuda" and not self.args.fp16
-        lazy = self.model.config._attn_implementation == "eager" and not self.loss.compile  # it copies from the CPU
-        if training["cuda_graphs"] and alone and self.ids_are_all and not (lazy or training["gradient_checkpointing"]):
-            batch_size = self.args.per_device_train_batch_size
-            self.graphs = BatchGraphs(self._passes, self.model.parameters(), batch_size)
+        if loss.recorded:
+            self.graphs = BatchGraphs(self._passes, self.model.parameters(), self.args.per_device_train_batch_size)
 
     def best_model(self) -> torch.nn.Module | None:
         """What is evaluated and saved in the end: the average of the weights where there is one, else the model.

@@ -189,6 +189,8 @@ def report(args: argparse.Namespace) -> None:
     for way in args.ways:
         middle = statistics.median(seconds[way])
         share = f"; limit {bound[way]:.1f} s, {bound[way] / middle:.0%} of it reached" if way in bound else ""
+        if args.device != "cpu":  # where other things take the time, and choose may score all in float32
+            share = ""
         print(f"{way:8}{spread(seconds[way])}, ratio {base / middle:.2f}{share}")
         work = statistics.median(run["work"] for run in found[way])
         print(f"        without starting up {work:.2f} s, ratio {base_work / work:.2f}")

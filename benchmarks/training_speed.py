@@ -43,7 +43,8 @@ def warm_up() -> int:
     return 10 if torch.cuda.is_available() else 2
 
 
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # NVIDIA's, dense bf16, FLOP/s; H100: the SXM part
+# dense bf16 FLOP/s by NVIDIA's datasheets, by the beginning of the card's name
+DATASHEET = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 
 
 def tokenizer_of(config: dict):
@@ -126,7 +127,7 @@ def train_once(config: dict, variant: dict, tokenizer, rows, folder: Path, log_e
         if bf16 and not cuda:
             model.set_attn_implementation("eager")
         dtype = torch.bfloat16 if bf16 else torch.float32
-        loss = NextTokenLoss(dtype=dtype, batch_size=batch, compile=variant["compile"], chunked=not cuda)
+        loss = NextTokenLoss(dtype=dtype, batch_size=batch, compile=variant["compile"], chunked=not cuda, recorded=cuda)
         trainer = LMTrainer(**common, byte_lengths=[1] * len(tokenizer), training=config["training"], loss=loss)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -224,7 +225,9 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict[str, float]]]) ->
     cuda = torch.cuda.is_available()
     used = {name: "bf16" if "bf16" in name or (cuda and "plain" in name) else "fp32" for name in speeds}
     peaks = {form: matmul_flops(form) for form in sorted(set(used.values()), reverse=True)}
-    sheet = next((peak for part, peak in DATASHEET.items() if cuda and part in torch.cuda.get_device_name()), None)
+    sheet = next(
+        (peak for part, peak in DATASHEET.items() if cuda and torch.cuda.get_device_name().startswith(part)), None
+    )
     print("products of matrices: " + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
     print(f"{config['model']['name']}, {model.num_parameters():,} parameters; {work / 1e6:,.1f} MFLOP a token: 6 x "
           "(weights in products + layers x width x seq_length); "

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import build_tiny_model, tiny_config
 
+import plan
 import settings
 from inference import generate
 from loss import NextTokenLoss
@@ -45,7 +46,8 @@ def train(folder: Path, kind: str = "Llama", *, steps=12, extra=0, compiled=Fals
     config = settings.check(
         tiny_config(*[folder] * 3, training__num_epochs=1, **{"training__logging_steps": 1, **keys})
     )
-    training = config["training"]
+    config["model"]["type"], training = kind, config["training"]
+    recorded, _ = plan.pick_recording(config, training["precision"], compiled)
     arguments = training_arguments(config, folder, training["precision"])
     arguments.save_strategy = arguments.eval_strategy = "no"
     batch = training["batch_size"]
@@ -57,14 +59,14 @@ def train(folder: Path, kind: str = "Llama", *, steps=12, extra=0, compiled=Fals
     trainer = LMTrainer(
         model=model, args=arguments, train_dataset=rows_of(steps * batch * training["gradient_accumulation_steps"] + extra),
         byte_lengths=[1] * 400, training=training, callbacks=list(callbacks),
-        loss=NextTokenLoss(dtype=dtype, batch_size=batch, compile=compiled),
+        loss=NextTokenLoss(dtype=dtype, batch_size=batch, compile=compiled, recorded=recorded),
     )  # fmt: skip
     trainer.train()
     return trainer
 
 
-def losses(trainer: LMTrainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+def column(trainer: LMTrainer, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if "loss" in row]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -90,10 +92,11 @@ def test_recorded_batches_train_as_others_do(tmp_path, kind, accumulation, compi
         recorded = on and (compiled or kind != "GPTJ")  # whose attention copies from the CPU where it is not compiled
         kinds = set(trainer.graphs.graphs if trainer.graphs else ())
         assert kinds == ({False, True} if recorded and accumulation > 1 else {False} if recorded else set())
-        found[on] = losses(trainer)
-    assert len(found[True]) == 13
-    assert found[True] == pytest.approx(found[False], abs=2e-4)
-    assert max(found[True]) - min(found[True]) > 0.01
+        found[on] = column(trainer, "loss"), column(trainer, "grad_norm")
+    assert len(found[True][0]) == 13
+    assert found[True][0] == pytest.approx(found[False][0], abs=2e-4)
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-2)
+    assert max(found[True][0]) - min(found[True][0]) > 0.01
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_model, tiny_config
+from conftest import ROOT, build_tiny_model, tiny_config
 from datasets import Dataset
 from torch.nn import functional as F
 
@@ -481,8 +484,6 @@ def test_our_losses_are_those_of_a_plain_trainer_script(tmp_path, tokenizer, cor
     """Step by step, at another micro-batch, with the stock collator, loss, optimizer and schedule on the other side."""
     import importlib.util
 
-    from conftest import ROOT
-
     spec = importlib.util.spec_from_file_location("training_speed", ROOT / "benchmarks" / "training_speed.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
@@ -494,3 +495,72 @@ def test_our_losses_are_those_of_a_plain_trainer_script(tmp_path, tokenizer, cor
     assert len(ours) == 10
     assert ours == pytest.approx(plain, abs=1e-4)
     assert max(ours) - min(ours) > 0.01
+
+
+# ---- where time went ----------------------------------------------------------------------------
+
+
+def test_angles_come_from_a_table():
+    """The graph of whole chunks takes no cosine, its states are the same, and nothing of it stays in the model."""
+    graphs: list = []
+    ids = torch.randint(3, 400, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    model = build_tiny_model("Llama")
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    torch._dynamo.reset()
+    with NextTokenLoss().whole_chunks(model, ids):
+        states = torch.compile(model.base_model, backend=keep)(input_ids=ids, use_cache=False).last_hidden_state
+    torch._dynamo.reset()
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert called and not called & {"cos", "sin"}
+    assert torch.allclose(states, expected, atol=1e-6)
+    assert "forward" not in vars(model.base_model.rotary_emb)
+
+
+@pytest.mark.parametrize(
+    "change, precision, compiled, word",
+    [
+        ({}, "bf16", False, "one call"),
+        ({}, "fp32", True, "one call"),
+        ({}, "fp16", True, "fp16"),
+        ({"training__cuda_graphs": False}, "bf16", True, "as asked"),
+        ({"training__gradient_checkpointing": True}, "bf16", True, "gradient_checkpointing"),
+        ({"model__type": "GPTJ"}, "bf16", False, "GPT-J"),
+        ({"model__type": "GPTJ"}, "bf16", True, "one call"),
+    ],
+)
+def test_batches_are_recorded_where_they_can_be(change, precision, compiled, word):
+    config = settings.check(tiny_config(*[ROOT] * 3, **change))
+    recorded, why = plan.pick_recording(config, precision, compiled)
+    assert recorded == (word == "one call") and word in why
+    with_teachers, why = plan.pick_recording(config | {"distillation": {}}, precision, compiled)
+    assert not with_teachers and (recorded is False or "teachers" in why)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_is_kept_for_what_comes_next():
+    """Counted in page faults, of a process that makes and drops the same large tensor again and again."""
+    code = """
+import resource, sys, torch, machine
+if sys.argv[1] == "keep":
+    machine.keep_freed_memory()
+for _ in range(20):  # until there is a block with room for its alignment
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    found = {
+        way: int(
+            subprocess.run(
+                [sys.executable, "-c", code, way], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+        )
+        for way in ("keep", "give back")
+    }
+    assert found["keep"] < found["give back"] / 3
