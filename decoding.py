@@ -3,8 +3,8 @@
     decoder = Decoder(model, mask, steps=64)        # mask (B, T): 0 for the padding on the left of the prompts
     logits = decoder(tokens, positions)             # (B, V): first of the prompts (B, T), then of each new token (B, 1)
 
-On a GPU the second and later steps of Llama, GPT-2 and GPT-J are one launch each (a CUDA graph): Python takes longer to
-start the kernels of a small model than they take. Whether a text ends, and which token comes, inference.py decides.
+On a GPU all steps of Llama, GPT-2 and GPT-J but the first two are one launch each (a CUDA graph): Python takes longer
+to start the kernels of a small model than they take. Whether a text ends, and which token comes, inference.py decides.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ class LMTrainer(Trainer):
         return loss.detach()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.graphs is None or num_items_in_batch is None:
+        if self.graphs is None or not isinstance(num_items_in_batch, torch.Tensor):
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()

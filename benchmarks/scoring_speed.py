@@ -110,7 +110,7 @@ def limit(model_path: str, data: str, every: int, device: str) -> dict:
 def measured(args: argparse.Namespace) -> dict:
     """What --measure asks for; of a way of scoring also `work`, its seconds after starting up."""
     import torch
-    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (where the imports are)
 
     torch.zeros(1, device=args.device)
     what, start = (args.model, args.data, args.every, args.device), time.perf_counter()

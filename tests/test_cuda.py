@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import build_tiny_model, tiny_config
 
+import choices
 import plan
 import settings
 from inference import generate
@@ -148,3 +149,13 @@ def test_the_gpu_generates_what_the_cpu_does(kind, tokenizer):
     expected = generate(model, tokenizer, prompts, **options)
     assert generate(model.cuda(), tokenizer, prompts, **options) == expected
     assert generate(model, tokenizer, prompts[1:2], **options) == expected[1:2]  # nothing on the left
+
+
+def test_a_gpu_scores_a_little_in_float32():
+    rng, model = np.random.default_rng(1), build_tiny_model("Llama")
+    texts = [[1, *rng.integers(3, 400, n).tolist()] for n in rng.integers(4, 20, 1200)]
+    expected, _ = choices.relative_scores(model, texts, [1] * 1200, [2] * 600)
+    scores, precision = choices.relative_scores(model.cuda(), texts, [1] * 1200, [2] * 600)
+    assert precision == {"items": 600, "float32_items": 600}
+    gaps = scores[::2] - scores[1::2]
+    assert gaps == pytest.approx(expected[::2] - expected[1::2], abs=0.05)  # most of them from the CPU's fast pass
