@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                 for way, cache in (("asked", "none"), ("cached", "top_k"))}  # fmt: skip
         ways = {"asked": settings.check(ways["asked"]), "cached": settings.check(ways["cached"]), "alone": student}
         step = student["training"]["batch_size"] * student["training"]["gradient_accumulation_steps"]
-        chunks = random_rows(student, step * (WARM_UP + args.steps))
+        chunks = random_rows(student, step * (WARM_UP + args.steps), len(tokenizer))
         _, writing = one_turn(ways["cached"], tokenizer, chunks, section["teachers"], folder)
         for _ in range(args.repeats):
             for way, config in ways.items():
