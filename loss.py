@@ -190,7 +190,7 @@ class NextTokenLoss:
     def whole_chunks(self, model, input_ids: torch.Tensor):
         """chunks_are_whole for a pass of this model over chunks (B, T), with a table for Llama's rotary embedding."""
         rotary, length = getattr(model.base_model, "rotary_emb", None), input_ids.shape[1]
-        if rotary is None:
+        if not hasattr(rotary, "inv_freq"):  # GPT-J's of some releases is a table already
             return chunks_are_whole()
         if (rotary, length) not in self._tables:
             self._tables[rotary, length] = rotation_table(rotary, length)
