@@ -30,8 +30,9 @@ class Decoder:
             raise ValueError("this architecture keeps no key-value cache, which generation here needs")
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.takes_positions = "position_ids" in known  # others count from the mask
-        self.model, self.mask, self.cache = model, mask, None
+        self.model, self.mask = model, mask
         self.room = Room(mask, steps, model.dtype) if _can_be_recorded(model) and steps >= LEAST_STEPS else None
+        self.cache = self.room  # or, from the first call on, the model's own
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
@@ -41,7 +42,6 @@ class Decoder:
             if self.calls > 1:
                 self.mask = F.pad(self.mask, (0, 1), value=1)
             return self._forward(tokens, positions, self.mask)
-        self.cache = self.room
         if self.calls <= 2:  # the prompts; a step that warms up what is recorded at the next
             return self._in_room(tokens, positions)
         if self.graph is None:

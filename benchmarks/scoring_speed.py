@@ -31,10 +31,7 @@ PROMPTS, NEW_TOKENS, GEMM = 64, 64, 2048
 
 
 def loop(model_path: str, data: str, every: int, device: str) -> tuple[list[int], list[float], dict]:
-    """The yardstick: (0 or 1 for the sentence chosen, the difference of the summed log-probabilities) of each pair.
-
-    Third, what is to be said of its precision: nothing.
-    """
+    """The yardstick, for each pair: 0 or 1 for the sentence chosen; the difference of its sums of log p; third, {}."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +58,7 @@ def loop(model_path: str, data: str, every: int, device: str) -> tuple[list[int]
 
 
 def ours(way: str, model_path: str, data: str, every: int, device: str) -> tuple[list[int], list[float], dict]:
-    """The same with likelihood.score or likelihood.choose."""
+    """The same with likelihood.score or likelihood.choose; third, the precision."""
     import inference
     import likelihood
     import tasks
@@ -188,9 +185,9 @@ def report(args: argparse.Namespace) -> None:
     base_work = statistics.median(run["work"] for run in found[args.ways[0]])
     for way in args.ways:
         middle = statistics.median(seconds[way])
-        share = f"; limit {bound[way]:.1f} s, {bound[way] / middle:.0%} of it reached" if way in bound else ""
-        if args.device != "cpu":  # where other things take the time, and choose may score all in float32
-            share = ""
+        share = ""
+        if way in bound and args.device == "cpu":  # on a GPU choose may score all in float32
+            share = f"; limit {bound[way]:.1f} s, {bound[way] / middle:.0%} of it reached"
         print(f"{way:8}{spread(seconds[way])}, ratio {base / middle:.2f}{share}")
         work = statistics.median(run["work"] for run in found[way])
         print(f"        without starting up {work:.2f} s, ratio {base_work / work:.2f}")
