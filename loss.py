@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, masking_utils
 
-SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32, which a CPU's caches help with
+SLICE_ELEMENTS = 2**24  # logits held at a time: 32 MB in bf16, 64 MB in float32
 GPU_SLICE_ELEMENTS = 2**26
 
 
@@ -35,13 +35,17 @@ def slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
 
 
 def fused_slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same without writing in place, for torch.compile to fuse."""
+    """The same without writing in place, for torch.compile to fuse.
+
+    The target's own gradient, p - 1, is put where it belongs afterwards: asking every place whether it is the target's
+    takes a CPU a quarter of the kernel's time.
+    """
     logits_ = logits.float()
-    wanted = (targets >= 0)[:, None]
+    wanted, places = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]  # (N, 1) both
     lse = logits_.logsumexp(-1, keepdim=True)
-    own = logits_.gather(1, targets.clamp(min=0)[:, None])
-    here = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]  # (N, V)
-    return ((lse - own) * wanted).sum(), (((logits_ - lse).exp() - here.float()) * wanted).to(logits.dtype)
+    nll = (lse - logits_.gather(1, places)) * wanted  # (N, 1)
+    gradient = ((logits_ - lse).exp() * wanted).to(logits.dtype)  # (N, V)
+    return nll.sum(), gradient.scatter(1, places, (-nll).expm1().to(logits.dtype))
 
 
 class _HeadNLL(torch.autograd.Function):
