@@ -270,8 +270,7 @@ def write_cache(folder: Path, facts: dict[str, Any], chunks, ensemble: Ensemble,
         probs = np.lib.format.open_memmap(part / PROBS, "w+", np.float32, shape)
         with tqdm(total=len(chunks), desc="asking the teachers", unit="chunk", disable=None) as bar:
             for batch in DataLoader(chunks, batch_size, collate_fn=collate_chunks):
-                logits = ensemble.logits(batch["input_ids"])
-                n = len(batch["input_ids"])
+                n, logits = len(batch["input_ids"]), ensemble.logits(batch["input_ids"])
                 step = n if logits[0].is_cuda else 1  # one at a time stays in a CPU's cache
                 for i in range(0, n, step):
                     top = ensemble.targets(logits, slice(i, i + step)).probs.topk(k)
@@ -322,6 +321,7 @@ class DistillationTrainer(LMTrainer):
         self.ensemble, self.distillation = ensemble, distillation
         if ensemble is None:
             self.data_collator = functools.partial(collate_cached, self.data_collator)
+        self._fused_slice_loss = torch.compile(slice_loss, dynamic=False)  # nothing is compiled before it is called
         self._parts, self._parts_since = torch.zeros(2, device=self.args.device), None
 
     def batch_loss(self, model, inputs, items):
@@ -335,20 +335,21 @@ class DistillationTrainer(LMTrainer):
         alpha, temperature = self.distillation["alpha"], self.distillation["temperature"]
         batchmean = self.distillation["reduction"] == "batchmean"
         kl_weight = (1 - alpha) * temperature**2 * (length - 1 if batchmean else 1)  # items / (T - 1) is chunks
-        done = 0
+        done, fused = 0, self.loss.is_fast(ids)
+        one_slice = self._fused_slice_loss if fused else slice_loss
 
         def kernel(logits: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal done
             here, done = slice(done, done + len(logits) // length), done + len(logits) // length
             some = SoftTargets(*(None if part is None else part.flatten(0, 1) for part in targets(here)))
-            loss, gradient, parts = slice_loss(logits, some, next_ids, temperature, alpha, kl_weight, batchmean)
+            loss, gradient, parts = one_slice(logits, some, next_ids, temperature, alpha, kl_weight, batchmean)
             self._parts += parts / items
             return loss, gradient
 
         def both(model, ids: torch.Tensor) -> torch.Tensor:
             with self.loss.whole_chunks(model, ids):
                 states = self.loss.states(model, ids)
-            return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel)
+            return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel, fused)
 
         return ranks.through(model, both, ids) / items
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, masking_utils
 
-SLICE_ELEMENTS = 2**24  # logits held at a time: 32 MB in bf16, 64 MB in float32
+SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32, which a CPU's caches help with
+FUSED_SLICE_ELEMENTS = 2**24  # where a compiled kernel goes over them once
 GPU_SLICE_ELEMENTS = 2**26
 
 
@@ -78,16 +79,17 @@ class _HeadNLL(torch.autograd.Function):
 
 def head_nll(
     states: torch.Tensor, head: torch.nn.Linear, input_ids: torch.Tensor, dtype: torch.dtype,
-    kernel: Callable = slice_nll,
+    kernel: Callable = slice_nll, fused: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
 
     Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll, a compiled fused_slice_nll, or
-    another loss: it gets slices of a few whole chunks in order, and gives a sum and its gradient by the logits.
+    another loss: it gets slices of a few whole chunks in order, and gives a sum and its gradient by the logits. `fused`
+    tells that it is compiled, and wants larger slices.
     """
     n, length = input_ids.shape
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
-    elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
+    elements = GPU_SLICE_ELEMENTS if states.is_cuda else FUSED_SLICE_ELEMENTS if fused else SLICE_ELEMENTS
     chunks = max(1, elements // (head.out_features * length))  # in a slice
     with torch.autocast(states.device.type, enabled=False):  # which would halve some of the products and not others
         return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
@@ -178,18 +180,18 @@ class NextTokenLoss:
     ):  # fmt: skip
         self.dtype, self.batch_size, self.compile, self.mask_from = dtype, batch_size, compile, mask_from
         self.recorded = recorded
-        self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
+        self.plain = functools.partial(self._sliced, slice_nll, False) if chunked else self._whole
         self.fast, self.body = self.plain, None
         self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}
         if compile and chunked:
             kernel = torch.compile(fused_slice_nll, dynamic=False)
-            self.fast = functools.partial(self._sliced, kernel)
+            self.fast = functools.partial(self._sliced, kernel, True)
         elif compile:
             self.fast = torch.compile(self._whole, dynamic=False)
 
     def __call__(self, model, input_ids: torch.Tensor) -> torch.Tensor:
         with self.whole_chunks(model, input_ids):
-            return (self.fast if len(input_ids) == self.batch_size else self.plain)(model, input_ids)
+            return (self.fast if self.is_fast(input_ids) else self.plain)(model, input_ids)
 
     def whole_chunks(self, model, input_ids: torch.Tensor):
         """chunks_are_whole for a pass of this model over chunks (B, T), with a table for Llama's rotary embedding."""
@@ -205,18 +207,22 @@ class NextTokenLoss:
             {} if self.mask_from is None else {"attention_mask": document_mask(input_ids, self.mask_from, self.dtype)}
         )
 
+    def is_fast(self, input_ids: torch.Tensor) -> bool:
+        """Whether a batch goes through what is compiled."""
+        return self.compile and len(input_ids) == self.batch_size
+
     def _whole(self, model, input_ids):
         return next_token_nll(model(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).logits, input_ids)
 
     def states(self, model, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states (B, T, D), from the compiled model where that was asked for and the batch is full."""
         body = model.base_model
-        if self.compile and len(input_ids) == self.batch_size:
+        if self.is_fast(input_ids):
             if self.body is None:
                 self.body = torch.compile(model.base_model, dynamic=False)
             body = self.body
         return body(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).last_hidden_state
 
-    def _sliced(self, kernel, model, input_ids):
+    def _sliced(self, kernel, fused: bool, model, input_ids):
         states, head = self.states(model, input_ids), model.get_output_embeddings()
-        return head_nll(states, head, input_ids, self.dtype, kernel)
+        return head_nll(states, head, input_ids, self.dtype, kernel, fused)

@@ -78,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default=str(ROOT / "config" / "llama-10M.yaml"), help="the student")
     parser.add_argument("--teacher", default=str(ROOT / "config" / "llama-16M.yaml"), help="both teachers")
     parser.add_argument("--top-k", type=int, default=64, help="tokens kept for each place (default 64)")
+    parser.add_argument("--compile", action="store_true", help="compile the student, as long runs do")
     parser.add_argument("--steps", type=int, default=4, help="counted steps of a turn (default 4)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each way (default 3)")
     return parser
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     student, teacher = (settings.check(settings.read_yaml_file(path)) for path in (args.config, args.teacher))
+    student["training"]["compile"] = args.compile
     tokenizer = tokenizer_of(student)
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name:

@@ -281,6 +281,22 @@ def test_cached_and_uncached_training_agree_with_the_whole_vocabulary(tmp_path, 
     assert about["sample_kl"] == pytest.approx(about["sample_kl_cached"], abs=1e-6)
 
 
+@pytest.mark.skipif(machine.compiler_missing() is not None, reason="nothing to compile with")
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_training_is_training(tmp_path, cached):
+    """Two full batches, which are compiled, and a last one of a single chunk, which is not."""
+    rows, folder, ensemble = chunks(7), tmp_path / "cache", two_teachers()
+    if cached:
+        write_cache(folder, facts_of(40), rows, ensemble, build_tiny_model("Llama"), 4)
+        rows, ensemble = CachedChunks(rows, folder), None
+    for name in ("as it is", "compiled"):
+        loss = NextTokenLoss(batch_size=3, compile=name == "compiled")
+        make_trainer(tmp_path / name, rows, ensemble, loss=loss, batch_size=3, gradient_accumulation_steps=3).train()
+    plain, compiled = (first_row(tmp_path / name) for name in ("as it is", "compiled"))
+    for key in ("loss", "ce_loss", "kd_loss", "grad_norm"):
+        assert compiled[key] == pytest.approx(plain[key], rel=1e-4)
+
+
 def test_the_measured_error_sees_documents_as_the_loss_does(tmp_path):
     """A student that is the teacher differs in nothing, documents apart or not."""
     rows, model = chunks(3), build_tiny_model("Llama")
