@@ -50,7 +50,7 @@ class ModelEvaluator:
         self.model, self.tokenizer = inference.load_model(model_path, device)
         self.device, self.seed = self.model.device, seed
         self.bos = not (self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None)
-        self._scored: tuple[list[str], list] = ([], [])
+        self._scored: tuple = (None, [])
 
     def calculate_perplexity(self, texts: Sequence[str], batch_size: int = 8) -> dict[str, Any]:
         """Perplexity per token and word, nats per token, bits per UTF-8 byte; each with a 95 % interval over texts.
@@ -60,9 +60,12 @@ class ModelEvaluator:
         """
         import numpy as np
 
+        import inference
         import metrics
 
         scored = [(text, s) for text, s in zip(texts, self._scores(texts, batch_size), strict=True) if len(s.ids)]
+        if not self.bos:  # the first token has no score, so it counts in no rate
+            scored = [(inference.decode(self.tokenizer, s.ids), s) for _, s in scored]
         rows = np.array([[-s.logprobs.sum(), len(s.ids), len(t.encode()), len(t.split())] for t, s in scored])
         rows = rows.reshape(-1, 4)  # nats, tokens, bytes, words of each text
         figures = {key: float(value) for key, value in metrics.rates(rows.sum(0)).items()}
@@ -176,11 +179,11 @@ class ModelEvaluator:
         _check_texts(texts, "texts")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
-        if self._scored[0] != list(texts):
+        what = list(texts), [p._version for p in self.model.parameters()]  # which change where weights are written
+        if self._scored[0] != what:
             most = min(batch_size * inference.context_length(self.model), inference.GPU_BATCH_TOKENS)
             options = {"batch_tokens": most, "stats": True}
-            scores = inference.token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options)
-            self._scored = (list(texts), scores)
+            self._scored = what, inference.token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options)
         return self._scored[1]
 
 
@@ -253,8 +256,7 @@ def strict(value: Any, name: str, undefined: list[str]) -> Any:
 def notes(results: dict[str, dict]) -> list[str]:
     """What a reader should know before trusting the figures."""
     text, tokens, made = results["perplexity"], results["token_probabilities"], results["generation"]
-    prompts = len(made["generation_samples"])
-    lines = []
+    prompts, lines = len(made["generation_samples"]), []
     if text["num_sequences"] < FEW_TEXTS:
         lines.append(f"the text figures rest on {text['num_sequences']} passages only: their intervals are rough")
     if tokens["num_tokens"] < FEW_TOKENS:
@@ -302,10 +304,10 @@ def print_report(report: dict) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Read text and prompts, measure, and return the report in the shape of lm-evaluation-harness."""
-    model_path = Path(args.model)
     import runs
     from settings import run_text
 
+    model_path = Path(args.model)
     source = Path(args.eval_data) if args.eval_data else run_text(model_path, "eval_path")
     if source is None:
         raise ValueError(f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR")
@@ -319,19 +321,17 @@ def run(args: argparse.Namespace) -> dict:
         "token_probabilities": evaluator.evaluate_token_probabilities(texts, args.batch_size),
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
-    undefined, environment = [], runs.environment(args.device)
+    undefined, environment, counts = [], runs.environment(args.device), {"original": total, "effective": len(texts)}
     config = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
-    config |= {"weights_sha256": runs.weights_sha256(model_path)}
-    config |= {"parameters": evaluator.model.num_parameters(), "bos": evaluator.bos, "seed": args.seed}
-    config |= {"temperature": args.temperature, "batch_size": args.batch_size, "passage_chars": PASSAGE_CHARS}
-    text_counts = {"original": total, "effective": len(texts)}
+    config |= {"weights_sha256": runs.weights_sha256(model_path), "parameters": evaluator.model.num_parameters()}
+    config |= {"bos": evaluator.bos, "passage_chars": PASSAGE_CHARS}
+    config |= {key: getattr(args, key) for key in ("seed", "temperature", "batch_size")}
     return {
         "results": strict(results, "", undefined),
         "config": config,
         "versions": dict.fromkeys(results, 1),
         "n-samples": {
-            "perplexity": text_counts,
-            "token_probabilities": text_counts,
+            **dict.fromkeys(("perplexity", "token_probabilities"), counts),
             "generation": {"original": len(prompts), "effective": len(prompts)},
         },
         "undefined": undefined,

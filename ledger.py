@@ -30,10 +30,10 @@ from schema import MAX_EPOCHS, TRACKS
 from words import Words
 
 log = logging.getLogger(__name__)
-FAQ = "what a tokenizer or a teacher learned from counts too"
+COUNTS_TOO = "what a tokenizer or a teacher learned from counts too"
 
 
-def schedule(track: str) -> list[int]:
+def milestones_of(track: str) -> list[int]:
     """The word counts at which BabyLM asks for a checkpoint: each million to ten, each ten to 100, each 100 to 1000."""
     millions = [*range(1, 10), *range(10, 101, 10)]
     if track == "strict":
@@ -100,12 +100,13 @@ class WordLog(TrainerCallback):
     """Keeps a run's ledger and, with a `budget` of BabyLM, saves the model at the first step that crosses each target.
 
     The model is saved when the row of that step is logged: by then Trainer knows that the loss is finite. A resumed run
-    makes those of later steps anew, since it may take another course; what lies before its checkpoint stays.
+    drops those of later steps and makes them anew, since it may take another course; what lies before its checkpoint
+    stays.
     """
 
     def __init__(self, trainer: Trainer, words: Words, config: dict, budget: dict | None = None):
         self.trainer, self.words, self.config, self.budget = trainer, words, config, budget
-        self.targets = schedule(budget["track"]) if budget else []
+        self.targets = milestones_of(budget["track"]) if budget else []
         self.ledger: Ledger | None = None  # from the beginning of training on
         self.due: dict[int, list[Path]] = {}
 
@@ -117,7 +118,10 @@ class WordLog(TrainerCallback):
         self.ledger = Ledger(self.words, length, order_of(train_dataloader), per_step, state.num_train_epochs, offset)
         for target in self.targets:
             step, folder = self.ledger.first_step(target), Path(args.output_dir, runs.milestone(target))
-            if step is not None and step > state.global_step:
+            later = step is None or step > state.global_step
+            if later and args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from here by another course
+            if step is not None and later:
                 self.due.setdefault(step, []).append(folder)
             elif step is not None and not folder.is_dir():
                 log.warning("%s is not there, and its step %d lies before the checkpoint", folder, step)
@@ -134,7 +138,6 @@ class WordLog(TrainerCallback):
             self.trainer.save_plain(draft)  # all processes: a sharded model is put together
             if args.should_save:
                 runs.seal_checkpoint(draft)
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped after this step
                 draft.rename(folder)
 
     def words_seen(self, step: int) -> int:
@@ -221,39 +224,40 @@ def check_budget(config: dict) -> dict[str, Any]:
     own = {source["sha256"] for source in text}
     learned = {data["tokenizer_path"]: runs.tokenizer_sources(data["tokenizer_path"])}
     learned |= {path: teacher_sources(path) for path in config.get("distillation", {}).get("teachers", ())}
-    other = {}
+    other = {}  # what each one learned from besides, where that is recorded: {sha256: words}
     for path, sources in learned.items():
-        counts = [None] if sources is None else [source["words"] for source in sources if source["sha256"] not in own]
-        if None not in counts:
-            other[path] = sum(counts)
+        if sources is not None:
+            files = {source["sha256"]: source["words"] for source in sources if source["sha256"] not in own}
+            other |= {path: files} if None not in files.values() else {}
+    extra = sum({sha: count for files in other.values() for sha, count in files.items()}.values())  # each file once
     words = sum(source["words"] for source in text)
     budget = {
         "track": track, "words_allowed": allowed, "epochs_allowed": MAX_EPOCHS, "words": words,
-        "words_by_domain": by_domain(text), "other_words_learned_from": {path: other.get(path) for path in learned},
+        "words_by_domain": by_domain(text),
+        "other_words_learned_from": {path: sum(other[path].values()) if path in other else None for path in learned},
     }  # fmt: skip
     for path in learned.keys() - other.keys():
-        log.warning("%s: which text it learned from is not recorded; %s toward BabyLM's budget", path, FAQ)
-    if words + sum(other.values()) > allowed:
-        raise ValueError(refusal(budget, data))
+        log.warning("%s: which text it learned from is not recorded; %s toward BabyLM's budget", path, COUNTS_TOO)
+    if words + extra > allowed:
+        raise ValueError(refusal(budget, data, words + extra))
     log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{allowed:,}")
     return budget
 
 
-def refusal(budget: dict[str, Any], data: dict) -> str:
-    """Why a text is more than the track allows, in one line, and what to do."""
+def refusal(budget: dict[str, Any], data: dict, total: int) -> str:
+    """Why `total` words are more than the track allows, in one line, and what to do."""
     words, allowed, domains = budget["words"], budget["words_allowed"], budget["words_by_domain"]
     largest = sorted(domains.items(), key=lambda item: -item[1])[:10]
     listed = ", ".join(f"{name} {count:,}" for name, count in largest)
     listed += f", {len(domains) - 10} more" if len(domains) > 10 else ""
     line = f"babylm.track: {budget['track']} allows {allowed:,} words of training text; "
     line += f"{data['train_path']} has {words:,} ({listed})"
-    total, remedies = words, []
+    remedies = []
     if words > allowed:
         larger = ", or train on the strict track (--set babylm.track=strict)"
         remedies.append("leave files out of the text or shorten one" + larger * (budget["track"] == "strict-small"))
     for path, count in budget["other_words_learned_from"].items():
         if count:
-            total += count
-            line += f", and {path} learned from {count:,} other words ({FAQ})"
+            line += f", and {path} learned from {count:,} other words ({COUNTS_TOO})"
             remedies.append(f"make {path} anew from this text alone")
     return f"{line}: {total - allowed:,} too many; {', and '.join(remedies)}"

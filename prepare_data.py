@@ -72,8 +72,8 @@ def clean_files(files: list[Path], cleaner: Callable | None, target: Path, overl
                 words += len(lower)
                 if overlap:
                     overlap.add(lower, piece.last)
-                bar.update(report["bytes"] - seen)
-                seen = report["bytes"]
+                bar.update(report["bytes_on_disk"] - seen)
+                seen = report["bytes_on_disk"]
             facts = {"path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size, "read": report}
             sources.append(facts)
         out.write(b"\n" if documents else b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,17 +27,19 @@ class RunLog(TrainerCallback):
         self.words_per_token, self.share_per_speed = words_per_token, flops_per_token / matmul_flops
         self.seconds, self.tokens, self.clock = 0.0, 0, None
         self.logged_seconds, self.logged_tokens = 0.0, 0
+        self.untimed_steps = self.untimed_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         forget_peak_memory(args.device)
         if state.global_step and self.path.is_file():  # resumed: rows after the checkpoint will be written anew
-            with self.path.open(encoding="utf-8") as file:
-                self.rows = [row for row in map(json.loads, file) if row["step"] <= state.global_step]
+            self.rows = [row for row in _whole_rows(self.path) if row["step"] <= state.global_step]
         with self.path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-        if self.rows:
-            self.seconds = self.logged_seconds = self.rows[-1]["seconds"]
-            self.tokens = self.logged_tokens = state.num_input_tokens_seen
+        self.tokens = self.logged_tokens = state.num_input_tokens_seen
+        last = self.rows[-1] if self.rows else {"seconds": 0.0, "tokens": 0, "step": 0}
+        self.seconds = self.logged_seconds = last["seconds"]
+        # of a log that was torn or taken away: what was seen in a time that is not known counts in no speed
+        self.untimed_steps, self.untimed_tokens = state.global_step - last["step"], self.tokens - last["tokens"]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -64,12 +67,13 @@ class RunLog(TrainerCallback):
         row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "tokens": state.num_input_tokens_seen}
         if "loss" in logs and self.seconds > self.logged_seconds:
             speed = (self.tokens - self.logged_tokens) / (self.seconds - self.logged_seconds)
+            step_seconds = self.seconds / (state.global_step - self.untimed_steps)
             row |= {
                 "tokens_per_second": speed,
                 "words_per_second": speed * self.words_per_token,
                 "matmul_share": speed * self.share_per_speed,
                 "memory_gb": round(peak_memory_gb(args.device), 3),
-                "seconds_left": round(self.seconds / state.global_step * (state.max_steps - state.global_step), 1),
+                "seconds_left": round(step_seconds * (state.max_steps - state.global_step), 1),
             }
             self.logged_tokens, self.logged_seconds = self.tokens, self.seconds
         row["seconds"] = round(self.seconds, 3)
@@ -99,4 +103,14 @@ class RunLog(TrainerCallback):
 
     def tokens_per_second(self) -> float:
         """Tokens per second of the whole run, evaluation and saving left out."""
-        return self.tokens / self.seconds
+        return (self.tokens - self.untimed_tokens) / self.seconds
+
+
+def _whole_rows(path: Path) -> Iterator[dict]:
+    """The rows of a log, up to where one was not written to its end."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

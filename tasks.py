@@ -189,19 +189,19 @@ def read_items(task: str, path: str | Path) -> list[Item]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    number = 0
+    kind, number = ("CSV" if path.suffix == ".csv" else "JSON"), 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(file, 1):  # noqa: B007  the errors below name it
+            yield line
+
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-                return
-            for number, line in enumerate(file, 1):  # noqa: B007  the errors below name it
-                if line.strip():
-                    yield json.loads(line)
+            yield from csv.DictReader(lines()) if kind == "CSV" else map(json.loads, filter(str.strip, lines()))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: after line {number}: not UTF-8 ({error.reason})") from None
         except (ValueError, RecursionError, csv.Error) as error:
-            kind = "CSV" if path.suffix == ".csv" else "JSON"
             raise ValueError(f"{path}: line {number} is not {kind} ({error})") from None
 
 

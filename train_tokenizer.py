@@ -129,18 +129,19 @@ def _texts_with_progress(files: list[Path], sample: list[str], counted: dict) ->
     from tqdm import tqdm
 
     total = sum(file.stat().st_size for file in files)
-    sampled = 0
+    sampled = before = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for file in files:
             report = new_report()
             for piece in read_documents(file, report):
-                n_bytes = len(piece.text.encode())
-                if sampled * total <= SAMPLE_BYTES * counted["bytes"]:
+                n_bytes, read = len(piece.text.encode()), before + report["bytes_on_disk"]  # less where compressed
+                if sampled * total <= SAMPLE_BYTES * read:
                     sample.append(piece.text)
                     sampled += n_bytes
                 counted["bytes"] += n_bytes
-                bar.update(n_bytes)
+                bar.update(read - bar.n)
                 yield piece.text
+            before += report["bytes_on_disk"]
             counted["sources"].append({**source_of(file), "words": report["words"]})
         bar.set_description("merging")
 

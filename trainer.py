@@ -115,6 +115,7 @@ def evaluate_chunks(
     how = {"batch_size": batch_size}
     if together := together and 1 < ranks.count() <= len(chunks):
         how = {"batch_sampler": ranks.deal(np.arange(len(chunks)), ranks.rounds_of(len(chunks), batch_size))}
+    how["generator"] = torch.Generator()  # else an evaluation would move the global one on, and with it the dropout
     for batch in DataLoader(chunks, collate_fn=collate_chunks, **how):
         ids = batch["input_ids"].to(model.device)
         nll += loss_of(model, ids).item()

@@ -117,7 +117,8 @@ def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
     got = evaluator.calculate_perplexity(["cat dog girl", "bird"])
     with torch.no_grad():
         logits = evaluator.model(torch.tensor([[1, 2, 3]])).logits[0].double().log_softmax(-1)
-    assert got["total_tokens"] == 2  # the first one has nothing before it
+    counts = got["total_tokens"], got["total_words"], got["total_bytes"]
+    assert counts == (2, 2, len("dog girl"))  # the first one has nothing before it
     assert got["average_loss"] == pytest.approx(-(logits[0, 2] + logits[1, 3]).item() / 2, rel=1e-5)
     made = evaluator.evaluate_generation_quality(["cat dog", "bird"], max_length=4, num_return_sequences=2)
     assert made["num_generations"] == 4
@@ -126,6 +127,16 @@ def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
 
 
 # ---- token probabilities --------------------------------------------------------------------------------------------
+
+
+def test_changed_weights_are_measured_anew(model_dirs):
+    evaluator, text = ModelEvaluator(model_dirs["Llama"], "cpu"), ["The cat sat"]
+    evaluator.calculate_perplexity(text)
+    with torch.no_grad():
+        evaluator.model.lm_head.weight.zero_()
+    uniform = math.log(evaluator.model.config.vocab_size)
+    assert evaluator.calculate_perplexity(text)["nats_per_token"] == pytest.approx(uniform, rel=1e-6)
+    assert evaluator.evaluate_token_probabilities(text)["avg_entropy"] == pytest.approx(uniform, rel=1e-6)
 
 
 def test_token_probabilities_equal_a_loop(evaluator):

@@ -20,7 +20,7 @@ import runs
 import settings
 import train
 import train_tokenizer
-from ledger import Ledger, order_of, schedule
+from ledger import Ledger, milestones_of, order_of
 from trainer import LMTrainer
 from words import Words
 
@@ -63,8 +63,8 @@ def words_of(counts: list[int], tmp_path: Path) -> Words:
 # ---- the sums -----------------------------------------------------------------------------------
 
 
-def test_schedule_is_babylms():
-    small, strict = ([runs.milestone(n) for n in schedule(track)] for track in ("strict-small", "strict"))
+def test_milestones_are_babylms():
+    small, strict = ([runs.milestone(n) for n in milestones_of(track)] for track in ("strict-small", "strict"))
     assert len(small) == 19 and len(strict) == 28
     assert strict[:19] == small
     assert small[:2] + small[8:11] + small[-1:] == [
@@ -255,6 +255,21 @@ def test_a_checkpoint_that_was_taken_away_is_said(shop, caplog):
     assert not first["there"] and all(row["there"] for row in others)
 
 
+def test_another_course_keeps_no_checkpoint_of_the_former(shop):
+    """A run that is taken up again and ends earlier has the checkpoints of its compliance.json, and no others."""
+    assert train.main([*RUN, "--set", "training.max_steps=10"]) == 0
+    run_dir = Path("models/tiny")
+    former = runs.milestones(run_dir)
+    (run_dir / "training_metrics.json").unlink()
+    newest, earlier = runs.checkpoints(run_dir)
+    shutil.rmtree(newest)
+    resume = ["--resume-from-checkpoint", "latest", "--set", f"training.max_steps={runs.step_of(earlier)}"]
+    assert train.main([*RUN, *resume]) == 0
+    stated = [row["name"] for row in json.loads((run_dir / "compliance.json").read_text())["checkpoints"]]
+    assert [path.name for path in runs.milestones(run_dir)] == stated
+    assert 0 < len(stated) < len(former)
+
+
 def test_checkpoints_are_not_lost_unasked(shop, capsys):
     """A run that was stopped before its first resumable checkpoint still has what the rules ask for."""
     assert train.main(RUN) == 0
@@ -349,6 +364,22 @@ def test_teachers_are_looked_up(shop, capsys):
     config["distillation"] = {"teachers": ["models/tiny", "other", "uncounted", "nowhere"]}
     learned = ledger.check_budget(config)["other_words_learned_from"]
     assert learned == {"tokenizer.json": 0, "models/tiny": 0, "other": 77, "uncounted": None, "nowhere": None}
+
+
+def test_what_two_teachers_learned_from_counts_once(shop, monkeypatch):
+    config = train.load_config("c.yaml")
+    files = [{"file": name, "sha256": name, "domain": "x", "words": 70} for name in "abc"]
+    for name, sources in {"one": files[:2], "two": files[1:]}.items():
+        Path(name).mkdir()
+        Path(name, "data_report.json").write_text(json.dumps({"train": {"sources": sources}}))
+    config["distillation"] = {"teachers": ["one", "two"]}
+    budget = ledger.check_budget(config)
+    assert [budget["other_words_learned_from"][name] for name in ("one", "two")] == [140, 140]
+    monkeypatch.setitem(ledger.TRACKS, "strict-small", budget["words"] + 210)  # of three files
+    ledger.check_budget(config)
+    monkeypatch.setitem(ledger.TRACKS, "strict-small", budget["words"] + 209)
+    with pytest.raises(ValueError, match=": 1 too many"):
+        ledger.check_budget(config)
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused(shop, capsys):

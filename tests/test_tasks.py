@@ -337,6 +337,13 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path):
         writer.writeheader()
         writer.writerow({**READING, "word": "sat, down"})
     assert read_items("reading", tmp_path)[0].completions[0] == " sat, down"
+    for name, text in (("bad.csv", b"a,b\n1,2\n3,\xff\n"), ("bad.jsonl", b"{}\n\n\xff")):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=f"{name}: after line .: not UTF-8"):
+            list(tasks._rows(tmp_path / name))
+    (tmp_path / "bad.csv").write_bytes(b"a,b\n1,2\n3," + b"x" * 200_000 + b"\n")
+    with pytest.raises(ValueError, match="bad.csv: line 3 is not CSV"):
+        list(tasks._rows(tmp_path / "bad.csv"))
 
 
 @pytest.mark.skipif(not (SHARED / "blimp").is_dir(), reason="BLiMP is not here")

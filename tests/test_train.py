@@ -733,6 +733,39 @@ def test_each_checkpoint_has_a_row_to_go_on_from(config_file, tmp_path):
     assert set(range(3, max(steps) + 1, 3)) <= set(timed)
 
 
+def test_a_log_that_was_torn_or_is_gone_stops_no_run(config_file, tmp_path):
+    path, run_dir = config_file(), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    log = (run_dir / "metrics.jsonl").read_text()
+    for text in (log[: log.index("\n", len(log) // 3) + 40], None):  # in the middle of a line
+        from_step = int(back_to_checkpoint(run_dir).partition("-")[2])
+        (run_dir / "metrics.jsonl").unlink()
+        if text is not None:
+            (run_dir / "metrics.jsonl").write_text(text)
+        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        kept = [json.loads(line) for line in (text or "").splitlines()[:-1]]
+        assert rows[: len(kept)] == kept and rows[len(kept)]["step"] > from_step
+        before = next(row["tokens"] for row in map(json.loads, log.splitlines()) if row["step"] == from_step)
+        timed = rows[-1]["tokens"] - before + (kept[-1]["tokens"] if kept else 0)
+        found = json.loads((run_dir / "training_metrics.json").read_text())["results"]["tokens_per_second"]
+        assert found == pytest.approx(timed / rows[-1]["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_evaluation_leaves_the_dropout_alone(every, config_file, tmp_path):
+    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1}
+    losses = []
+    for name, steps in (("often", every), ("seldom", 100)):
+        path = config_file(
+            model__type="GPT2", model__name=name, training__eval_steps=steps, training__logging_steps=1, **dropout
+        )
+        assert train.main(["--config", str(path)]) == 0
+        rows = map(json.loads, (tmp_path / "models" / name / "metrics.jsonl").open())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == losses[1]
+
+
 def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
