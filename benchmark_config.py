@@ -163,6 +163,8 @@ def _line(where: str, schema: type[_Options], error: dict) -> str:
     path = ".".join([where, *map(str, error["loc"])])
     if error["type"] == "missing":
         return f"{path}: missing"
+    if error["type"] == "too_short":
+        return f"{path}: {error['ctx']['actual_length']} of at least {error['ctx']['min_length']} entries"
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['input']!r} is not allowed; {error['msg'][0].lower()}{error['msg'][1:]}"
     return f"{path}: unknown key; {hint(str(error['loc'][-1]), ['type', *schema.model_fields])}"

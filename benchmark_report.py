@@ -294,6 +294,8 @@ def write_files(document: dict, output: Path) -> list[Path]:
     names = dict(zip(every, short_names(every), strict=True))
     for curve in drawn:
         run = names[curve["run"]].replace("/", "_")
-        written.append(output.with_name(f"{output.stem}-{run}-{curve['task']}.png"))
+        name = f"{output.stem}-{run}-{curve['task']}"
+        other = output.with_name(f"{name}.png") in written  # words seen and steps of the same run
+        written.append(output.with_name(f"{name}{('-words' if curve['words'] else '-steps') * other}.png"))
         plots.plot_learning_curve(curve, written[-1])
     return written

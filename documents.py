@@ -16,16 +16,20 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
+import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+log = logging.getLogger(__name__)
 READER_VERSION = 1  # a new number for every change of what a document or a cut is: it is part of cache keys
 BLOCK = 1 << 18  # bytes read at a time
 PIECE = 1 << 15  # characters of a document that are cleaned and tokenised in one go, at most
+PASSAGE_CHARS = 2000
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
 
@@ -285,3 +289,36 @@ def clean_pieces(pieces: Iterable[Piece], cleaner: Callable[[str], str]) -> Iter
             held, gap = Piece(text, held is None, False), ""
         if piece.last and held:
             yield held._replace(last=True)
+
+
+def passages(text: str) -> Iterator[str]:
+    """The text cut at line ends (else at a blank, else anywhere) into at most PASSAGE_CHARS characters each."""
+    text = text.strip()
+    while len(text) > PASSAGE_CHARS:
+        cuts = (text.rfind(mark, 1, PASSAGE_CHARS) for mark in "\n ")
+        at = next((cut for cut in cuts if cut > 0), PASSAGE_CHARS)
+        yield text[:at].rstrip()
+        text = text[at:].lstrip()
+    if text:
+        yield text
+
+
+def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[int], int]:
+    """(`count` passages drawn evenly from all held-out documents, in their order; the number of the document that each
+    is of; how many passages there are)."""
+    if not path.exists():
+        raise FileNotFoundError(f"no held-out text at {path}: name a file or a directory with --eval-data")
+    rng, kept, total, document, report = random.Random(seed), [], 0, 0, new_report()
+    for piece in (piece for file in find_files(path, "dev") for piece in read_documents(file, report)):
+        document += piece.first
+        for passage in passages(piece.text):
+            place = len(kept) if len(kept) < count else rng.randrange(total + 1)  # reservoir sampling
+            if place < count:
+                kept[place : place + 1] = [(total, passage, document)]
+            total += 1
+    if not total:
+        raise ValueError(f"{path} holds no text")
+    if report["invalid_bytes"]:
+        log.warning("%d bytes not UTF-8, first at %s", report["invalid_bytes"], report["first_invalid"])
+    kept.sort()
+    return [passage for _, passage, _ in kept], [document for _, _, document in kept], total

@@ -8,8 +8,9 @@ It compares no models and knows no benchmark tasks (benchmark.py does), and it n
 
 How figures are defined. A text is scored with BOS in front, so each of its tokens has a probability (a tokenizer with
 neither BOS nor EOS leaves the first one out); beyond the context windows slide by half of it. Rates are sums over all
-texts divided by sums, so a long text counts for more; intervals (`..._ci95`) resample the texts. An empty text has no
-token: it counts in `num_empty` alone. What cannot be computed (no text, one text for an interval) is NaN, null in JSON.
+texts divided by sums, so a long text counts for more; their intervals (`..._ci95`) resample the documents that the
+texts are pieces of. An empty text has no token: it counts in `num_empty` alone. What cannot be computed (no text, one
+document for an interval) is NaN, null in JSON.
 
 Hugging Face has a package of this name. This file is not it: run tools that need that one from another directory.
 """
@@ -19,16 +20,14 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 LOW_CONFIDENCE = 0.1  # a prediction whose likeliest token has less probability than this
-PASSAGE_CHARS = 2000
-FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = 30, 1000, 10  # below these the printed figures come with a note
+FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = 30, 1000, 30  # below these the printed figures come with a note
 SAMPLE_TOKENS = 40  # of one text, whose surprisal is drawn
 
 
@@ -52,32 +51,43 @@ class ModelEvaluator:
         self.bos = not (self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None)
         self._scored: tuple = (None, [])
 
-    def calculate_perplexity(self, texts: Sequence[str], batch_size: int = 8) -> dict[str, Any]:
-        """Perplexity per token and word, nats per token, bits per UTF-8 byte; each with a 95 % interval over texts.
+    def calculate_perplexity(
+        self, texts: Sequence[str], batch_size: int = 8, documents: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """Perplexity per token and word, nats per token, bits per UTF-8 byte; each with a 95 % interval.
 
-        A forward pass takes `batch_size` full contexts at most. `std_loss`, `min_loss` and `max_loss` are of the texts'
-        own mean losses (nats per token); words are what whitespace separates.
+        The interval resamples documents: `documents` tells of which each text is a piece (default: each is one), since
+        pieces of the same are alike. A forward pass takes `batch_size` full contexts at most. `std_loss`, `min_loss`
+        and `max_loss` are of the texts' own mean losses (nats per token); words are what whitespace separates.
         """
         import numpy as np
 
         import inference
         import metrics
 
-        scored = [(text, s) for text, s in zip(texts, self._scores(texts, batch_size), strict=True) if len(s.ids)]
+        documents = range(len(texts)) if documents is None else documents
+        found = zip(texts, self._scores(texts, batch_size), documents, strict=True)
+        scored, owners = [], []
+        for text, scores, document in found:
+            if len(scores.ids):
+                scored.append((text, scores))
+                owners.append(document)
         if not self.bos:  # the first token has no score, so it counts in no rate
             scored = [(inference.decode(self.tokenizer, s.ids), s) for _, s in scored]
         rows = np.array([[-s.logprobs.sum(), len(s.ids), len(t.encode()), len(t.split())] for t, s in scored])
         rows = rows.reshape(-1, 4)  # nats, tokens, bytes, words of each text
         figures = {key: float(value) for key, value in metrics.rates(rows.sum(0)).items()}
-        resampled = metrics.rates(metrics.resample(rows, self.seed).T)
+        whole = metrics.sums_by(rows, owners)  # of each document
+        resampled = metrics.rates(metrics.resample(whole, self.seed).T)
         losses = rows[:, 0] / rows[:, 1]
         spread = {"std_loss": losses.std(), "min_loss": losses.min(), "max_loss": losses.max()} if scored else {}
         return {
             **figures,
-            **{f"{key}_ci95": metrics.interval(values, len(rows)) for key, values in resampled.items()},
+            **{f"{key}_ci95": metrics.interval(values, len(whole)) for key, values in resampled.items()},
             "average_loss": figures["nats_per_token"],
             **{key: float(spread.get(key, math.nan)) for key in ("std_loss", "min_loss", "max_loss")},
             "num_sequences": len(scored),
+            "num_documents": len(whole),
             "num_empty": len(texts) - len(scored),
             "total_tokens": int(rows[:, 1].sum()),
             "total_bytes": int(rows[:, 2].sum()),
@@ -195,38 +205,6 @@ def _check_texts(texts: Sequence[str], name: str) -> None:
 # ---- command line -------------------------------------------------------------------------------
 
 
-def passages(text: str) -> Iterator[str]:
-    """The text cut at line ends (else at a blank, else anywhere) into at most PASSAGE_CHARS characters each."""
-    text = text.strip()
-    while len(text) > PASSAGE_CHARS:
-        cuts = (text.rfind(mark, 1, PASSAGE_CHARS) for mark in "\n ")
-        at = next((cut for cut in cuts if cut > 0), PASSAGE_CHARS)
-        yield text[:at].rstrip()
-        text = text[at:].lstrip()
-    if text:
-        yield text
-
-
-def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], int]:
-    """(`count` passages drawn evenly from all held-out documents, in their order; how many there are)."""
-    from documents import find_files, new_report, read_documents
-
-    if not path.exists():
-        raise FileNotFoundError(f"no held-out text at {path}: name a file or a directory with --eval-data")
-    rng, kept, total, report = random.Random(seed), [], 0, new_report()
-    pieces = (piece for file in find_files(path, "dev") for piece in read_documents(file, report))
-    for passage in (cut for piece in pieces for cut in passages(piece.text)):
-        place = len(kept) if len(kept) < count else rng.randrange(total + 1)  # reservoir sampling
-        if place < count:
-            kept[place : place + 1] = [(total, passage)]
-        total += 1
-    if not total:
-        raise ValueError(f"{path} holds no text")
-    if report["invalid_bytes"]:
-        log.warning("%d bytes not UTF-8, first at %s", report["invalid_bytes"], report["first_invalid"])
-    return [passage for _, passage in sorted(kept)], total
-
-
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty."""
     try:
@@ -257,8 +235,8 @@ def notes(results: dict[str, dict]) -> list[str]:
     """What a reader should know before trusting the figures."""
     text, tokens, made = results["perplexity"], results["token_probabilities"], results["generation"]
     prompts, lines = len(made["generation_samples"]), []
-    if text["num_sequences"] < FEW_TEXTS:
-        lines.append(f"the text figures rest on {text['num_sequences']} passages only: their intervals are rough")
+    if text["num_documents"] < FEW_TEXTS:
+        lines.append(f"the text figures rest on {text['num_documents']} documents only: their intervals are rough")
     if tokens["num_tokens"] < FEW_TOKENS:
         lines.append(f"the token figures, calibration above all, rest on {tokens['num_tokens']} tokens only")
     if prompts < FEW_PROMPTS:
@@ -289,7 +267,8 @@ def print_report(report: dict) -> None:
     config, counts = report["config"], report["n-samples"]
     print(f"{config['model']}: {config['parameters']:,} parameters, float32, {config['device']}, seed {config['seed']}")
     print(f"text {config['eval_data']}: {counts['perplexity']['effective']:,} of {counts['perplexity']['original']:,} "
-          f"passages, {report['results']['perplexity']['total_tokens']:,} tokens\n")  # fmt: skip
+          f"passages, {report['results']['perplexity']['total_tokens']:,} tokens, "
+          f"{report['results']['perplexity']['num_documents']:,} documents\n")  # fmt: skip
     print(f"{'':32}{'value':>10}   95 % interval")
     for group, key, label in TABLE:
         value, interval = report["results"][group][key], report["results"][group].get(f"{key}_ci95")
@@ -305,6 +284,7 @@ def print_report(report: dict) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Read text and prompts, measure, and return the report in the shape of lm-evaluation-harness."""
     import runs
+    from documents import PASSAGE_CHARS, draw_passages
     from settings import run_text
 
     model_path = Path(args.model)
@@ -312,12 +292,12 @@ def run(args: argparse.Namespace) -> dict:
     if source is None:
         raise ValueError(f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR")
     custom = read_prompts(Path(args.custom_prompts)) if args.custom_prompts else None
-    texts, total = draw_passages(source, args.num_samples, args.seed)
+    texts, owners, total = draw_passages(source, args.num_samples, args.seed)
     prompts = custom or [" ".join(text.split()[:4]) for text in texts[:: max(1, len(texts) // 10)][:10]]
 
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {
-        "perplexity": evaluator.calculate_perplexity(texts, args.batch_size),
+        "perplexity": evaluator.calculate_perplexity(texts, args.batch_size, owners),
         "token_probabilities": evaluator.evaluate_token_probabilities(texts, args.batch_size),
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
-RESAMPLES = 1000  # of the bootstrap
+RESAMPLES = 2000  # of the bootstrap
 Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
 
 
@@ -35,6 +35,37 @@ def rates(totals) -> dict[str, Any]:
             "bits_per_byte": nats / math.log(2) / size,
             "word_perplexity": np.exp(nats / words),
         }
+
+
+def sums_by(rows: np.ndarray, owners: Sequence) -> np.ndarray:
+    """Rows (N, K) summed by what owns them: (number of owners, K)."""
+    names, places = np.unique(np.asarray(owners), return_inverse=True)
+    sums = np.zeros((len(names), rows.shape[1]))
+    np.add.at(sums, places, rows)
+    return sums
+
+
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int) -> np.ndarray:
+    """Bootstrap draws (RESAMPLES,) of the weighted mean of the groups' means, values resampled within their group.
+
+    Deviations are scaled by sqrt(n / (n - 1)), which a resampled mean of n lacks. Groups of one value say nothing of
+    their spread: they are resampled together (collapsed strata, Cochran 1977).
+    """
+    rng, total = np.random.default_rng(seed), np.zeros(RESAMPLES)
+    strata, single = [], []
+    for name, weight in weights.items():
+        own = values[groups == name]
+        if len(own) > 1:
+            strata.append((weight, own))
+        else:
+            single.append(weight * own[0])
+    if single:
+        strata.append((1.0, len(single) * np.array(single)))
+    for weight, own in strata:
+        n, (levels, counts) = len(own), np.unique(own, return_counts=True)
+        draws = rng.multinomial(n, counts / n, size=RESAMPLES) @ levels / n  # how often each level is drawn
+        total += weight * (own.mean() + (draws - own.mean()) * math.sqrt(n / max(1, n - 1)))
+    return total
 
 
 def resample(rows, seed: int):
@@ -71,10 +102,11 @@ def mean_over_groups(name: str, scores, seed: int) -> dict[str, Any]:
 def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
     """`overall_score` of quality, `overall_score_ci95` and `overall_parts` from the results of tasks by name.
 
-    The mean over tasks of how far each is above chance, (score - chance) / (1 - chance) and at least 0, times 1 - the
-    mean repetition. Of consistency it is score - chance: its chance is the model's own, and to divide by what is left
-    would raise a model that always says the same. Speed and reading times have no part in it. The interval takes those
-    of the parts for independent normal ones.
+    The mean over tasks of how far each is above chance, (score - chance) / (1 - chance), times 1 - the mean repetition,
+    and at least 0. A task below chance counts against the others: did it count as 0, chance alone would score. Of
+    consistency it is score - chance: its chance is the model's own, and to divide by what is left would raise a model
+    that always says the same. Speed and reading times have no part in it. The interval takes those of the parts for
+    independent normal ones.
     """
     rng = np.random.default_rng(seed)
 
@@ -88,16 +120,17 @@ def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
             repetition.append(drawn(result[metric], result[f"{metric}_ci95"]))
         elif metric == "avg_consistency_score":
             (gap,) = result["baselines"].values()
-            parts[name] = drawn(gap["difference"], gap["difference_ci95"]).clip(0, 1)
+            parts[name] = drawn(gap["difference"], gap["difference_ci95"])
         elif metric in ("accuracy", "completion_accuracy", "spearman"):
             above = drawn(result[metric], result[f"{metric}_ci95"]) - result["chance"]
-            parts[name] = (above / max(1 - result["chance"], 1e-9)).clip(0, 1)
+            parts[name] = above / max(1 - result["chance"], 1e-9)
     shown = {name: float(values[0]) for name, values in parts.items()}
     if repetition:
         shown["one_minus_repetition"] = float(1 - np.mean(repetition, axis=0)[0])
     if not parts:
         return {"overall_score": None, "overall_score_ci95": None, "overall_parts": shown}
     scores = np.mean(list(parts.values()), axis=0) * (1 - np.mean(repetition, axis=0) if repetition else 1)
+    scores = scores.clip(0, 1)
     return {
         "overall_score": float(scores[0]),
         "overall_score_ci95": np.percentile(scores[1:], [2.5, 97.5]).tolist(),

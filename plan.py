@@ -23,6 +23,9 @@ def describe(config: dict, model, report: dict, n_chunks: int) -> dict:
     attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
     whole = ranks.steps_per_epoch(n_chunks, per_step) * training["num_epochs"]
     steps = min(whole, training["max_steps"] or whole)
+    if (training["max_steps"] or 0) > whole:
+        log.warning("training.max_steps: %d, but the run's epochs are over after %d; more need training.num_epochs",
+                    training["max_steps"], whole)  # fmt: skip
     if training["warmup_steps"] >= steps:
         log.warning("training.warmup_steps: %d, but the run has %d steps: the learning rate never comes to training.lr",
                     training["warmup_steps"], steps)  # fmt: skip

@@ -52,7 +52,7 @@ def plot_training(rows: list[dict], path: Path, title: str, floor_nats: float | 
         [r["tokens"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", color=ORANGE, ms=4, label="held-out"
     )
     if floor_nats is not None:
-        loss.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=f"floor of this text, {floor_nats:.3f}")
+        loss.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=f"entropy of its grammar, {floor_nats:.3f}")
     loss.set(xlabel="tokens", ylabel="loss (nats per token)", title=f"loss of {label(title)}")
     loss.legend(frameon=False)
     rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], color=BLUE)

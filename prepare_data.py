@@ -272,6 +272,8 @@ def print_checks(manifest: dict, splits: list[str]) -> None:
         for source in record["sources"]:
             if repaired := ", ".join(f"{key} {source['read'][key]}" for key in REPAIRS if source["read"].get(key)):
                 print(f"note: {source['path']}: {repaired}")
+    for split in manifest["splits"].keys() - set(splits):
+        print(f"note: {split} is that of an earlier run, which this one did not touch")
     if budget := manifest["word_budget"]:
         words, limit = budget["words"], budget["limit_words"]
         print(f"word budget: {words:,} of {limit:,} words")
@@ -282,6 +284,8 @@ def print_checks(manifest: dict, splits: list[str]) -> None:
         print(f"overlap: {shared:,} of {total:,} documents of dev are in train,", end=" ")
         shared, total = overlap["dev_ngrams_in_train"], overlap["dev_ngrams"]
         print(f"{shared:,} of {total:,} runs of {NGRAM} words ({100 * shared / max(1, total):.3f} %)")
+        if shared > total / 2:
+            print("warning: most of dev stands in train too, on which held-out scores flatter", file=sys.stderr)
         if overlap["places"]:
             shown = ", ".join(overlap["places"][:10]) + ", ..." * (len(overlap["places"]) > 10)
             print(f"warning: documents of dev in train, on which held-out scores flatter: {shown}", file=sys.stderr)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import ranks
 import runs
 from inference import generate
 from machine import peak_memory_gb
 from plots import plot_training
 from trainer import evaluate_chunks
+
+
+def kept_step(trainer) -> int:
+    """The step whose weights a run leaves: the last, or with early stopping that of the best evaluation."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return runs.step_of(Path(best)) if best else trainer.state.global_step
 
 
 def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
@@ -26,6 +34,8 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
     tokenizer.save_pretrained(run_dir)
     samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
                        temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip
+    steps = kept_step(trainer)
+    chunks = ranks.chunks_after(steps, len(trainer.train_dataset), trainer.get_total_train_batch_size(trainer.args))
     metrics = {
         "results": {
             **{f"eval_{key}": value for key, value in final.items()},
@@ -34,8 +44,11 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
             "training_seconds": run_log.seconds,
             "first_step_seconds": run_log.rows[0]["seconds"],
             "peak_memory_gb": peak_memory_gb(model.device),
-            "tokens_trained": trainer.state.num_input_tokens_seen,
-            "words_trained": trainer.word_log.words_seen(trainer.state.global_step) if trainer.word_log else None,
+            "steps": steps,
+            "steps_run": trainer.state.global_step,
+            "epochs": round(chunks / len(trainer.train_dataset), 4),
+            "tokens_trained": chunks * config["data"]["seq_length"],
+            "words_trained": trainer.word_log.words_seen(steps) if trainer.word_log else None,
         },
         "babylm": trainer.word_log.compliance() if trainer.word_log else None,
         "plan": job.plan,

@@ -18,7 +18,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,12 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
     return _read(run_dir / METRICS, json.loads)
 
 
-def require_own(run_dir: Path) -> None:
-    """ValueError where a run's directory holds files of something else."""
+def require_own(run_dir: Path, teachers: Sequence[str]) -> None:
+    """ValueError where a run's directory holds files of something else, or a teacher, which the run would replace."""
+    for teacher in teachers:
+        if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
+            raise ValueError(f"{teacher}: a teacher (distillation.teachers) in the run's own directory {run_dir}, whose "
+                             "files this run would replace; choose another --model_name")  # fmt: skip
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG).is_file():
         raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
 
@@ -365,8 +369,11 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
     floor = results["floor_bits_per_byte"]
-    known = f" (the best any model could reach: {floor:.4f})" if floor else ""
+    known = f" (no model pays less than {floor:.4f} on average over texts of this grammar)" if floor else ""
     print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
+    if results["steps"] < metrics["plan"]["steps"]:
+        print(f"stopped early     after step {results['steps_run']:,} of {metrics['plan']['steps']:,}; "
+              f"the weights of step {results['steps']:,} are kept")  # fmt: skip
     print(f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})")
     for number, sample in enumerate(metrics["samples"], 1):
         print(f"sample {number}          {sample!r}")

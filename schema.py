@@ -54,7 +54,9 @@ class TrainingSection(Section):
     )
     batch_size: int = _key("Chunks in a batch of each process (each device)", gt=0, typical=(1, 128))
     num_epochs: int = _key("Passes over the training text", ge=1, typical=(1, 10))
-    max_steps: int | None = _key("Optimiser steps after which the run ends, epochs or not; null: none", None, ge=1)
+    max_steps: int | None = _key(
+        "Optimiser steps after which the run ends, where its epochs have not ended before; null: none", None, ge=1
+    )
     gradient_accumulation_steps: int = _key("Batches in one optimiser step", 1, ge=1, typical=(1, 32))
     warmup_steps: int = _key("Steps over which the learning rate rises to lr", 0, ge=0, typical=(0, 1000))
     warmup_ratio: float | None = _key("The same as a share of all steps; instead of warmup_steps", None, ge=0, lt=1)

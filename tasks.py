@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from metrics import explained_percent, spearman, wilson
+from metrics import bootstrap_mean, explained_percent, spearman, wilson
 
 TIE = 1e-5  # nats; two sums that differ by less are equal as far as float32 can tell
 MIDDLE = (2.5, 97.5)  # percentiles of a 95 % interval
-RESAMPLES = 2000  # of the bootstrap over items
 SLOW_RESAMPLES = 400  # of the bootstrap of a statistic that is computed anew for each
 LEAST = 6  # items that differ; with fewer not even all of one sign are significant (sign test: 2 x 0.5^5 = 0.06)
 MISSING = {  # in the table of reading times: what pandas, with which BabyLM's pipeline reads it, takes for missing
@@ -328,7 +327,11 @@ def score_items(task: str, items: Sequence[Item], scores: Sequence[float], seed:
     statistic, n = _statistic(spec, items, scores), len(items)
     values, rng = statistic(np.arange(n)), np.random.default_rng(seed)
     draws = [statistic(rng.integers(n, size=n)) for _ in range(SLOW_RESAMPLES)]
-    intervals = {f"{key}_ci95": np.percentile([draw[key] for draw in draws], MIDDLE).tolist() for key in values}
+    intervals = {key: np.percentile([draw[key] for draw in draws], MIDDLE).tolist() for key in values}
+    if spec.metric == "eye_tracking_percent":  # never below 0, so draws are too high: the basic bootstrap's interval
+        ends = {key: [2 * values[key] - end for end in reversed(own)] for key, own in intervals.items()}
+        intervals = {key: [max(0.0, low), max(values[key], high)] for key, (low, high) in ends.items()}
+    intervals = {f"{key}_ci95": own for key, own in intervals.items()}
     return {"metric": spec.metric, **values, **intervals, "n": n, "chance": 0.0, "interval": "bootstrap by item"}
 
 
@@ -344,23 +347,15 @@ def macro_average(types: dict[str, str], results: dict[str, dict]) -> float | No
     return math.fsum(columns) / len(columns) if len(columns) > 1 else None
 
 
-def bootstrap_mean(values: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int) -> np.ndarray:
-    """Bootstrap draws (RESAMPLES,) of the weighted mean of the groups' means, items resampled within their group."""
-    rng, total = np.random.default_rng(seed), np.zeros(RESAMPLES)
-    for name, weight in weights.items():
-        levels, counts = np.unique(values[groups == name], return_counts=True)
-        draws = rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)  # how often each level is drawn
-        total += weight * (draws @ levels) / counts.sum()
-    return total
-
-
 def compare(task: str, items: Sequence[Item], a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """How much better the scores `a` do than the scores `b` of the same items: paired bootstrap by item."""
     spec = TASKS[task]
     if spec.metric == "accuracy":
+        gain = grade(items, a).credit - grade(items, b).credit
+        if spec.average == "micro":  # each item counts the same, whatever its subset
+            return compare_means(gain, seed)
         names = np.array([item.subset for item in items])
         weights = subset_weights(spec.average, names)
-        gain = grade(items, a).credit - grade(items, b).credit
         value = sum(weight * gain[names == name].mean() for name, weight in weights.items())
         return difference(float(value), bootstrap_mean(gain, names, weights, seed), np.count_nonzero(gain))
     of_a, of_b, rng = _statistic(spec, items, a), _statistic(spec, items, b), np.random.default_rng(seed)

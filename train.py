@@ -227,12 +227,13 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
     if args.overwrite and args.resume_from_checkpoint:
         raise ValueError("--overwrite, --resume_from_checkpoint: one begins anew, the other goes on; choose one")
-    runs.require_own(run_dir)
+    runs.require_own(run_dir, config.get("distillation", {}).get("teachers", ()))
+    if args.resume_from_checkpoint not in (None, "latest"):
+        runs.find_checkpoint(args.resume_from_checkpoint, run_dir)
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
     if config["training"]["fsdp"]:
         ranks.require_gpus()
-
     from data_utils import byte_lengths, load_tokenizer
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])

@@ -379,8 +379,8 @@ def training_arguments(config: dict[str, Any], run_dir: Path, precision: str, st
         load_best_model_at_end=stopping,
         restore_callback_states_from_checkpoint=stopping,  # how many evaluations it has waited
         accelerator_config={"non_blocking": torch.cuda.is_available()},
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model="eval_loss" if stopping else None,  # else its checkpoint would be kept for a later one
+        greater_is_better=False if stopping else None,
         remove_unused_columns=False,
         use_cache=True,  # written into config.json; the training forward passes False itself
         disable_tqdm=True,

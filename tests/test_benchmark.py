@@ -230,9 +230,9 @@ def test_overall_score_by_hand():
         result[f"{result['metric']}_ci95"] = [result[result["metric"]]] * 2
     made["consistency"]["baselines"] = {"same ending": gap}
     found = metrics.overall(made)
-    parts = {"completion": pytest.approx(0.6), "wug": 0.0, "consistency": pytest.approx(0.04)}
+    parts = {"completion": pytest.approx(0.6), "wug": -0.3, "consistency": pytest.approx(0.04)}
     assert found["overall_parts"] == {**parts, "one_minus_repetition": 0.8}
-    assert found["overall_score"] == pytest.approx((0.6 + 0 + 0.04) / 3 * 0.8)
+    assert found["overall_score"] == pytest.approx((0.6 - 0.3 + 0.04) / 3 * 0.8)
     assert found["overall_score_ci95"] == pytest.approx([found["overall_score"]] * 2)
     nothing = {"overall_score": None, "overall_score_ci95": None, "overall_parts": {}}
     assert metrics.overall({"speed": made["speed"]}) == nothing
@@ -245,6 +245,22 @@ def test_interval_of_the_overall_score():
     half = math.hypot(0.02, 0.04) / 2 / 0.5  # of the mean of two, in units of the room above chance
     assert found["overall_score_ci95"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
     assert found["overall_parts"] == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
+
+
+def test_models_at_chance_are_not_told_from_it():
+    """Of coin-flipping models on eight tasks about one in forty may have an interval above 0."""
+    rng, above = np.random.default_rng(0), 0
+    for seed in range(100):
+        made = {}
+        for name in "abcdefgh":
+            share = rng.binomial(200, 0.5) / 200
+            ends = metrics.wilson(share, 200)
+            made[name] = {"metric": "accuracy", "accuracy": share, "chance": 0.5, "accuracy_ci95": ends}
+        found = metrics.overall(made, seed)
+        low, high = found["overall_score_ci95"]
+        assert low <= found["overall_score"] <= high
+        above += low > 0
+    assert above <= 8
 
 
 def test_a_suite_can_be_subclassed(model_dirs):

@@ -506,6 +506,18 @@ def test_dry_run_writes_nothing_and_says_who_teaches(config_file, tmp_path, teac
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
+def test_a_run_does_not_replace_its_own_teacher(config_file, tmp_path, capsys):
+    """Asked to learn from what stands in its own directory, it says so, and everything stays."""
+    assert train.main(["--config", str(config_file({"cache": "none"}))]) == 0
+    run_dir = next((tmp_path / "models").iterdir())
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for teacher in (run_dir, next(run_dir.glob("checkpoint-*"))):
+        path = config_file({"cache": "none", "teachers": [str(teacher)]})
+        assert train.main(["--config", str(path), "--overwrite"]) == 2
+        assert "a teacher (distillation.teachers) in the run's own directory" in errors_of(capsys)[0]
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
 def test_missing_teachers_name_the_command(config_file, tmp_path, capsys):
     for flags in ([], ["--dry-run"]):
         for cache in ("none", "top_k"):

@@ -19,6 +19,7 @@ from conftest import ROOT, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
+import documents
 import evaluate
 import metrics
 from evaluate import ModelEvaluator
@@ -107,7 +108,7 @@ def test_a_broken_model_gives_no_finite_figure(model_dirs):
     with torch.no_grad():
         broken.model.lm_head.weight[7] = math.nan
     got = {**broken.calculate_perplexity(["The cat", "A dog"]), **broken.evaluate_token_probabilities(["The cat"])}
-    counts = {"num_sequences", "num_empty", "num_tokens", "total_tokens", "total_bytes", "total_words"}
+    counts = {"num_sequences", "num_documents", "num_empty", "num_tokens", "total_tokens", "total_bytes", "total_words"}
     numbers = {key: value for key, value in got.items() if isinstance(value, float | int) and key not in counts}
     assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
 
@@ -296,22 +297,22 @@ def test_passages_keep_the_text():
     rng = random.Random(0)
     words = ["word" * rng.randint(1, 9) for _ in range(3000)]
     text = "".join(word + rng.choice(["\n", " ", " ", " "]) for word in words)
-    cut = list(evaluate.passages(text))
+    cut = list(documents.passages(text))
     assert " ".join(cut).split() == words
-    assert all(0 < len(passage) <= evaluate.PASSAGE_CHARS for passage in cut)
-    assert [len(p) for p in evaluate.passages("x" * 4500)] == [2000, 2000, 500]
-    assert list(evaluate.passages(" \n ")) == []
+    assert all(0 < len(passage) <= documents.PASSAGE_CHARS for passage in cut)
+    assert [len(p) for p in documents.passages("x" * 4500)] == [2000, 2000, 500]
+    assert list(documents.passages(" \n ")) == []
 
 
 def test_passages_are_drawn_evenly_and_by_seed(corpus_dir):
-    everything, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
-    assert len(everything) == total == 12  # documents
-    assert evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
-    drawn = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
-    assert drawn[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
-    counts = Counter(text for chosen, _ in drawn for text in chosen)
+    everything, owners, total = documents.draw_passages(corpus_dir / "dev", 10**6, seed=0)
+    assert len(everything) == total == 12 and owners == list(range(1, 13))
+    assert documents.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
+    drawn = [documents.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
+    assert drawn[0] == documents.draw_passages(corpus_dir / "dev", 3, 0)
+    counts = Counter(text for chosen, _, _ in drawn for text in chosen)
     assert set(counts) == set(everything) and min(counts.values()) > 60  # 100 each are expected
-    assert all(sorted(chosen, key=everything.index) == chosen for chosen, _ in drawn)
+    assert all(sorted(chosen, key=everything.index) == chosen for chosen, _, _ in drawn)
 
 
 @pytest.fixture
@@ -334,9 +335,9 @@ def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
     assert set(report["results"]) == set(report["versions"]) == set(report["n-samples"])
     assert report["n-samples"]["perplexity"] == {"original": 12, "effective": 12}
     assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out.out
-    assert "note: the text figures rest on 12 passages only" in out.out and report["notes"]
+    assert "note: the text figures rest on 12 documents only" in out.out and report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
-    texts, _ = evaluate.draw_passages(run_dir.parent / "text", 500, 0)
+    texts, _, _ = documents.draw_passages(run_dir.parent / "text", 500, 0)
     again = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
     for key, value in report["results"]["perplexity"].items():
         assert value == pytest.approx(again[key], rel=1e-5)

@@ -413,7 +413,7 @@ def test_the_average_is_the_average(config_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("eval_steps", [None, 7])
-def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, eval_steps):
+def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, capsys, eval_steps):
     """A learning rate that soon does harm: the run ends early, with the weights of its best evaluation."""
     harmful = {"training__lr": 1e-2, "training__lr_scheduler": "constant", "training__adam_beta2": 0.5}
     path = config_file(
@@ -425,6 +425,12 @@ def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, eval_steps
     assert len(losses) < 60 and (eval_steps is None or rows_of(run_dir)[-1]["step"] % eval_steps == 0)
     assert min(losses) not in losses[-2:]
     assert results_of(run_dir)["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    kept, ran = results_of(run_dir), rows_of(run_dir)[-1]
+    (best,) = (row for row in rows_of(run_dir) if row.get("eval_loss") == min(losses))
+    assert (kept["steps"], kept["tokens_trained"], kept["steps_run"]) == (best["step"], best["tokens"], ran["step"])
+    assert kept["epochs"] == pytest.approx(best["epoch"], abs=0.1)
+    assert f"{best['step']} steps of" in (run_dir / "README.md").read_text()
+    assert f"stopped early     after step {ran['step']} of" in capsys.readouterr().out
     # killed after it had stopped, before its results were written: it goes no further
     rows, weights = rows_of(run_dir), (run_dir / "model.safetensors").read_bytes()
     for name in runs.RESULTS:

@@ -188,10 +188,12 @@ def test_skip_tokenizer_counts_with_the_one_there_is(run, tmp_path, capsys):
     assert tree(tmp_path / "m") == tokenizer_before
 
 
-def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path):
+def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path, capsys):
     assert run() == 0
     before = manifest_of(tmp_path)
+    assert "earlier run" not in capsys.readouterr().out
     assert run("--skip-cleaning", train=None) == 0
+    assert "note: train is that of an earlier run" in capsys.readouterr().out
     after = manifest_of(tmp_path)
     assert after["splits"]["train"] == before["splits"]["train"]
     assert after["word_budget"] == before["word_budget"]

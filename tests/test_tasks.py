@@ -250,6 +250,27 @@ def test_paired_bootstrap_equals_a_direct_one():
     assert compare("blimp", items, sure, -sure)["noise"] is False
 
 
+@pytest.mark.parametrize(("subsets", "size"), [(40, 1), (40, 2), (20, 3)])
+def test_small_subsets_are_not_taken_for_certain(subsets, size):
+    """Of two models that choose at random, about one pair in twenty may differ by more than noise."""
+    rng = np.random.default_rng(0)
+    items = [item(f"u{i}") for i in range(subsets) for _ in range(size)]
+    told = [
+        not compare("blimp", items, *rng.normal(size=(2, 2 * len(items))), seed)["noise"] for seed in range(150)
+    ]  # fmt: skip
+    assert sum(told) <= 16
+
+
+def test_micro_averages_resample_all_items():
+    rng = np.random.default_rng(0)
+    items = [item(f"u{i}") for i in range(60)]  # a subset for each row
+    a, b = rng.normal(size=(2, 120))
+    found = compare("multiple_choice", items, a, b)
+    gain = grade(items, a).credit - grade(items, b).credit
+    assert found == tasks.compare_means(gain)
+    assert found["difference_ci95"][0] < found["difference"] < found["difference_ci95"][1]
+
+
 def test_few_items_say_nothing():
     """Five items of one sign have p = 2 x 0.5^5 = 0.06 in a sign test: the bootstrap, all draws alike, must not rule."""
     for n, noise in ((1, True), (5, True), (6, False)):

@@ -442,6 +442,11 @@ def test_a_warm_up_longer_than_the_run_is_pointed_out(config_file, caplog):
     assert "training.warmup_steps: 900, but the run has" in caplog.text
 
 
+def test_more_steps_than_the_epochs_have_are_pointed_out(config_file, caplog):
+    assert train.main(["--config", str(config_file(training__max_steps=900)), "--dry-run"]) == 0
+    assert "training.max_steps: 900, but the run's epochs are over after" in caplog.text
+
+
 def test_fsdp_in_one_process_is_pointed_out(config_file, caplog):
     assert train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"]) == 0
     assert "training.fsdp: true shares nothing out in one process" in caplog.text
@@ -700,6 +705,12 @@ def test_a_run_that_saved_nothing_is_in_nobodys_way(config_file, tmp_path):
     assert runs.claim(run_dir, config, {"train": {"words": 1}}, resume=None, overwrite=False) is None
 
 
+def test_a_checkpoint_that_is_not_there_is_said_of_a_finished_run_too(finished_copy, capsys):
+    resume = ["--resume_from_checkpoint", str(finished_copy[1] / "checkpoint-9999")]
+    assert train.main(["--config", str(finished_copy[0]), *resume]) == 2
+    assert "checkpoint-9999: no such checkpoint" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_directory_is_refused(finished_copy, capsys):
     config_path, run_dir = finished_copy
     checkpoint = str(runs.checkpoints(run_dir)[0])
@@ -764,6 +775,20 @@ def test_evaluation_leaves_the_dropout_alone(every, config_file, tmp_path):
         rows = map(json.loads, (tmp_path / "models" / name / "metrics.jsonl").open())
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[0] == losses[1]
+
+
+def test_the_last_two_checkpoints_stay_whichever_was_the_best(config_file, tmp_path):
+    """A learning rate that soon does harm: the checkpoint of the best evaluation takes no later one's place."""
+    harmful = {"training__lr": 1e-2, "training__lr_scheduler": "constant", "training__adam_beta2": 0.5}
+    path = config_file(**harmful, training__save_steps=7, training__eval_steps=7, training__num_epochs=40)
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] % 7 == 0}
+    kept = [runs.step_of(folder) for folder in runs.checkpoints(run_dir)]
+    assert min(losses, key=losses.get) < min(kept)
+    saved = sorted({*losses, rows[-1]["step"]})
+    assert kept == saved[: -len(kept) - 1 : -1] and len(kept) == 2
 
 
 def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
