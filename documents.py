@@ -322,3 +322,15 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
         log.warning("%d bytes not UTF-8, first at %s", report["invalid_bytes"], report["first_invalid"])
     kept.sort()
     return [passage for _, passage, _ in kept], [document for _, _, document in kept], total
+
+
+def floor_bits_per_byte(eval_path: str) -> float | None:
+    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
+    text = Path(eval_path).resolve()
+    path = (text.parent if text.is_file() else text).parent / "grammar.json"
+    if not path.is_file():
+        return None
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None

@@ -109,8 +109,10 @@ def find_sources(args: argparse.Namespace) -> dict[str, dict[str, list[Path]]]:
     for split, directory in directories.items():
         if directory is None:
             continue
-        if (args.output_dir / split).resolve() == directory.resolve():
-            raise ValueError(f"{directory} is both input and output; choose another --output-dir")
+        written = [(args.output_dir / split).resolve() for split in directories]
+        if any(folder.is_relative_to(directory.resolve()) for folder in written):
+            raise ValueError(f"{directory} holds --output-dir {args.output_dir}, so that what is written would be read "
+                             "the next time; choose another --output-dir")  # fmt: skip
         sources[split] = {}
         for path in find_files(directory, split):
             sources[split].setdefault(domain_of(path), []).append(path)
@@ -128,7 +130,8 @@ def choose_cleaners(sources: dict[str, dict[str, list[Path]]], wanted: list[str]
         return cleaners
     names = [name for name in re.split(r"[,\s]+", " ".join(wanted)) if name]
     if unknown := [name for name in names if name not in cleaners]:
-        raise ValueError(f"--clean-domains {', '.join(unknown)}: not in the input, which has {', '.join(cleaners)}")
+        there = ", ".join(cleaners) or "no domain with a cleaner"
+        raise ValueError(f"--clean-domains {', '.join(unknown)}: not in the input, which has {there}")
     return {name: cleaners[name] for name in names}
 
 

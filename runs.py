@@ -72,12 +72,24 @@ def share_weights(folder: Path) -> None:
 
 
 def require_writable(file: Path, flag: str) -> None:
-    """Make the folder of a file of results; ValueError, before any work, where it cannot be written there."""
+    """Make the folder of a file of results; ValueError, before any work, where it cannot be written there.
+
+    What stands there already is replaced only if it is a file of results.
+    """
+    if file.exists() and not _holds_results(file):
+        raise ValueError(f"{file}: is there already and holds no results; name another file with {flag}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise ValueError(f"{file} cannot be written ({error.strerror}); name another file with {flag}") from None
+
+
+def _holds_results(file: Path) -> bool:
+    try:
+        return file.is_file() and (not file.stat().st_size or "results" in json.loads(file.read_bytes()))
+    except (ValueError, TypeError):
+        return False
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -95,14 +107,14 @@ def damage(folder: Path) -> str | None:
         return f"it was not saved to its end (no {MANIFEST})"
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        facts = [(folder / name, about["bytes"], about["sha256"]) for name, about in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    for name, facts in files.items():
-        path = folder / name
+    for path, size, digest in facts:
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
-            return f"{name} has changed since it was saved"
+            return f"{path.name} is missing"
+        if path.stat().st_size != size or sha256(path) != digest:
+            return f"{path.name} has changed since it was saved"
     return None
 
 
@@ -153,9 +165,10 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict:
     """A file of a run; ValueError where it is damaged."""
     try:
         value = parse(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict) and all(isinstance(part, dict) for part in value.values() if path.name == CONFIG):
+        sections = {CONFIG: value.values(), METRICS: [value.get("results")]}.get(path.name, ())
+        if all(isinstance(part, dict) for part in sections):
             return value
-    except (ValueError, FileNotFoundError, yaml.YAMLError):
+    except (ValueError, AttributeError, OSError, yaml.YAMLError):
         pass
     raise ValueError(f"{path}: is damaged; bring it back, or train anew with --overwrite or another --model_name")
 
@@ -295,18 +308,6 @@ def require_teacher(folder: str) -> None:
         shipped = (Path(__file__).parent / config).is_file()
         remedy = f"python train.py --config {config}" if shipped else "it needs config.json and .safetensors weights"
         raise FileNotFoundError(f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}")
-
-
-def floor_bits_per_byte(eval_path: str) -> float | None:
-    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
-    text = Path(eval_path).resolve()
-    path = (text.parent if text.is_file() else text).parent / "grammar.json"
-    if not path.is_file():
-        return None
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: is not of create_synthetic_data.py; move it, or make the text anew") from None
 
 
 # ---- where a figure comes from ------------------------------------------------------------------

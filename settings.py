@@ -196,8 +196,9 @@ def _broken_rules(raw: Any) -> list[str]:
     width, heads = model.get("hidden_size"), model.get("n_head")
     problems = []
     if _number(width) and _number(heads) and heads > 0 and width > 0 and width % heads:
-        below = width // heads * heads
-        right = f"{below} or {below + heads}" if below else f"{heads}"
+        step = heads * (2 if model.get("type") in ("Llama", "GPTJ") else 1)  # rotary positions need an even quotient
+        below = width // step * step
+        right = f"{below} or {below + step}" if below else f"{step}"
         problems.append(f"model.hidden_size: {width}: hidden_size must be divisible by n_head ({heads}); use {right}")
     elif model.get("type") in ("Llama", "GPTJ") and _number(width) and _number(heads) and heads and width // heads % 2:
         problems.append(

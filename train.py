@@ -68,6 +68,10 @@ def load_config(config_path: str, args: Any = None) -> dict:
             settings.put(raw, "training", "precision", "auto")
     for assignment in given.get("set") or ():
         settings.set_key(raw, assignment)
+    training = raw.get("training") if isinstance(raw, dict) else None
+    if given.get("bf16") is False and isinstance(training, dict) and not training.get("fp16"):
+        chosen = training.get("precision", "auto")  # which may be what was switched off
+        training["precision"] = "fp32" if chosen in ("auto", "bf16") else chosen
     config = settings.check(raw, str(config_path))
     for line in settings.warnings_of(config):
         log.warning("%s: %s", config_path, line)
@@ -235,10 +239,11 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     if config["training"]["fsdp"]:
         ranks.require_gpus()
     from data_utils import byte_lengths, load_tokenizer
+    from documents import floor_bits_per_byte
 
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length, lengths = config["data"]["seq_length"], byte_lengths(tokenizer)
-    floor = runs.floor_bits_per_byte(config["data"]["eval_path"])
+    floor = floor_bits_per_byte(config["data"]["eval_path"])
     train_data, held_out, data_report = _prepare_inputs(config, tokenizer)
     data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
     runs.warn_of_leaks(data_report)
@@ -246,7 +251,6 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
         runs.print_summary(run_dir, metrics)
         return None
-
     import transformers
 
     from plan import describe, fit_to_machine, print_plan

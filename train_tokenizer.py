@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_VOCAB_SIZE = 1_000_000
 SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token afterwards
 
 
@@ -41,6 +42,12 @@ def check_request(vocab_size: int, output: Path | None = None) -> None:
             f"vocabulary of {vocab_size} tokens: it must be at least {MIN_VOCAB_SIZE} "
             f"(256 bytes and the {len(SPECIAL_TOKENS)} special tokens)"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocabulary of {vocab_size} tokens: {MAX_VOCAB_SIZE:,} are the most; 8,000 to 16,000 suit 10M words"
+        )
+    if output is not None and output.exists() and not output.is_file() and not output.is_dir():
+        raise ValueError(f"{output} is no regular file; name another")
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a directory; name the tokenizer file, such as {output / 'tokenizer.json'}")
     if output is not None and output.is_file() and output.stat().st_size and tokenizer_sources(output) is None:

@@ -453,3 +453,8 @@ def test_what_cannot_be_written_is_said_before_the_work(run_dir, tmp_path, capsy
     assert evaluate.main([str(run_dir), "--output-path", str(blocked / "results.json")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cannot be written" in error and "--output-path" in error
+    before = (run_dir / "config.json").read_bytes()
+    for there in (run_dir / "config.json", run_dir / "model.safetensors"):
+        assert evaluate.main([str(run_dir), "--output-path", str(there)]) == 2
+        assert f"{there}: is there already and holds no results" in capsys.readouterr().err
+    assert (run_dir / "config.json").read_bytes() == before

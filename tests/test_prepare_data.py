@@ -343,7 +343,7 @@ def test_mistakes_are_one_line_and_lose_nothing(case, run, raw, tmp_path, capsys
     }[case]()
     error = capsys.readouterr().err
     said = {"missing": "nowhere", "empty": "empty", "no text": "other", "broken": "letters.jsonl", "vocab": "259",
-            "nothing": "--babylm-10m", "in place": "input and output", "manifest": "manifest.json"}  # fmt: skip
+            "nothing": "--babylm-10m", "in place": "would be read the next time", "manifest": "manifest.json"}  # fmt: skip
     assert code == 2
     assert error.split("error: ")[1].count("\n") == 1 and said[case] in error
     assert "Traceback" not in error

@@ -81,7 +81,7 @@ def test_none_is_null(config_file, text):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model__hidden_size": 200, "model__n_head": 6}, "hidden_size must be divisible by n_head (6); use 198 or 204"),
+        ({"model__hidden_size": 200, "model__n_head": 6}, "hidden_size must be divisible by n_head (6); use 192 or 204"),
         ({"data__seq_length": 31}, "data.seq_length: 31 is not allowed; a whole number from 32 to 2048"),
         ({"data__seq_length": 2049}, "data.seq_length: 2049 is not allowed"),
         ({"training__lr": 2e-2}, "training.lr: 0.02 is not allowed; a number from 1e-06 to 0.01"),

@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT, build_tiny_model, tiny_config
 
+import documents
 import runs
 import settings
 import train
@@ -556,6 +557,30 @@ def test_a_damaged_checkpoint_is_passed_over(finished_copy, harm, caplog):
     assert "passed over" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["[]", '{"files": [1]}', '{"files": {"model.safetensors": 3}}'])
+def test_a_manifest_that_is_none_is_passed_over(content, tmp_path):
+    (tmp_path / runs.MANIFEST).write_text(content)
+    assert runs.damage(tmp_path) == f"{runs.MANIFEST} cannot be read"
+
+
+def test_results_that_are_none_are_one_line(finished_copy, capsys):
+    (finished_copy[1] / runs.METRICS).write_text('{"results": 3}')
+    assert train.main(["--config", str(finished_copy[0])]) == 2
+    assert "training_metrics.json: is damaged" in capsys.readouterr().err
+
+
+def test_bf16_can_be_switched_off(config_file):
+    """A flag that is given rules, also over what the machine would choose."""
+
+    def chosen(**flags) -> str:
+        path = config_file(training__precision="auto")
+        return pick_precision(train.load_config(str(path), SimpleNamespace(**flags))["training"])[0]
+
+    assert chosen(bf16=False) == "fp32"
+    assert chosen(bf16=True) == "bf16"
+    assert train.load_config(str(config_file()), SimpleNamespace(bf16=False))["training"]["precision"] == "fp32"
+
+
 def test_resuming_another_run_is_refused(finished_copy, capsys):
     config_path, run_dir = finished_copy
     back_to_checkpoint(run_dir)
@@ -794,9 +819,9 @@ def test_the_last_two_checkpoints_stay_whichever_was_the_best(config_file, tmp_p
 def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
-    assert runs.floor_bits_per_byte(str(tmp_path / "dev")) is None
+    assert documents.floor_bits_per_byte(str(tmp_path / "dev")) is None
     (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
-    assert [runs.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
+    assert [documents.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
 
 
 def test_a_foreign_grammar_is_named_before_anything_is_trained(config_file, corpus_dir, tmp_path, capsys):
