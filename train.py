@@ -210,8 +210,11 @@ def _prepare_inputs(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
 
 def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
     """Train to the end; False where the user interrupted it, having said how to go on."""
+    from interrupt import saved_when_interrupted
+
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with saved_when_interrupted(trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (KeyboardInterrupt, BrokenPipeError):  # who read the output has gone: `| head`
         saved = [folder for folder in runs.checkpoints(run_dir) if (folder / runs.MANIFEST).is_file()]
         further = (

@@ -13,7 +13,8 @@ FLOORS = [
         "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers", "overlap", "graphs",
     },
-    {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks"},
+    {"data_utils", "settings", "trainer", "ledger", "choices", "run_log", "plan", "generate", "tasks",
+     "interrupt"},
     {
         "train_tokenizer", "evaluate", "likelihood", "benchmark_config", "sweep", "benchmark_report", "distillation",
         "teachers", "results",

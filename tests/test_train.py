@@ -513,25 +513,30 @@ def test_resume_is_exact(kind, config_file, tmp_path):
     assert again["eval_loss"] == results["eval_loss"]
 
 
-def test_an_interrupted_run_goes_on(config_file, tmp_path):
-    """A real Ctrl-C in a real process, then latest: the same weights as a run that nobody interrupted."""
-    path = config_file(training__num_epochs=6, training__logging_steps=1)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on(number, config_file, tmp_path):
+    """A real signal in a real process: the step is saved; then latest: the same weights as of a run left alone."""
+    path = config_file(training__num_epochs=6, training__logging_steps=1, training__save_steps=1000)
     command = [sys.executable, "train.py", "--config", str(path)]
     run_dir = tmp_path / "models" / "tiny"
     hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job may not
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **hears)
-    deadline = time.monotonic() + 120
-    while not list(run_dir.glob(f"*/{runs.MANIFEST}")) and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    deadline, log = time.monotonic() + 120, run_dir / "metrics.jsonl"
+    while (
+        child.poll() is None and time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") > 2)
+    ):
+        time.sleep(0.005)
+    child.send_signal(number)
     error = child.communicate(timeout=120)[1]
     assert child.returncode == 130, error
-    assert "; go on from checkpoint-10 with --resume_from_checkpoint latest" in error
-    assert not (run_dir / "training_metrics.json").exists()
+    (saved,) = runs.checkpoints(run_dir)
+    assert f"interrupted after step {runs.step_of(saved)}; go on from {saved.name} with --resume_from" in error
+    assert runs.damage(saved) is None and not (run_dir / "training_metrics.json").exists()
     assert train.main(["--config", str(path)]) == 2  # neither forgotten nor overwritten
     assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
     assert train.main(["--config", str(path), "--model_name", "whole"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() == (run_dir.parent / "whole" / "model.safetensors").read_bytes()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "what was there comes back"
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip", "unsealed"])
