@@ -204,13 +204,16 @@ class DataProcessor:
             arrow = self.cache_dir / f"{split}-{self._key(sources, max_length, clean)}.arrow"
             if not arrow.is_file():
                 self._write(arrow, split, files, sources, max_length, clean)
-            self.reports[split] = report = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+            try:
+                self.reports[split] = report = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+                prepared[split] = Dataset.from_file(str(arrow))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{arrow}: damaged ({error}); delete it, and the text is read again") from None
             counts = ", ".join(f"{report[key]:,} {key}" for key in ("files", "documents", "words", "tokens", "chunks"))
             left_out, invalid = report["tokens_left_out"], report["invalid_bytes"]
             logger.info("%s: %s of %d (%d tokens left out)", split, counts, max_length, left_out)
             if invalid:
                 logger.warning("%s: %d bytes not UTF-8, first at %s", split, invalid, report["first_invalid"])
-            prepared[split] = Dataset.from_file(str(arrow))
         return prepared
 
     def _key(self, sources: list[dict], max_length: int, clean: bool) -> str:

@@ -96,11 +96,13 @@ class Words:
     def __init__(self, arrow: Path, report: dict):
         """From the file beside the chunks and the split's report; ValueError where words could not be located."""
         marks = arrow.with_suffix(".words")
-        if not marks.is_file():
+        if not marks.is_file() and report["sources"][0].get("words") is None:
             raise ValueError(
                 f"{arrow}: its words are not located, because the tokenizer is not byte-level or changes the text; a "
                 "tokenizer of train_tokenizer.py does neither"
             )
+        if not marks.is_file() or marks.stat().st_size < report["tokens"] - report["tokens_left_out"]:
+            raise ValueError(f"{marks}: damaged; delete {arrow}, and the text is read again")
         self.begins = np.asarray(np.memmap(marks, np.uint8, "r"))  # (tokens,)
         self.tokens = report["tokens"] - report["tokens_left_out"]  # in full chunks
         ends = list(itertools.accumulate(source["tokens"] for source in report["sources"]))

@@ -381,6 +381,38 @@ def test_cache_is_used_and_knows_what_it_depends_on(tokenizer, corpus_dir, tmp_p
     assert len(files()) == count + 3
 
 
+@pytest.mark.parametrize(
+    ("ending", "content"), [(".json", b"{"), (".json", b"\xff"), (".arrow", b""), (".arrow", None)]
+)
+def test_a_damaged_cache_is_named_and_mended_by_deleting_it(ending, content, tokenizer, corpus_dir, tmp_path):
+    def prepare():
+        processor = DataProcessor(tokenizer, cache_dir=str(tmp_path))
+        return processor.prepare_dataset(str(corpus_dir / "train"), str(corpus_dir / "dev"), 32)
+
+    want = prepare()["train"][:]["input_ids"]
+    (arrow,) = tmp_path.glob("train-*.arrow")
+    victim = arrow.with_suffix(ending)
+    victim.write_bytes(victim.read_bytes()[:300] if content is None else content)
+    with pytest.raises(ValueError, match=f"{arrow.name}: damaged .*delete it"):
+        prepare()
+    arrow.unlink()
+    assert prepare()["train"][:]["input_ids"] == want
+
+
+def test_words_that_are_gone_are_not_taken_for_words_not_located(tokenizer, corpus_dir, tmp_path):
+    from words import Words
+
+    processor = DataProcessor(tokenizer, cache_dir=str(tmp_path))
+    processor.prepare_dataset(str(corpus_dir / "train"), str(corpus_dir / "dev"), 32)
+    (arrow,) = tmp_path.glob("train-*.arrow")
+    marks = arrow.with_suffix(".words")
+    marks.write_bytes(marks.read_bytes()[:100])
+    for _ in range(2):  # cut, then gone
+        with pytest.raises(ValueError, match=f"{marks.name}: damaged; delete .*{arrow.name}"):
+            Words(arrow, processor.reports["train"])
+        marks.unlink(missing_ok=True)
+
+
 def test_cache_folder_from_the_environment(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "there"))
     assert DataProcessor(tokenizer).cache_dir == tmp_path / "there"
