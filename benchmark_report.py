@@ -153,8 +153,10 @@ def text_report(document: dict) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
     overall = [f"overall score of {model}: {parts_text(results)}" for model, results in document["results"].items()]
+    official = {kind for kind, spec in tasks.TASKS.items() if spec.official}
+    columns = ", ".join(name for name, declared in document["configs"].items() if declared["type"] in official)
     overall += [
-        f"BabyLM's macro average of {model}: {number(results['babylm_macro_average'])} (ties to the first)"
+        f"BabyLM's macro average of {model} ({columns}; ties to the first): {number(results['babylm_macro_average'])}"
         for model, results in document["results"].items() if "babylm_macro_average" in results
     ]  # fmt: skip
     legend = "~: the difference may be noise; >: this baseline does better than the model"

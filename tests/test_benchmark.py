@@ -506,8 +506,8 @@ def test_mistakes_get_one_line(model_dirs, tmp_path, capsys):
 
 def test_where_every_model_fails_the_files_of_before_stay(tmp_path, capsys):
     output = tmp_path / "b.json"
-    output.write_text("of before")
+    output.write_text('{"results": "of before"}')
     assert benchmark.main([str(tmp_path / "none"), "--output", str(output)]) == 2
-    assert output.read_text() == "of before" and not output.with_suffix(".html").exists()
+    assert output.read_text() == '{"results": "of before"}' and not output.with_suffix(".html").exists()
     out, err = capsys.readouterr()
     assert "error: none: no model at" in err and out == ""

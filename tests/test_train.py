@@ -516,6 +516,7 @@ def test_resume_is_exact(kind, config_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on(number, config_file, tmp_path):
     """A real signal in a real process: the step is saved; then latest: the same weights as of a run left alone."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     path = config_file(training__num_epochs=6, training__logging_steps=1, training__save_steps=1000)
     command = [sys.executable, "train.py", "--config", str(path)]
     run_dir = tmp_path / "models" / "tiny"
@@ -536,7 +537,7 @@ def test_an_interrupted_run_goes_on(number, config_file, tmp_path):
     assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
     assert train.main(["--config", str(path), "--model_name", "whole"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() == (run_dir.parent / "whole" / "model.safetensors").read_bytes()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "what was there comes back"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before, "what was there comes back"
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip", "unsealed"])
