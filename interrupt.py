@@ -8,6 +8,7 @@ Several processes cannot agree at which step a signal reached them: there it end
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -23,12 +24,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class _SaveAndStop(TrainerCallback):
     def __init__(self):
-        self.asked = False
+        self.asked, self.process = False, os.getpid()
 
     def hear(self, number, frame) -> None:
         self.asked = True
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
-        print("\ninterrupted: the step is finished and saved; again to stop at once", file=sys.stderr, flush=True)
+        if os.getpid() == self.process:  # not one that loads batches
+            print("\ninterrupted: the step is finished and saved; again to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked:
