@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -372,7 +373,7 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     floor = results["floor_bits_per_byte"]
     known = f" (no model pays less than {floor:.4f} on average over texts of this grammar)" if floor else ""
     print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
-    if results["steps"] < metrics["plan"]["steps"]:
+    if results.get("steps", math.inf) < metrics["plan"]["steps"]:  # not in files of before
         print(f"stopped early     after step {results['steps_run']:,} of {metrics['plan']['steps']:,}; "
               f"the weights of step {results['steps']:,} are kept")  # fmt: skip
     print(f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})")

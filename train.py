@@ -235,8 +235,6 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     if args.overwrite and args.resume_from_checkpoint:
         raise ValueError("--overwrite, --resume_from_checkpoint: one begins anew, the other goes on; choose one")
     runs.require_own(run_dir, config.get("distillation", {}).get("teachers", ()))
-    if args.resume_from_checkpoint not in (None, "latest"):
-        runs.find_checkpoint(args.resume_from_checkpoint, run_dir)
     if config["logging"]["wandb"]:
         runs.prepare_wandb(config)
     if config["training"]["fsdp"]:
@@ -251,6 +249,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     data_report |= {"processes": ranks.count()} if ranks.count() > 1 else {}
     runs.warn_of_leaks(data_report)
     if not args.overwrite and (metrics := runs.finished_metrics(run_dir, config, data_report)):
+        if args.resume_from_checkpoint not in (None, "latest"):
+            runs.find_checkpoint(args.resume_from_checkpoint, run_dir)
         print(f"{run_dir}: already trained with this configuration on this text (--overwrite trains again)")
         runs.print_summary(run_dir, metrics)
         return None

@@ -337,6 +337,11 @@ def test_running_again_shows_what_is_there(finished_copy, capsys):
     assert train.main(["--config", str(config_path)]) == 0
     assert "already trained" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()} == before
+    metrics = json.loads((run_dir / runs.METRICS).read_text())
+    for key in ("steps", "steps_run", "epochs"):  # which runs of before did not note
+        del metrics["results"][key]
+    (run_dir / runs.METRICS).write_text(json.dumps(metrics))
+    assert train.main(["--config", str(config_path)]) == 0
 
 
 def test_another_run_of_the_same_name_is_refused(finished_copy, capsys):
