@@ -111,7 +111,7 @@ def slice_loss(
     next_ids (N,) holds -1 for the last place of a chunk; its KL counts if `last_places`. The gradient of a KL by
     logits / T is q - p for each outcome; that of the rest is shared out as the student shares out the rest.
     """
-    nll, gradient = slice_nll(logits, next_ids)
+    nll, gradient, scale = slice_nll(logits, next_ids)
     scaled = logits.to(torch.float32, copy=True).div_(temperature)
     outcomes, probs = _outcomes(scaled, targets)
     logq, rest = outcomes.log_softmax(-1), outcomes[:, -1:]
@@ -123,7 +123,7 @@ def slice_loss(
     else:
         by_logit = scaled.sub_(rest).exp_().mul_(by_outcome[:, -1:])
         by_logit.scatter_(-1, targets.ids, by_outcome[:, : targets.ids.shape[1]])
-    by_logit.add_(gradient, alpha=alpha)
+    by_logit.addcmul_(gradient, scale, value=alpha)
     return alpha * nll + kl_weight * kl, by_logit.to(logits.dtype), torch.stack([nll, kl])
 
 
@@ -338,13 +338,13 @@ class DistillationTrainer(LMTrainer):
         done, fused = 0, self.loss.is_fast(ids)
         one_slice = self._fused_slice_loss if fused else slice_loss
 
-        def kernel(logits: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def kernel(logits: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
             nonlocal done
             here, done = slice(done, done + len(logits) // length), done + len(logits) // length
             some = SoftTargets(*(None if part is None else part.flatten(0, 1) for part in targets(here)))
             loss, gradient, parts = one_slice(logits, some, next_ids, temperature, alpha, kl_weight, batchmean)
             self._parts += parts / items
-            return loss, gradient
+            return loss, gradient, torch.ones(len(logits), 1, device=logits.device)
 
         def both(model, ids: torch.Tensor) -> torch.Tensor:
             with self.loss.whole_chunks(model, ids):

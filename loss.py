@@ -26,27 +26,20 @@ def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-def slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of -log softmax(logits)[target], its gradient by the logits): logits (N, V), targets (N,), -1 for none."""
-    logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (N, V)
-    wanted = (targets >= 0)[:, None]
-    own = logprobs.gather(1, targets.clamp(min=0)[:, None])  # (N, 1)
-    gradient = logprobs.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], torch.full_like(own, -1.0))
-    return -(own * wanted).sum(), gradient.mul_(wanted).to(logits.dtype)
+def slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of -log softmax(logits)[target]; G (N, V) and s (N, 1), whose product is its gradient by the logits.
 
-
-def fused_slice_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same without writing in place, for torch.compile to fuse.
-
-    The target's own gradient, p - 1, is put where it belongs afterwards: asking every place whether it is the target's
-    takes a CPU a quarter of the kernel's time.
+    logits (N, V), targets (N,), -1 for none. With m the largest logit of a row and Z the sum of its exp(logit - m), G
+    is exp(logit - m), less Z at the target, and s is 1 / Z: one exponential of each logit gives both results, and the
+    products of G with other matrices are scaled instead of G. The target's own, (p - 1) Z, is worked out from its loss.
     """
-    logits_ = logits.float()
     wanted, places = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]  # (N, 1) both
-    lse = logits_.logsumexp(-1, keepdim=True)
-    nll = (lse - logits_.gather(1, places)) * wanted  # (N, 1)
-    gradient = ((logits_ - lse).exp() * wanted).to(logits.dtype)  # (N, V)
-    return nll.sum(), gradient.scatter(1, places, (-nll).expm1().to(logits.dtype))
+    top = logits.amax(-1, keepdim=True).float()
+    powers = (logits - top).exp_()  # (N, V) float32
+    total = powers.sum(-1, keepdim=True)
+    nll = (total.log() - (logits.gather(1, places) - top)) * wanted  # (N, 1)
+    gradient = powers.to(logits.dtype).scatter_(1, places, ((-nll).expm1() * total).to(logits.dtype))
+    return nll.sum(), gradient, wanted / total
 
 
 class _HeadNLL(torch.autograd.Function):
@@ -58,15 +51,16 @@ class _HeadNLL(torch.autograd.Function):
         by_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=w.device)
         for some, own, out in zip(x.split(rows), targets.split(rows), by_states.split(rows), strict=True):
             logits = F.linear(some, w, None if bias is None else bias.to(dtype))  # (rows, V)
-            nll, gradient = kernel(logits, own)
+            nll, gradient, scale = kernel(logits, own)
             total += nll
-            torch.mm(gradient, w, out=out)
+            torch.mm(gradient, w, out=out).mul_(scale)
+            scaled = (some * scale).to(dtype)
             if dtype == torch.float32:
-                by_weight.addmm_(gradient.t(), some)
+                by_weight.addmm_(gradient.t(), scaled)
             else:
-                by_weight += gradient.t() @ some
+                by_weight += gradient.t() @ scaled
             if bias is not None:
-                by_bias += gradient.sum(0, dtype=torch.float32)
+                by_bias += (gradient.t() @ scale.to(dtype)).squeeze(1)
         ctx.save_for_backward(by_states, by_weight, *([] if bias is None else [by_bias]))
         ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
@@ -83,9 +77,9 @@ def head_nll(
 ) -> torch.Tensor:  # fmt: skip
     """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
 
-    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll, a compiled fused_slice_nll, or
-    another loss: it gets slices of a few whole chunks in order, and gives a sum and its gradient by the logits. `fused`
-    tells that it is compiled, and wants larger slices.
+    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or another loss that
+    gives what it gives, for slices of a few whole chunks in order. `fused` tells that it is compiled, and wants larger
+    slices.
     """
     n, length = input_ids.shape
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
@@ -184,7 +178,7 @@ class NextTokenLoss:
         self.fast, self.body = self.plain, None
         self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}
         if compile and chunked:
-            kernel = torch.compile(fused_slice_nll, dynamic=False)
+            kernel = torch.compile(slice_nll, dynamic=False)
             self.fast = functools.partial(self._sliced, kernel, True)
         elif compile:
             self.fast = torch.compile(self._whole, dynamic=False)
