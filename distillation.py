@@ -335,8 +335,7 @@ class DistillationTrainer(LMTrainer):
         alpha, temperature = self.distillation["alpha"], self.distillation["temperature"]
         batchmean = self.distillation["reduction"] == "batchmean"
         kl_weight = (1 - alpha) * temperature**2 * (length - 1 if batchmean else 1)  # items / (T - 1) is chunks
-        done, fused = 0, self.loss.is_fast(ids)
-        one_slice = self._fused_slice_loss if fused else slice_loss
+        done, one_slice = 0, self._fused_slice_loss if self.loss.is_fast(ids) else slice_loss
 
         def kernel(logits: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
             nonlocal done
@@ -349,7 +348,7 @@ class DistillationTrainer(LMTrainer):
         def both(model, ids: torch.Tensor) -> torch.Tensor:
             with self.loss.whole_chunks(model, ids):
                 states = self.loss.states(model, ids)
-            return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel, fused)
+            return head_nll(states, model.get_output_embeddings(), ids, self.loss.dtype, kernel)
 
         return ranks.through(model, both, ids) / items
 

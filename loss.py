@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, masking_utils
 
 SLICE_ELEMENTS = 2**23  # logits held at a time: 16 MB in bf16, 32 MB in float32, which a CPU's caches help with
-FUSED_SLICE_ELEMENTS = 2**24  # where a compiled kernel goes over them once
 GPU_SLICE_ELEMENTS = 2**26
 
 
@@ -73,17 +72,16 @@ class _HeadNLL(torch.autograd.Function):
 
 def head_nll(
     states: torch.Tensor, head: torch.nn.Linear, input_ids: torch.Tensor, dtype: torch.dtype,
-    kernel: Callable = slice_nll, fused: bool = False,
+    kernel: Callable = slice_nll,
 ) -> torch.Tensor:  # fmt: skip
     """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
 
-    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or another loss that
-    gives what it gives, for slices of a few whole chunks in order. `fused` tells that it is compiled, and wants larger
-    slices.
+    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or another loss that gives what
+    it gives, for slices of a few whole chunks in order.
     """
     n, length = input_ids.shape
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1).flatten()  # (B*T,)
-    elements = GPU_SLICE_ELEMENTS if states.is_cuda else FUSED_SLICE_ELEMENTS if fused else SLICE_ELEMENTS
+    elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
     chunks = max(1, elements // (head.out_features * length))  # in a slice
     with torch.autocast(states.device.type, enabled=False):  # which would halve some of the products and not others
         return _HeadNLL.apply(states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel)
@@ -174,12 +172,11 @@ class NextTokenLoss:
     ):  # fmt: skip
         self.dtype, self.batch_size, self.compile, self.mask_from = dtype, batch_size, compile, mask_from
         self.recorded = recorded
-        self.plain = functools.partial(self._sliced, slice_nll, False) if chunked else self._whole
+        self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
         self.fast, self.body = self.plain, None
         self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}
         if compile and chunked:
-            kernel = torch.compile(slice_nll, dynamic=False)
-            self.fast = functools.partial(self._sliced, kernel, True)
+            self.fast = functools.partial(self._sliced, torch.compile(slice_nll, dynamic=False))
         elif compile:
             self.fast = torch.compile(self._whole, dynamic=False)
 
@@ -217,6 +214,6 @@ class NextTokenLoss:
             body = self.body
         return body(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).last_hidden_state
 
-    def _sliced(self, kernel, fused: bool, model, input_ids):
+    def _sliced(self, kernel, model, input_ids):
         states, head = self.states(model, input_ids), model.get_output_embeddings()
-        return head_nll(states, head, input_ids, self.dtype, kernel, fused)
+        return head_nll(states, head, input_ids, self.dtype, kernel)
