@@ -246,12 +246,11 @@ def identify(suite: BenchmarkSuite) -> dict[str, Any]:
     import inference
     import runs
 
-    files = sorted(suite.model_path.glob("*.safetensors"))
     return {
         "path": str(suite.model_path), "architecture": type(suite.model).__name__,
         "parameters": suite.model.num_parameters(), "vocab_size": len(suite.tokenizer),
         "context": inference.context_length(suite.model), "bos": suite.bos, "device": str(suite.device),
-        "weights_sha256": [runs.sha256(file) for file in files], "training": runs.training_scores(suite.model_path),
+        "weights_sha256": runs.weights_sha256(suite.model_path), "training": runs.training_scores(suite.model_path),
     }  # fmt: skip
 
 
@@ -294,7 +293,7 @@ def run(args: argparse.Namespace, declared: dict[str, BenchmarkTask], output: Pa
             suite = BenchmarkSuite(path, args.device, declared, args.seed)
             results, facts = suite.run_all_benchmarks(), identify(suite)
             write_predictions(suite, output.parent / "results" / benchmark_report.places_of(args.models)[path])
-            for first in list(scores)[:1]:
+            if first := next(iter(scores), None):
                 gaps = benchmark_report.differences(declared, suite.scores, scores[first], args.seed)
                 document["comparison"].setdefault("differences", {})[name] = gaps
                 document["comparison"]["reference"] = first
@@ -354,10 +353,10 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    alone = Path(args.models[0]) if len(args.models) == 1 and Path(args.models[0]).is_dir() else Path()
+    output = Path(args.output or alone / "benchmark.json")
     try:
         declared = chosen_tasks(args.benchmark_config, args.tasks)
-        alone = Path(args.models[0]) if len(args.models) == 1 and Path(args.models[0]).is_dir() else Path()
-        output = Path(args.output or alone / "benchmark.json")
         if output.suffix != ".json" or output.is_dir():
             raise ValueError(f"--output {output}: name a .json file; the page and the chart get its name")
         if args.seed < 0:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,18 +113,22 @@ def slice_loss(
     """
     nll, gradient, scale = slice_nll(logits, next_ids)
     scaled = logits.to(torch.float32, copy=True).div_(temperature)
-    outcomes, probs = _outcomes(scaled, targets)
-    logq, rest = outcomes.log_softmax(-1), outcomes[:, -1:]
-    wanted = torch.ones_like(rest) if last_places else (next_ids >= 0)[:, None].float()
+    outcomes, probs, ids, total = scaled, targets.probs, targets.ids, 1.0
+    if ids is not None:
+        outcomes = scaled.gather(-1, ids)
+        if ids.shape[1] < scaled.shape[1]:  # all other tokens are one outcome, of which each has its part of `total`
+            top = scaled.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True)
+            total = scaled.sub_(top).exp_().sum(-1, keepdim=True)
+            outcomes = torch.cat([outcomes, total.log() + top], -1)
+            probs = torch.cat([probs, (1 - probs.sum(-1, keepdim=True)).clamp(min=0)], -1)
+    logq = outcomes.log_softmax(-1)
+    wanted = torch.ones_like(scale) if last_places else (next_ids >= 0)[:, None].float()
     kl = (F.kl_div(logq, probs, reduction="none").sum(-1, keepdim=True) * wanted).sum()
     by_outcome = logq.exp_().sub_(probs).mul_(wanted * kl_weight / temperature)
-    if targets.ids is None:
-        by_logit = by_outcome
-    else:
-        by_logit = scaled.sub_(rest).exp_().mul_(by_outcome[:, -1:])
-        by_logit.scatter_(-1, targets.ids, by_outcome[:, : targets.ids.shape[1]])
-    by_logit.addcmul_(gradient, scale, value=alpha)
-    return alpha * nll + kl_weight * kl, by_logit.to(logits.dtype), torch.stack([nll, kl])
+    if ids is not None:
+        by_outcome = scaled.mul_(by_outcome[:, -1:] / total).scatter_(-1, ids, by_outcome[:, : ids.shape[1]])
+    by_outcome.addcmul_(gradient, scale, value=alpha)
+    return alpha * nll + kl_weight * kl, by_outcome.to(logits.dtype), torch.stack([nll, kl])
 
 
 # ---- teachers -----------------------------------------------------------------------------------
@@ -234,9 +238,9 @@ class CachedChunks(Dataset):
         return [{**row, "top_ids": ids[i], "top_probs": probs[i]} for i, row in enumerate(together(indices))]
 
 
-def collate_cached(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What `collate` makes of the chunks, and top_ids (B, T, K) int32, top_probs (B, T, K) float32."""
-    batch = collate(rows)
+def collate_cached(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """What collate_chunks makes of the chunks, and top_ids (B, T, K) int32, top_probs (B, T, K) float32."""
+    batch = collate_chunks(rows)
     batch["top_ids"] = torch.from_numpy(np.stack([row["top_ids"] for row in rows]).astype(np.int32))
     batch["top_probs"] = torch.from_numpy(np.stack([row["top_probs"] for row in rows]))
     return batch
@@ -297,7 +301,7 @@ def measure_error(cached: CachedChunks, ensemble: Ensemble, student) -> dict[str
     sums = np.zeros(2)
     sample = np.linspace(0, len(cached) - 1, min(SAMPLE, len(cached))).astype(int)
     for index in sample.tolist():
-        batch = {key: value.to(device) for key, value in collate_cached(collate_chunks, [cached[index]]).items()}
+        batch = {key: value.to(device) for key, value in collate_cached([cached[index]]).items()}
         logits = ensemble.ask(student, batch["input_ids"])
         whole, kept = ensemble.targets(ensemble.logits(batch["input_ids"])), cached_targets(batch)
         sums += [divergence(logits, targets, ensemble.temperature).mean().item() for targets in (whole, kept)]
@@ -320,7 +324,7 @@ class DistillationTrainer(LMTrainer):
         super().__init__(*args, **kwargs)
         self.ensemble, self.distillation = ensemble, distillation
         if ensemble is None:
-            self.data_collator = functools.partial(collate_cached, self.data_collator)
+            self.data_collator = collate_cached
         self._fused_slice_loss = torch.compile(slice_loss, dynamic=False)  # nothing is compiled before it is called
         self._parts, self._parts_since = torch.zeros(2, device=self.args.device), None
 
@@ -361,16 +365,13 @@ class DistillationTrainer(LMTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def trainer_of(config: dict, report: dict) -> Callable[..., LMTrainer]:
-    """What makes the trainer of a run from LMTrainer's arguments: LMTrainer, or with teachers distilling_trainer."""
-    return functools.partial(distilling_trainer, config, report) if "distillation" in config else LMTrainer
+def make_trainer(config: dict, report: dict, *, model, train_dataset, loss, **options) -> LMTrainer:
+    """The trainer of a run; with its teachers, or with their cache, which is written first where there is none.
 
-
-def distilling_trainer(config: dict, report: dict, *, model, train_dataset, loss, **options) -> DistillationTrainer:
-    """The trainer of a run with its teachers, or with their cache, which is written first where there is none.
-
-    `report` is the data report with `identify`'s teachers; the rest are LMTrainer's arguments.
+    `report` is the data report, with `identify`'s teachers where there are any; the rest are LMTrainer's arguments.
     """
+    if "distillation" not in config:
+        return LMTrainer(model=model, train_dataset=train_dataset, loss=loss, **options)
     section = config["distillation"]
     facts, cached = cache_facts(config, report["train"]["key"], report["teachers"]), section["cache"] == "top_k"
     folder = cache_folder(facts)

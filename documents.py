@@ -327,8 +327,9 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
 def floor_bits_per_byte(eval_path: str) -> float | None:
     """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
     text = Path(eval_path).resolve()
-    path = (text.parent if text.is_file() else text).parent / "grammar.json"
-    if not path.is_file():
+    folder = text.parent if text.is_file() else text
+    path = folder.parent / "grammar.json"
+    if not (path.is_file() and (folder / "synthetic.dev").is_file()):
         return None
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])

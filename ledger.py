@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,15 @@ class Ledger:
 
     def by_domain(self, step: int) -> dict[str, int]:
         """The words seen after a step, by the domain that they are of."""
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         for epoch, (start, stop) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
             if start < step:
                 chunks = self.order(epoch)
                 chunks = chunks if step >= stop else chunks[: (step - start) * self.chunks_per_step]
                 offset = self.offset(epoch)
                 times = np.bincount(chunks, minlength=(self.words.tokens - offset) // self.length)
-                for domain, count in self.words.by_domain(times, self.length, offset).items():
-                    seen[domain] = seen.get(domain, 0) + count
-        return seen
+                seen.update(self.words.by_domain(times, self.length, offset))
+        return dict(seen)
 
 
 def order_of(loader) -> Callable[[int], np.ndarray]:
@@ -197,14 +197,6 @@ def count_text(folder: str) -> list[dict]:
     return found
 
 
-def by_domain(sources: list[dict]) -> dict[str, int]:
-    """Words of each domain."""
-    words: dict[str, int] = {}
-    for source in sources:
-        words[source["domain"]] = words.get(source["domain"], 0) + source["words"]
-    return words
-
-
 def teacher_sources(path: str) -> list[dict] | None:
     """The files that train.py trained the teacher at `path` on; None where its directory does not say."""
     report = Path(path, runs.DATA_REPORT)
@@ -230,10 +222,12 @@ def check_budget(config: dict) -> dict[str, Any]:
             files = {source["sha256"]: source["words"] for source in sources if source["sha256"] not in own}
             other |= {path: files} if None not in files.values() else {}
     extra = sum({sha: count for files in other.values() for sha, count in files.items()}.values())  # each file once
-    words = sum(source["words"] for source in text)
+    words, domains = sum(source["words"] for source in text), Counter()
+    for source in text:
+        domains[source["domain"]] += source["words"]
     budget = {
         "track": track, "words_allowed": allowed, "epochs_allowed": MAX_EPOCHS, "words": words,
-        "words_by_domain": by_domain(text),
+        "words_by_domain": dict(domains),
         "other_words_learned_from": {path: sum(other[path].values()) if path in other else None for path in learned},
     }  # fmt: skip
     for path in learned.keys() - other.keys():

@@ -72,21 +72,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     """(precision, reason) for a training section on this machine: "fp32", "bf16" or "fp16", and why in one line."""
     asked = "fp16" if training["fp16"] else "bf16" if training["bf16"] else training["precision"]
-    if torch.cuda.is_available():
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        if asked == "auto":
-            return best, f"the fastest that {torch.cuda.get_device_name()} has units for"
-        if asked == "bf16" and best == "fp16":
-            return "fp16", f"bf16 asked for, but {torch.cuda.get_device_name()} has no units for it"
-        return asked, "as asked"
-    best = "bf16" if cpu_has_bf16_units() else "fp32"
-    units = "has units for bf16" if best == "bf16" else "has no units for bf16"
+    cuda, bf16 = torch.cuda.is_available(), fast_dtype(pick_device()) == torch.bfloat16
+    best = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    name = torch.cuda.get_device_name() if cuda else "this CPU"
+    units = f"{name} has units for bf16" if bf16 else f"{name} has no units for bf16"
     if asked == "auto":
-        return best, f"no CUDA; this CPU {units}"
-    if asked == "fp16":
-        return best, f"fp16 asked for, but it needs CUDA; this CPU {units}"
-    if asked == "bf16" and best == "fp32":
-        return "bf16", "as asked, though this CPU has no units for bf16 and float32 would be faster"
+        return best, units if cuda else f"no CUDA; {units}"
+    if asked == "fp16" and not cuda:
+        return best, f"fp16 asked for, but it needs CUDA; {units}"
+    if asked == "bf16" and not bf16:
+        return ("fp16", f"bf16 asked for, but {units}") if cuda else ("bf16", f"as asked, though {units}")
     return asked, "as asked"
 
 

@@ -112,13 +112,9 @@ def optimizer_seconds(plan: dict) -> float:
 
 def duration(seconds: float) -> str:
     """'42 s', '7 min', '3.5 h'."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_plan(config: dict, plan: dict, example: str) -> None:

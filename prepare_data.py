@@ -38,6 +38,7 @@ from data_utils import (
     read_documents,
 )
 from documents import clean_pieces
+from lock import alone_in
 from overlap import NGRAM, Overlap
 from runs import sha256, write_json
 from schema import TRACKS
@@ -220,6 +221,12 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     cleaners = None if args.skip_cleaning else choose_cleaners(sources, args.clean_domains)
     if "train" in sources and not args.skip_tokenizer:
         check_request(args.tokenizer_vocab, args.tokenizer_output)
+    with alone_in(args.output_dir, "give another --output-dir"):
+        return write_splits(args, sources, cleaners)
+
+
+def write_splits(args: argparse.Namespace, sources: dict, cleaners: dict | None) -> tuple[dict, list[str]]:
+    """The work of `prepare`, after its checks."""
     manifest_file = args.output_dir / "manifest.json"
     manifest, recorded = read_manifest(manifest_file)
     earlier = earlier_files(args.output_dir, list(sources), recorded)

@@ -26,6 +26,9 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
     `job` is what train.prepare put together; returns the content of training_metrics.json.
     """
     config, run_dir, tokenizer, floor = job.config, job.run_dir, job.tokenizer, job.floor
+    if not run_log.rows:
+        raise ValueError(f"{run_log.path}: its rows are lost, and no step is left that would tell of the run; bring it "
+                         "back, or train anew with --overwrite or another --model_name")  # fmt: skip
     final = evaluate_chunks(
         model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
     )

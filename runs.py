@@ -32,12 +32,14 @@ CONFIG, DATA_REPORT, LOG, METRICS = "training_config.yaml", "data_report.json", 
 COMPLIANCE = "compliance.json"
 MILLION = 1_000_000  # words, the unit in the names of BabyLM's checkpoints
 RESULTS = (
-    METRICS, COMPLIANCE, "model.safetensors", "config.json", "generation_config.json", "README.md", "training_curves.png"
+    METRICS, COMPLIANCE, "model.safetensors", "config.json", "generation_config.json", "README.md",
+    "training_curves.png",
 )  # fmt: skip
 MEASURED = ("evaluation_results.json", "evaluation_plots.png", "benchmark.json", "benchmark.html", "benchmark.png")
 FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
-    "training.num_epochs", "training.max_steps", "training.logging_steps", "training.dataloader_num_workers", "training.save_steps",
-    "training.eval_steps", "training.cuda_graphs", "logging.wandb", "logging.project", "logging.output_dir",
+    "training.num_epochs", "training.max_steps", "training.logging_steps", "training.dataloader_num_workers",
+    "training.save_steps", "training.eval_steps", "training.cuda_graphs", "logging.wandb", "logging.project",
+    "logging.output_dir",
 }  # fmt: skip
 
 
@@ -203,8 +205,8 @@ def require_own(run_dir: Path, teachers: Sequence[str]) -> None:
     """ValueError where a run's directory holds files of something else, or a teacher, which the run would replace."""
     for teacher in teachers:
         if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
-            raise ValueError(f"{teacher}: a teacher (distillation.teachers) in the run's own directory {run_dir}, whose "
-                             "files this run would replace; choose another --model_name")  # fmt: skip
+            raise ValueError(f"{teacher}: a teacher (distillation.teachers) in the run's own directory {run_dir}, "
+                             "whose files this run would replace; choose another --model_name")  # fmt: skip
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG).is_file():
         raise ValueError(f"{run_dir}: holds files, but no run of train.py; choose another --model_name")
 
@@ -303,7 +305,7 @@ def weights_sha256(folder: str | Path) -> str:
 
 
 def require_teacher(folder: str) -> None:
-    """FileNotFoundError where no trained model is in folder; with the command that trains it, if a config has its name."""
+    """FileNotFoundError where no trained model is in folder; names the command that trains one, if a config has it."""
     if not is_model(folder):
         config = Path("config", f"{Path(folder).name}.yaml")
         shipped = (Path(__file__).parent / config).is_file()
@@ -315,7 +317,7 @@ def require_teacher(folder: str) -> None:
 
 
 def environment(device: str | None = None) -> dict[str, str | None]:
-    """Versions, machine (what `device` stands for, as in inference.pick_device) and git commit, for every file of results."""
+    """Versions, machine (what `device` stands for in inference.pick_device) and git commit, for a file of results."""
     import torch
 
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")

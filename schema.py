@@ -75,12 +75,12 @@ class TrainingSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _key(
         "Number format of matrix products; auto: the fastest that this machine has units for", "auto"
     )
-    fp16: bool = _key("The same as precision: fp16", False)
+    fp16: bool = _key("The same as precision: fp16; needs CUDA", False)
     bf16: bool = _key("The same as precision: bf16", False)
     compile: bool | Literal["auto"] = _key(
         "Compile the model with torch.compile: slow first step, faster steps after; auto: where it pays", "auto"
     )
-    torch_compile: bool | None = _key("The same; rules over compile when given", None)
+    torch_compile: bool | None = _key("The same as compile, and rules over it when given", None)
     chunked_loss: bool | Literal["auto"] = _key(
         "Take the output layer and its loss a slice of the batch at a time: less memory; auto: on a CPU, where it is "
         "also faster",

@@ -25,7 +25,6 @@ from pydantic import BaseModel, ValidationError
 from schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
-MAX_CONFIG_BYTES = 1_000_000
 PATHS = {"data": ("tokenizer_path", "train_path", "eval_path"), "logging": ("output_dir",)}  # in which ~ is home
 FFN_RATIO = {"Llama": 8 / 3, "GPT2": 4.0, "GPTJ": 4.0}  # usual intermediate_size / hidden_size
 
@@ -97,8 +96,6 @@ def read_yaml_file(path: str | Path) -> Any:
         shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
         what = "is a directory" if path.is_dir() else "no such configuration file"
         raise FileNotFoundError(f"{path}: {what}; {hint(path.name, shipped, 'config/')}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError([f"larger than {MAX_CONFIG_BYTES:,} bytes: not a configuration"], str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -293,6 +290,8 @@ def check(raw: Any, source: str = "") -> dict:
     config = _validated(Config, raw, _broken_rules(raw), source=source)
     for section, keys in PATHS.items():  # a shell does it for a flag, nobody for a file
         config[section] |= {key: os.path.expanduser(config[section][key]) for key in keys}
+    if "distillation" in config:
+        config["distillation"]["teachers"] = [os.path.expanduser(path) for path in config["distillation"]["teachers"]]
     return config
 
 
@@ -314,13 +313,13 @@ def with_defaults(name: str, section: Any) -> dict:
     return {**{key: field.default for key, field in fields.items() if not field.is_required()}, **(section or {})}
 
 
-def set_key(raw: Any, assignment: str, source: str = "--set") -> None:
+def set_key(raw: Any, assignment: str) -> None:
     """Apply one `section.key=value` to a raw config in place; the value is read as YAML."""
     dotted, equals, text = assignment.partition("=")
     path = dotted.strip().replace("-", "_").split(".")
     if not equals or len(path) != 2 or not all(path):
-        raise ConfigError([f"{assignment!r} is not of the form section.key=value, e.g. training.num_epochs=3"], source)
-    put(raw, path[0], path[1], parse_yaml(text, f"{source} {assignment}"))
+        raise ConfigError([f"{assignment!r} is not of the form section.key=value, e.g. training.num_epochs=3"], "--set")
+    put(raw, path[0], path[1], parse_yaml(text, f"--set {assignment}"))
 
 
 def put(raw: Any, section: str, key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ metrics, the curves and a model card. It does not clean text and does not fine-t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -24,22 +25,19 @@ from typing import TYPE_CHECKING, Any
 import ranks
 import runs
 import settings
+from lock import alone_in
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
 log = logging.getLogger("train")
+OF_TRAINING = (
+    "lr", "batch_size", "gradient_accumulation_steps", "num_epochs", "fp16", "bf16", "torch_compile",
+    "dataloader_num_workers", "seed",
+)  # fmt: skip
 FLAGS = {  # attribute of the command line -> key of the configuration
-    "lr": "training.lr",
-    "batch_size": "training.batch_size",
-    "num_epochs": "training.num_epochs",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "fp16": "training.fp16",
-    "bf16": "training.bf16",
-    "torch_compile": "training.torch_compile",
-    "dataloader_num_workers": "training.dataloader_num_workers",
-    "seed": "training.seed",
+    **{name: f"training.{name}" for name in OF_TRAINING},
     "model_name": "model.name",
     "wandb": "logging.wandb",
     "wandb_project": "logging.project",
@@ -69,9 +67,10 @@ def load_config(config_path: str, args: Any = None) -> dict:
     for assignment in given.get("set") or ():
         settings.set_key(raw, assignment)
     training = raw.get("training") if isinstance(raw, dict) else None
-    if given.get("bf16") is False and isinstance(training, dict) and not training.get("fp16"):
-        chosen = training.get("precision", "auto")  # which may be what was switched off
-        training["precision"] = "fp32" if chosen in ("auto", "bf16") else chosen
+    for off, other in (("fp16", "bf16"), ("bf16", "fp16")):  # precision may be what was switched off
+        if given.get(off) is False and isinstance(training, dict) and not training.get(other):
+            chosen = training.get("precision", "auto")
+            training["precision"] = "fp32" if chosen == off or (off, chosen) == ("bf16", "auto") else chosen
     config = settings.check(raw, str(config_path))
     for line in settings.warnings_of(config):
         log.warning("%s: %s", config_path, line)
@@ -270,8 +269,6 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
     if args.dry_run:
         print("dry run: nothing was trained; the chunks are kept for the run")
         return None
-    if ranks.is_main():
-        runs.begin(run_dir, config, data_report, checkpoint)
     return SimpleNamespace(
         config=config, run_dir=run_dir, checkpoint=checkpoint, tokenizer=tokenizer, train_data=train_data,
         held_out=held_out, data_report=data_report, floor=floor, model=model, plan=plan, loss=loss,
@@ -281,12 +278,18 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
 
 def run(args: argparse.Namespace) -> int:
     """Config -> datasets -> model -> trainer -> run directory."""
-    with ranks.main_first():
-        job = prepare(args)
-    if job is None:
-        return 0
+    with contextlib.ExitStack() as held:
+        with ranks.main_first():
+            job = prepare(args)
+            if job and ranks.is_main():
+                held.enter_context(alone_in(job.run_dir, "choose another --model_name"))
+                runs.begin(job.run_dir, job.config, job.data_report, job.checkpoint)
+        return carry_out(job) if job else 0
 
-    from distillation import trainer_of
+
+def carry_out(job: SimpleNamespace) -> int:
+    """Train what `prepare` put together, and write the run directory."""
+    from distillation import make_trainer
     from ledger import follow
     from results import write_results
     from run_log import RunLog
@@ -295,7 +298,9 @@ def run(args: argparse.Namespace) -> int:
     config, plan, words = job.config, job.plan, job.data_report["train"]
     words_per_token = words["words"] / words["tokens"]
     run_log = RunLog(job.run_dir / runs.LOG, words_per_token, plan["flops_per_token"], plan["matmul_flops"])
-    trainer = trainer_of(config, job.data_report)(
+    trainer = make_trainer(
+        config,
+        job.data_report,
         model=job.model,
         args=training_arguments(config, job.run_dir, plan["precision"], plan["steps"]),
         train_dataset=job.train_data,
@@ -328,19 +333,14 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(*spellings, **options)
 
     add("config", required=True, metavar="FILE", help="the YAML configuration, e.g. config/quickstart.yaml")
-    add("lr", type=float, help="training.lr: peak learning rate")
-    add("batch-size", type=int, help="training.batch_size: chunks in a batch on each device")
-    add("gradient-accumulation-steps", type=int, help="training.gradient_accumulation_steps: batches in one step")
-    add("num-epochs", type=int, help="training.num_epochs: passes over the training text")
-    add("model-name", help="model.name: the run's directory")
+    for name, dotted in FLAGS.items():
+        section, key = dotted.split(".")
+        field = settings.SECTIONS[section].model_fields[key]
+        kind = {"type": field.annotation if field.annotation in (int, float) else str}
+        if field.annotation in (bool, bool | None):
+            kind = {"action": argparse.BooleanOptionalAction, "default": None}
+        add(name.replace("_", "-"), help=f"{dotted}: {field.description}", **kind)
     add("resume-from-checkpoint", metavar="PATH", help="a checkpoint directory of this run, or the word latest")
-    add("fp16", action=argparse.BooleanOptionalAction, default=None, help="training.fp16 (CUDA only)")
-    add("bf16", action=argparse.BooleanOptionalAction, default=None, help="training.bf16")
-    add("torch-compile", action=argparse.BooleanOptionalAction, default=None, help="training.torch_compile")
-    add("dataloader-num-workers", type=int, help="training.dataloader_num_workers: processes that load batches")
-    add("seed", type=int, help="training.seed")
-    add("wandb", action=argparse.BooleanOptionalAction, default=None, help="logging.wandb: log to Weights & Biases")
-    add("wandb-project", help="logging.project: the Weights & Biases project")
     add("set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration; may be repeated")
     add("sweep", metavar="FILE", help="train every combination of the values in this YAML file (section.key: [values])")
     add("overwrite", action="store_true", help="replace a run of the same name")

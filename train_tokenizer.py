@@ -37,19 +37,14 @@ SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token after
 
 def check_request(vocab_size: int, output: Path | None = None) -> None:
     """Raise ValueError for a vocabulary that cannot hold the bytes, or an output that is a folder or another's file."""
-    if vocab_size < MIN_VOCAB_SIZE:
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"vocabulary of {vocab_size} tokens: it must be at least {MIN_VOCAB_SIZE} "
-            f"(256 bytes and the {len(SPECIAL_TOKENS)} special tokens)"
+            f"vocabulary of {vocab_size} tokens: it must be at least {MIN_VOCAB_SIZE} (256 bytes and the "
+            f"{len(SPECIAL_TOKENS)} special tokens) and at most {MAX_VOCAB_SIZE:,}; 8,000 to 16,000 suit 10M words"
         )
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"vocabulary of {vocab_size} tokens: {MAX_VOCAB_SIZE:,} are the most; 8,000 to 16,000 suit 10M words"
-        )
-    if output is not None and output.exists() and not output.is_file() and not output.is_dir():
-        raise ValueError(f"{output} is no regular file; name another")
-    if output is not None and output.is_dir():
-        raise ValueError(f"{output} is a directory; name the tokenizer file, such as {output / 'tokenizer.json'}")
+    if output is not None and output.exists() and not output.is_file():
+        what = "a directory" if output.is_dir() else "no regular file"
+        raise ValueError(f"{output} is {what}; name the tokenizer file, such as {output / 'tokenizer.json'}")
     if output is not None and output.is_file() and output.stat().st_size and tokenizer_sources(output) is None:
         raise ValueError(f"{output}: no record that this script wrote it as it is; move it away or name another file")
 

@@ -71,10 +71,7 @@ class ShiftedChunks(TrainerCallback):
         self.length = len(chunks[0]["input_ids"])
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.start_epoch(int((state.epoch or 0) + 1e-6))
-
-    def start_epoch(self, epoch: int) -> None:
-        self.offset = self.offset_in(epoch)
+        self.offset = self.offset_in(int((state.epoch or 0) + 1e-6))
 
     def offset_in(self, epoch: int) -> int:
         return int(np.random.default_rng((self.seed, epoch)).integers(self.length))
@@ -227,13 +224,10 @@ class LMTrainer(Trainer):
         return ranks.through(model, self.loss, inputs["input_ids"]) / items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = inputs["input_ids"]
-        items = ids[:, 1:].numel() if num_items_in_batch is None else num_items_in_batch
         with self.accelerator.autocast():
-            loss = self.batch_loss(model, inputs, items)
-        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        self._note(loss.detach(), ids.shape[1])
-        return (loss, None) if return_outputs else loss
+            loss = self.batch_loss(model, inputs, num_items_in_batch) * self.accelerator.num_processes
+        self._note(loss.detach(), inputs["input_ids"].shape[1])
+        return loss
 
     def _note(self, loss: torch.Tensor, length: int) -> None:
         """Count the tokens seen, and whether a batch's loss is a number."""
@@ -250,7 +244,7 @@ class LMTrainer(Trainer):
         return loss.detach()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.graphs is None or not isinstance(num_items_in_batch, torch.Tensor):
+        if self.graphs is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()
@@ -258,15 +252,16 @@ class LMTrainer(Trainer):
         self._note(loss, inputs["input_ids"].shape[1])
         return loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(self, ignore_keys=None) -> dict[str, float]:
         started = time.perf_counter()
-        chunks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.average.module if self.average else self.model
         batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast():
-            sums = evaluate_chunks(model, chunks, self.byte_lengths, batch_size, self.loss.mask_from, together=True)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in sums.items()}
-        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+            sums = evaluate_chunks(
+                model, self.eval_dataset, self.byte_lengths, batch_size, self.loss.mask_from, together=True
+            )
+        metrics = {f"eval_{key}": value for key, value in sums.items()}
+        metrics["eval_seconds"] = time.perf_counter() - started
         self.log(metrics | {"samples": self._samples(model)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

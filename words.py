@@ -91,7 +91,7 @@ class WordFile:
 
 
 class Words:
-    """The words of a prepared text: `total` in its full chunks, by chunk, and by domain (the name of the file)."""
+    """The words of a prepared text: by chunk of its full ones, and by domain (the name of the file)."""
 
     def __init__(self, arrow: Path, report: dict):
         """From the file beside the chunks and the split's report; ValueError where words could not be located."""

@@ -47,7 +47,7 @@ def one_turn(config: dict, tokenizer, chunks: list[dict], teachers: list[str], f
     import numpy as np
     import transformers
 
-    from distillation import trainer_of
+    from distillation import make_trainer
     from plan import describe, fit_to_machine
     from run_log import RunLog
     from train import create_model
@@ -64,9 +64,10 @@ def one_turn(config: dict, tokenizer, chunks: list[dict], teachers: list[str], f
     report = {"train": {"key": "random ids"}, "teachers": [{"path": path, "sha256": path} for path in teachers]}
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = trainer_of(config, report)(
-            model=model, args=arguments, train_dataset=chunks, byte_lengths=np.ones(VOCABULARY, dtype=np.int64),
-            training=config["training"], loss=loss, callbacks=[run_log],
+        trainer = make_trainer(
+            config, report, model=model, args=arguments, train_dataset=chunks,
+            byte_lengths=np.ones(VOCABULARY, dtype=np.int64), training=config["training"], loss=loss,
+            callbacks=[run_log],
         )  # fmt: skip
         seconds = time.perf_counter() - started
         trainer.train()

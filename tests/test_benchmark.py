@@ -437,7 +437,15 @@ def test_what_was_measured_survives_an_interruption(model_dirs, small_file, tmp_
     assert benchmark.main([*argv, "--output", str(output)]) == 130
     assert list(json.loads(output.read_text())["results"]) == ["GPT2"]
     assert "GPT2" in output.with_suffix(".html").read_text() and output.with_suffix(".png").is_file()
-    assert capsys.readouterr().err.endswith(f"interrupted; the models that had ended are in {output}, if any had\n")
+    ended = f"interrupted; the models that had ended are in {output}, if any had\n"
+    assert capsys.readouterr().err.endswith(ended)
+
+    def early(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "load_tasks", early)  # while the tasks are read
+    assert benchmark.main([*argv, "--output", str(output)]) == 130
+    assert capsys.readouterr().err == ended
 
 
 def test_a_report_that_cannot_be_drawn_is_no_success(model_dirs, small_file, tmp_path, capsys, monkeypatch):

@@ -207,6 +207,19 @@ def test_the_guide_splits_a_file(tmp_path):
     assert "".join(parts) == text and [part.count("\n") for part in parts] == [38, 2]
 
 
+def test_names_of_the_reference_exist():
+    """`module.name` and `module.Class.name` of ours, wherever a document says them."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    named = [found.split(".") for found in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)(?=[(`])", ALL)]
+    named = [parts for parts in named if parts[0] in ours and parts[1] not in {"py", "yaml", "json", "jsonl", "txt", "png"}]
+    assert len(named) > 20
+    for module, *names in named:
+        place = importlib.import_module(module)
+        for name in names:
+            assert hasattr(place, name), f"{module}.{name}"
+            place = getattr(place, name)
+
+
 def test_figures_name_the_commit_that_gave_them():
     text = TEXTS[ROOT / "docs" / "benchmarks.md"]
     sections = [part for part in re.split(r"^## ", text, flags=re.M)[1:] if re.search(r"tokens per second|MB/s", part)]

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    {"machine", "decoding"},
+    {"machine", "decoding", "lock"},
     {
         "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers", "overlap", "graphs",

@@ -177,7 +177,7 @@ def test_shifted_chunks_are_slices_of_the_stream():
     chunks = Dataset.from_dict({"input_ids": [stream[i : i + 10] for i in range(0, 50, 10)]}).with_format("numpy")
     shifted, offsets = ShiftedChunks(chunks, seed=3), set()
     for epoch in range(20):
-        shifted.start_epoch(epoch)
+        shifted.offset = shifted.offset_in(epoch)
         offsets.add(shifted.offset)
         rows = np.concatenate([shifted[i]["input_ids"] for i in range(len(shifted))])
         assert rows.tolist() == stream[shifted.offset : shifted.offset + 40].tolist()
@@ -186,8 +186,7 @@ def test_shifted_chunks_are_slices_of_the_stream():
         ]
     assert len(offsets) > 5
     other = ShiftedChunks(chunks, seed=3)
-    other.start_epoch(7)
-    shifted.start_epoch(7)
+    other.offset, shifted.offset = other.offset_in(7), shifted.offset_in(7)
     assert other.offset == shifted.offset
 
 

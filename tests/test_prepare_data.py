@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import prepare_data
 from data_utils import create_cleaner_registry, load_tokenizer
+from lock import alone_in
 from overlap import Overlap, ngram_hashes
 from prepare_data import main
 
@@ -88,6 +89,16 @@ def test_what_is_written(run, tmp_path):
     text = (tmp_path / "out" / "train" / "wikipedia.train").read_text()
     assert text == "\n\n\n".join(stories(12, 11)) + "\n"  # the title lines are gone, nothing else is
     assert (tmp_path / "out" / "train" / "letters.train").read_text() == "\n\n\n".join(stories(12, 31)) + "\n"
+
+
+def test_a_folder_where_another_process_prepares_is_left_alone(run, tmp_path, capsys):
+    with alone_in(tmp_path / "out", ""):
+        assert run() == 2
+    assert capsys.readouterr().err.endswith(
+        "out: another process is writing there; wait for its end, or give another --output-dir\n"
+    )
+    assert not tree(tmp_path / "out")
+    assert run() == 0
 
 
 def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, capsys):

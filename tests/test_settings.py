@@ -244,7 +244,9 @@ def test_the_schema_accepts_every_shipped_config_key():
 def test_a_tilde_is_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = raw(data__train_path="~/text", logging__output_dir="~/models")
+    config["distillation"] = {"teachers": ["~/one", "two"]}
     checked = settings.check(config)
+    assert checked["distillation"]["teachers"] == [str(tmp_path / "one"), "two"]
     assert (checked["data"]["train_path"], checked["logging"]["output_dir"]) == tuple(
         str(tmp_path / name) for name in ("text", "models")
     )

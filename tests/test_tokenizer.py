@@ -257,7 +257,7 @@ def test_fewer_merges_are_said_with_the_number(text_dir, tmp_path, capsys):
         (["--data-dir", "blank"], "blank"),
         (["--output", "empty"], "directory"),
         (["--output", "/dev/null"], "no regular file"),
-        (["--vocab-size", "99999999999999999999"], "1,000,000 are the most"),
+        (["--vocab-size", "99999999999999999999"], "at most 1,000,000; "),
     ],
 )
 def test_mistakes_are_one_line_and_change_nothing(arguments, expected, text_dir, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ import documents
 import runs
 import settings
 import train
+from lock import alone_in
 from loss import NextTokenLoss
 from machine import memory_advice, pick_precision
 from run_log import RunLog
@@ -430,6 +431,29 @@ def test_a_run_at_its_end_trains_no_further(config_file, tmp_path, capsys):
     assert (run_dir / runs.METRICS).is_file()
 
 
+def test_a_run_at_its_end_whose_log_is_gone_is_one_line(config_file, tmp_path, capsys):
+    path, run_dir = str(config_file()), tmp_path / "models" / "tiny"
+    assert train.main(["--config", path]) == 0
+    for name in (*runs.RESULTS, runs.LOG):
+        (run_dir / name).unlink(missing_ok=True)
+    assert train.main(["--config", path, "--resume_from_checkpoint", "latest"]) == 2
+    (line,) = errors_of(capsys)
+    assert "metrics.jsonl: its rows are lost" in line
+
+
+def test_a_directory_where_another_process_trains_is_left_alone(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    back_to_checkpoint(run_dir)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    for flags in (["--overwrite"], ["--resume_from_checkpoint", "latest"]):
+        with alone_in(run_dir, ""):  # each opening of a directory is a holder of its own, also in one process
+            assert train.main(["--config", str(config_path), *flags]) == 2
+        (line,) = errors_of(capsys)
+        assert "another process is writing there; wait for its end, or choose another --model_name" in line
+        assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert train.main(["--config", str(config_path), *flags]) == 0
+
+
 def test_held_out_text_that_is_training_text_is_pointed_out(config_file, corpus_dir, tmp_path, caplog):
     path = config_file(data__eval_path=str(corpus_dir / "train" / "toy.train"))
     assert train.main(["--config", str(path), "--dry-run"]) == 0
@@ -590,6 +614,11 @@ def test_bf16_can_be_switched_off(config_file):
     assert chosen(bf16=False) == "fp32"
     assert chosen(bf16=True) == "bf16"
     assert train.load_config(str(config_file()), SimpleNamespace(bf16=False))["training"]["precision"] == "fp32"
+    fp16 = str(config_file(training__precision="fp16"))
+    assert train.load_config(fp16, SimpleNamespace(fp16=False))["training"]["precision"] == "fp32"
+    assert train.load_config(fp16, SimpleNamespace(bf16=False))["training"]["precision"] == "fp16"
+    auto = str(config_file(training__precision="auto"))
+    assert train.load_config(auto, SimpleNamespace(fp16=False))["training"]["precision"] == "auto"
 
 
 def test_resuming_another_run_is_refused(finished_copy, capsys):
@@ -833,11 +862,14 @@ def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     assert documents.floor_bits_per_byte(str(tmp_path / "dev")) is None
     (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
     assert [documents.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
+    (tmp_path / "dev" / "synthetic.dev").rename(tmp_path / "dev" / "own.dev")  # other text took its place
+    assert documents.floor_bits_per_byte(str(tmp_path / "dev")) is None
 
 
 def test_a_foreign_grammar_is_named_before_anything_is_trained(config_file, corpus_dir, tmp_path, capsys):
     for split in ("train", "dev"):
         shutil.copytree(corpus_dir / split, tmp_path / "own" / split)
+    next((tmp_path / "own" / "dev").iterdir()).rename(tmp_path / "own" / "dev" / "synthetic.dev")
     (tmp_path / "own" / "grammar.json").write_text("{}")
     assert train.main(["--config", str(config_file(data__eval_path=str(tmp_path / "own" / "dev")))]) == 2
     assert "grammar.json: is not of create_synthetic_data.py" in errors_of(capsys)[0]
