@@ -53,11 +53,13 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
         raise FileNotFoundError(f"{path} has no tokenizer.json: the tokenizer belongs beside the weights")
     if (target := pick_device(device)).type == "cpu":
         keep_freed_memory()
-    shown = hf_logging.is_progress_bar_enabled()
+    loudness = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # else a table of all weights before the line that says what is wrong with them
     hf_logging.disable_progress_bar()
     try:
         local = {"local_files_only": True, "trust_remote_code": False}
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are an error below
         model, info = AutoModelForCausalLM.from_pretrained(path, **options, **local)
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -65,8 +67,9 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     except BaseException as error:  # a damaged tokenizer.json panics in Rust, which is no Exception
         raise ValueError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     finally:
-        if shown:
-            hf_logging.enable_progress_bar()
+        hf_logging.set_verbosity(loudness)
+    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ValueError(f"{path}: the weights {name} are {list(found)}, by config.json {list(wanted)}")
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
     model = model.to(target).eval()

@@ -435,7 +435,7 @@ def test_load_model_says_what_is_missing(model_dirs, tmp_path):
         load_model(tmp_path / "pickled")
 
 
-def test_load_model_refuses_damaged_files(model_dirs, tmp_path):
+def test_load_model_refuses_damaged_files(model_dirs, tmp_path, capfd):
     def damaged(name, change):
         folder = tmp_path / name
         shutil.copytree(model_dirs["Llama"], folder)
@@ -449,16 +449,19 @@ def test_load_model_refuses_damaged_files(model_dirs, tmp_path):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
 
-    def add_a_layer(folder):
+    def change_config(folder, **keys):
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+        (folder / "config.json").write_text(json.dumps(config | keys))
 
     def break_tokenizer(folder):
         (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}')
 
     damaged("truncated", truncate)
     damaged("tokenizer", break_tokenizer)
-    assert "lacks the weights model.layers.2" in damaged("layers", add_a_layer)
+    assert "lacks the weights model.layers.2" in damaged("layers", lambda at: change_config(at, num_hidden_layers=3))
+    wider = damaged("wider", lambda at: change_config(at, vocab_size=500))
+    assert wider.endswith("the weights lm_head.weight are [400, 32], by config.json [500, 32]")
+    assert "MISMATCH" not in (said := capfd.readouterr().err) and "MISSING" not in said
 
 
 def test_load_model_never_runs_code_from_the_directory(model_dirs, tmp_path):
