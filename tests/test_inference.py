@@ -30,15 +30,6 @@ KINDS = ["Llama", "GPT2", "GPTJ"]
 BOS, EOS = 1, 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and on a busy machine they wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def peaked(model, scale: float = 5.0):
     """The same model with larger weights: its predictions are far from uniform, so that errors show."""
     with torch.no_grad():

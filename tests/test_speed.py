@@ -1,4 +1,4 @@
-"""The scripts that measure speed run to their end, on models and texts too small for what they print to mean anything."""
+"""The scripts that measure run to their end, on models and texts too small for what they print to mean anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import logging
 
 import pytest
+import torch
 from conftest import ROOT, sentences
+
+import inference
 
 
 @pytest.fixture
@@ -58,3 +61,33 @@ def test_scoring(script, model_dirs, tmp_path, capsys, what):
         assert found["pairs"] == 9 and found["prefixes"] <= found["tokens"]
     else:
         assert found["prompts"] == 9 and len(found["loop"]) == len(found["ours"]) == 1
+
+
+@pytest.mark.parametrize("way", ["bare", "raw", "clean"])
+def test_data(script, corpus_dir, tokenizer_file, capsys, way):
+    folder = corpus_dir / "train"
+    arguments = ["--data-dir", str(folder), "--tokenizer", str(tokenizer_file), "--measure", way]
+    assert script("data_speed").main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.iterdir()) and found["seconds"] > 0
+
+
+def test_students_and_teachers(script, corpus_dir, tmp_path, monkeypatch, capsys):
+    module, tiny = script("distillation_quality"), {"type": "Llama", "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    monkeypatch.setattr(module, "TEACHERS", dict.fromkeys(module.TEACHERS, tiny))
+    monkeypatch.setattr(module, "STUDENT", tiny)
+    options = ["--seeds", "1", "--teacher-epochs", "1", "--epochs", "2", "--words", "3000", "--top-k", "8"]
+    options += ["--data-dir", str(corpus_dir), "--output", str(tmp_path / "runs")]
+    assert module.main(options) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[-5:]] == ["teacher-llama", "teacher-gpt2", "alone", "teachers", "teachers-published"]
+    assert all(float(row[3]) > 0 for row in rows[-5:])
+
+
+def test_the_strided_recipe_is_ours(script, model_dirs):
+    """agreement.py's recipe, in float64, against inference.py, on windows that are full to the last."""
+    model, _ = inference.load_model(model_dirs["GPT2"], "cpu")
+    ids = torch.randint(3, 400, (16 + 8 * 5,), generator=torch.Generator().manual_seed(0)).tolist()
+    theirs = script("agreement").strided_loss(model, ids, 16, 8)
+    (ours,) = inference.ids_logprobs(model, [ids], context=15, stride=8)
+    assert -ours.logprobs.mean() == pytest.approx(theirs, rel=1e-6)
