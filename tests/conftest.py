@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -23,6 +24,21 @@ SHARED = Path(os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared"))  # 
 NOUNS = ["cat", "dog", "girl", "boy", "teacher", "bird", "farmer", "child"]
 VERBS = ["sees", "likes", "finds", "hears", "helps", "follows"]
 ENDS = ["in the garden", "near the river", "at home", "under the old tree", "every day", "with a smile"]
+
+
+CLOCK = {  # keys of the log's rows that differ between two runs of the same
+    "tokens_per_second", "words_per_second", "matmul_share", "memory_gb", "seconds_left", "eval_seconds", "seconds",
+}  # fmt: skip
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """The rows without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_model, tiny_config
+from conftest import build_tiny_model, rows_of, timeless, tiny_config
 from test_train import back_to_checkpoint, chunks, errors_of
 
 import machine
@@ -415,19 +415,12 @@ def test_resume_is_exact(cache, config_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "average of the teachers' probabilities (reduction mean" in out
     assert ("dropped mass 0." in out) == (cache == "top_k")
-    weights, log = (run_dir / "model.safetensors").read_bytes(), (run_dir / "metrics.jsonl").read_text()
+    weights, log = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)
     back_to_checkpoint(run_dir)
     assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
-    def timeless(text):
-        drop = (
-            "tokens_per_second", "eval_seconds", "seconds", "words_per_second", "matmul_share", "memory_gb",
-            "seconds_left",
-        )  # fmt: skip
-        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
-
-    assert timeless((run_dir / "metrics.jsonl").read_text()) == timeless(log)
+    assert timeless(rows_of(run_dir)) == timeless(log)
     card = (run_dir / "README.md").read_text()
     assert "learned from the distributions of 2 teachers" in card
     assert ": 0.5 x cross-entropy + 0.5 x 2^2 x KL" in card

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_tiny_model, tiny_config
+from conftest import ROOT, build_tiny_model, rows_of, tiny_config
 from datasets import Dataset
 from torch.nn import functional as F
 
@@ -339,10 +339,6 @@ def test_vectors_do_not_decay(defaults):
 
 
 # ---- in a run -----------------------------------------------------------------------------------
-
-
-def rows_of(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def results_of(run_dir) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tiny_config
+from conftest import CLOCK, ROOT, rows_of, timeless, tiny_config
 
 import ranks
 import runs
@@ -134,21 +134,6 @@ def folder(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     return root
 
 
-CLOCK = {
-    "tokens_per_second",
-    "words_per_second",
-    "matmul_share",
-    "memory_gb",
-    "seconds_left",
-    "eval_seconds",
-    "seconds",
-}
-
-
-def rows_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / runs.LOG).read_text().splitlines()]
-
-
 def weights_of(run_dir: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
@@ -196,7 +181,7 @@ def test_two_processes_resume_exactly(folder, name):
     """gpt2 has dropout: each process must find its own random numbers again."""
     before, after = folder / "models" / f"{name}-before", folder / "models" / name
     assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
-    first, second = ([{k: v for k, v in r.items() if k not in CLOCK} for r in rows_of(d)] for d in (before, after))
+    first, second = (timeless(rows_of(folder)) for folder in (before, after))
     assert first == second
 
 

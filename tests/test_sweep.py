@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from test_train import errors_of
 
 import runs
 import settings
@@ -27,10 +28,6 @@ def swept(config_file, tmp_path):
 
     run.config, run.folder = path, tmp_path / "models" / "tiny-sweep"
     return run
-
-
-def errors_of(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
 def test_the_grid_is_every_combination_by_name(tmp_path):

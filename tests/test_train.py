@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, build_tiny_model, tiny_config
+from conftest import ROOT, build_tiny_model, rows_of, timeless, tiny_config
 
 import documents
 import runs
@@ -524,20 +524,13 @@ def test_resume_is_exact(kind, config_file, tmp_path):
     dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1} if kind == "GPT2" else {}
     path, run_dir = config_file(model__type=kind, **dropout), tmp_path / "models" / "tiny"
     assert train.main(["--config", str(path)]) == 0
-    weights, log = (run_dir / "model.safetensors").read_bytes(), (run_dir / "metrics.jsonl").read_text()
+    weights, log = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)
     results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
     back_to_checkpoint(run_dir)
     assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
-    def timeless(text):
-        drop = (
-            "tokens_per_second", "eval_seconds", "seconds", "words_per_second", "matmul_share", "memory_gb",
-            "seconds_left",
-        )  # fmt: skip
-        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
-
-    assert timeless((run_dir / "metrics.jsonl").read_text()) == timeless(log)
+    assert timeless(rows_of(run_dir)) == timeless(log)
     again = json.loads((run_dir / "training_metrics.json").read_text())["results"]
     assert again["eval_loss"] == results["eval_loss"]
 
