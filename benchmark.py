@@ -29,6 +29,7 @@ import datetime
 import functools
 import gc
 import logging
+import os
 import re
 import statistics
 import sys
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    alone = Path(args.models[0]) if len(args.models) == 1 and Path(args.models[0]).is_dir() else Path()
+    alone = Path(args.models[0]) if len(args.models) == 1 and os.path.isdir(args.models[0]) else Path()
     output = Path(args.output or alone / "benchmark.json")
     try:
         declared = chosen_tasks(args.benchmark_config, args.tasks)

@@ -329,7 +329,8 @@ def floor_bits_per_byte(eval_path: str) -> float | None:
     text = Path(eval_path).resolve()
     folder = text.parent if text.is_file() else text
     path = folder.parent / "grammar.json"
-    if not (path.is_file() and (folder / "synthetic.dev").is_file()):
+    files = [text] if text.is_file() else find_files(folder, "dev")
+    if not path.is_file() or [file.name for file in files] != ["synthetic.dev"]:  # or there is other text besides
         return None
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])

@@ -53,14 +53,13 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
         raise FileNotFoundError(f"{path} has no tokenizer.json: the tokenizer belongs beside the weights")
     if (target := pick_device(device)).type == "cpu":
         keep_freed_memory()
-    loudness = hf_logging.get_verbosity()
+    loudness, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # else a table of all weights before the line that says what is wrong with them
     hf_logging.disable_progress_bar()
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        local = {"local_files_only": True, "trust_remote_code": False}
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
-        options["ignore_mismatched_sizes"] = True  # they are an error below
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options, **local)
+        model, info = AutoModelForCausalLM.from_pretrained(path, ignore_mismatched_sizes=True, **options, **local)
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
@@ -68,10 +67,13 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
         raise ValueError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     finally:
         hf_logging.set_verbosity(loudness)
+        (hf_logging.enable_progress_bar if bars else hf_logging.disable_progress_bar)()
     for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
         raise ValueError(f"{path}: the weights {name} are {list(found)}, by config.json {list(wanted)}")
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
+    if more := sorted(info["unexpected_keys"]):
+        log.warning("%s: %d weights without a place by config.json are left out: %s", path, len(more), more[:3])
     model = model.to(target).eval()
     with torch.no_grad():  # the first token's logits in two texts that differ in the second
         a, b, *_ = (i for i in range(3) if i != getattr(model.config, "pad_token_id", None))  # padding is warned of
@@ -389,10 +391,8 @@ def _sample(logits: torch.Tensor, temperature: float, top_p: float, draws: torch
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1), None
     if top_p < 1:
-        some, order = probs.topk(min(TOP_P_CANDIDATES, probs.shape[1]))
-        if (some.sum(-1) < top_p).any():
-            some, order = probs.sort(descending=True)
-        probs = some
+        best = probs.topk(min(TOP_P_CANDIDATES, probs.shape[1]))
+        probs, order = probs.sort(descending=True) if (best.values.sum(-1) < top_p).any() else best
     total = probs.cumsum(-1)  # (B, K)
     last = (total < top_p).sum(-1, keepdim=True).clamp(max=total.shape[1] - 1)
     place = torch.searchsorted(total, draws[:, None] * total.gather(1, last), right=True).minimum(last)  # (B, 1)

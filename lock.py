@@ -21,20 +21,28 @@ except ImportError:  # Windows
 def alone_in(folder: Path, remedy: str) -> Iterator[None]:
     """Make a folder and hold it while the block runs; ValueError, with the `remedy`, where another process holds it.
 
-    The lock is one of the system on the directory itself: no file tells of it, and it ends with the process, however
-    that ends. Where the system or the file system has no such locks, nothing is kept apart.
+    What it made goes again if it stayed empty. The lock is one of the system on the directory itself: no file tells of
+    it, and it ends with the process, however that ends. Where there are no such locks, nothing is kept apart.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     place = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another process is writing there; wait for its end, or {remedy}") from None
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ValueError(f"{folder}: another process is writing there; wait for its end, or {remedy}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
     finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        with contextlib.suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)  # a process that was forked meanwhile may have it open as well
         os.close(place)

@@ -59,7 +59,7 @@ class _HeadNLL(torch.autograd.Function):
             else:
                 by_weight += gradient.t() @ scaled
             if bias is not None:
-                by_bias += (gradient.t() @ scale.to(dtype)).squeeze(1)
+                by_bias += torch.mv(gradient.t().float(), scale.squeeze(1))
         ctx.save_for_backward(by_states, by_weight, *([] if bias is None else [by_bias]))
         ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
         return total

@@ -26,15 +26,15 @@ def write_results(job: SimpleNamespace, trainer, model, run_log) -> dict:
     `job` is what train.prepare put together; returns the content of training_metrics.json.
     """
     config, run_dir, tokenizer, floor = job.config, job.run_dir, job.tokenizer, job.floor
-    if not run_log.rows:
-        raise ValueError(f"{run_log.path}: its rows are lost, and no step is left that would tell of the run; bring it "
-                         "back, or train anew with --overwrite or another --model_name")  # fmt: skip
     final = evaluate_chunks(
         model, trainer.eval_dataset, trainer.byte_lengths, config["training"]["batch_size"], trainer.loss.mask_from
     )
     model.save_pretrained(run_dir)
     runs.share_weights(run_dir)
     tokenizer.save_pretrained(run_dir)
+    if not run_log.rows:
+        raise ValueError(f"{run_log.path}: its rows are lost, and no step is left that would tell of the run: the "
+                         "model is saved, but no metrics and no card; train anew with --overwrite")  # fmt: skip
     samples = generate(model.eval(), tokenizer, [""] * 3, max_new_tokens=min(48, config["data"]["seq_length"] - 1),
                        temperature=0.8, top_p=0.95, seed=config["training"]["seed"])  # fmt: skip
     steps = kept_step(trainer)

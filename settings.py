@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection, Section
 
 ROOT = Path(__file__).resolve().parent
+MAX_CONFIG_BYTES = 1_000_000  # a text that was named by mistake would take PyYAML long
 PATHS = {"data": ("tokenizer_path", "train_path", "eval_path"), "logging": ("output_dir",)}  # in which ~ is home
 FFN_RATIO = {"Llama": 8 / 3, "GPT2": 4.0, "GPTJ": 4.0}  # usual intermediate_size / hidden_size
 
@@ -96,6 +97,8 @@ def read_yaml_file(path: str | Path) -> Any:
         shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
         what = "is a directory" if path.is_dir() else "no such configuration file"
         raise FileNotFoundError(f"{path}: {what}; {hint(path.name, shipped, 'config/')}")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError([f"larger than {MAX_CONFIG_BYTES:,} bytes: not a configuration"], str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

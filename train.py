@@ -64,13 +64,13 @@ def load_config(config_path: str, args: Any = None) -> dict:
         if given.get(on) is True and not given.get(off):
             settings.put(raw, "training", off, False)
             settings.put(raw, "training", "precision", "auto")
-    for assignment in given.get("set") or ():
-        settings.set_key(raw, assignment)
     training = raw.get("training") if isinstance(raw, dict) else None
     for off, other in (("fp16", "bf16"), ("bf16", "fp16")):  # precision may be what was switched off
         if given.get(off) is False and isinstance(training, dict) and not training.get(other):
             chosen = training.get("precision", "auto")
             training["precision"] = "fp32" if chosen == off or (off, chosen) == ("bf16", "auto") else chosen
+    for assignment in given.get("set") or ():
+        settings.set_key(raw, assignment)
     config = settings.check(raw, str(config_path))
     for line in settings.warnings_of(config):
         log.warning("%s: %s", config_path, line)
@@ -226,8 +226,8 @@ def fit(trainer, run_dir: Path, checkpoint: Path | None) -> bool:
     return True
 
 
-def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
-    """Check everything and make what a run needs; None where nothing is to be trained (finished, --dry-run)."""
+def prepare(args: argparse.Namespace, held: contextlib.ExitStack) -> SimpleNamespace | None:
+    """Check all and make what a run needs, its directory held; None where nothing is to be trained (--dry-run)."""
     config = load_config(args.config, args)
     budget = check_inputs(config)
     run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
@@ -259,6 +259,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace | None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if ranks.is_main() and not args.dry_run:
+        held.enter_context(alone_in(run_dir, "choose another --model_name"))
     checkpoint = runs.claim(run_dir, config, data_report, args.resume_from_checkpoint, args.overwrite)
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
@@ -280,9 +282,8 @@ def run(args: argparse.Namespace) -> int:
     """Config -> datasets -> model -> trainer -> run directory."""
     with contextlib.ExitStack() as held:
         with ranks.main_first():
-            job = prepare(args)
+            job = prepare(args, held)
             if job and ranks.is_main():
-                held.enter_context(alone_in(job.run_dir, "choose another --model_name"))
                 runs.begin(job.run_dir, job.config, job.data_report, job.checkpoint)
         return carry_out(job) if job else 0
 

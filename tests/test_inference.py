@@ -426,7 +426,7 @@ def test_load_model_says_what_is_missing(model_dirs, tmp_path):
         load_model(tmp_path / "pickled")
 
 
-def test_load_model_refuses_damaged_files(model_dirs, tmp_path, capfd):
+def test_load_model_refuses_damaged_files(model_dirs, tmp_path, capfd, caplog):
     def damaged(name, change):
         folder = tmp_path / name
         shutil.copytree(model_dirs["Llama"], folder)
@@ -451,6 +451,10 @@ def test_load_model_refuses_damaged_files(model_dirs, tmp_path, capfd):
     damaged("tokenizer", break_tokenizer)
     assert "lacks the weights model.layers.2" in damaged("layers", lambda at: change_config(at, num_hidden_layers=3))
     wider = damaged("wider", lambda at: change_config(at, vocab_size=500))
+    shutil.copytree(model_dirs["Llama"], tmp_path / "shorter")
+    change_config(tmp_path / "shorter", num_hidden_layers=1)
+    load_model(tmp_path / "shorter")
+    assert "shorter: 9 weights without a place by config.json are left out: ['model.layers.1." in caplog.text
     assert wider.endswith("the weights lm_head.weight are [400, 32], by config.json [500, 32]")
     assert "MISMATCH" not in (said := capfd.readouterr().err) and "MISSING" not in said
 

@@ -1,5 +1,6 @@
 """From a YAML file to a run directory, with real tiny models: what is built, trained, saved, resumed and refused."""
 
+import gc
 import json
 import math
 import re
@@ -438,7 +439,31 @@ def test_a_run_at_its_end_whose_log_is_gone_is_one_line(config_file, tmp_path, c
         (run_dir / name).unlink(missing_ok=True)
     assert train.main(["--config", path, "--resume_from_checkpoint", "latest"]) == 2
     (line,) = errors_of(capsys)
-    assert "metrics.jsonl: its rows are lost" in line
+    assert "metrics.jsonl: its rows are lost" in line and runs.is_model(run_dir)
+
+
+def test_workers_that_live_on_hold_no_directory(config_file):
+    arguments = ["--config", str(config_file(training__num_epochs=1)), "--dataloader-num-workers", "1"]
+    gc.disable()  # what keeps the workers is a cycle
+    try:
+        assert train.main(arguments) == 0
+        assert train.main([*arguments, "--overwrite"]) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_folder_that_stayed_empty_goes_again(tmp_path):
+    one = tmp_path / "one"
+    with alone_in(one, ""):
+        with pytest.raises(ValueError, match="another process"), alone_in(one, ""):
+            pass
+        assert one.is_dir()  # it is not the second one's
+    with alone_in(tmp_path / "two", ""):
+        (tmp_path / "two" / "a").touch()
+    (tmp_path / "three").mkdir()
+    with alone_in(tmp_path / "three", ""):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"two", "three"}
 
 
 def test_a_directory_where_another_process_trains_is_left_alone(finished_copy, capsys):
@@ -612,6 +637,8 @@ def test_bf16_can_be_switched_off(config_file):
     assert train.load_config(fp16, SimpleNamespace(bf16=False))["training"]["precision"] == "fp16"
     auto = str(config_file(training__precision="auto"))
     assert train.load_config(auto, SimpleNamespace(fp16=False))["training"]["precision"] == "auto"
+    both = SimpleNamespace(bf16=False, set=["training.precision=bf16"])
+    assert train.load_config(auto, both)["training"]["precision"] == "bf16"  # --set beats the other flags
 
 
 def test_resuming_another_run_is_refused(finished_copy, capsys):
@@ -855,7 +882,9 @@ def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     assert documents.floor_bits_per_byte(str(tmp_path / "dev")) is None
     (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
     assert [documents.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")] == [0.8, 0.8]
-    (tmp_path / "dev" / "synthetic.dev").rename(tmp_path / "dev" / "own.dev")  # other text took its place
+    (tmp_path / "dev" / "own.dev").write_text("Other text.")
+    assert [documents.floor_bits_per_byte(str(tmp_path / p)) for p in ("dev", "dev/own.dev")] == [None, None]
+    (tmp_path / "dev" / "synthetic.dev").unlink()
     assert documents.floor_bits_per_byte(str(tmp_path / "dev")) is None
 
 
