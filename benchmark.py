@@ -43,6 +43,7 @@ import numpy as np
 import likelihood
 import metrics
 import tasks
+import threads
 from benchmark_config import BenchmarkTask, load_tasks
 
 log = logging.getLogger(__name__)
@@ -352,6 +353,7 @@ def chosen_tasks(config: str | None, names: list[str] | None) -> dict[str, Bench
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    threads.sleep_soon()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     alone = Path(args.models[0]) if len(args.models) == 1 and os.path.isdir(args.models[0]) else Path()

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import threads
+
 log = logging.getLogger(__name__)
 LOW_CONFIDENCE = 0.1  # a prediction whose likeliest token has less probability than this
 FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = 30, 1000, 30  # below these the printed figures come with a note
@@ -341,6 +343,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    threads.sleep_soon()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         for name, least in {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0}.items():

@@ -15,6 +15,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+import threads
+
 
 def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) -> Iterator[str]:
     """The continuation of a prompt in pieces of text, none of which ends inside a character.
@@ -67,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    threads.sleep_soon()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         for name, least in {"num_samples": 1, "seed": 0}.items():

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import ranks
 import runs
 import settings
+import threads
 from lock import alone_in
 
 if TYPE_CHECKING:
@@ -375,6 +376,7 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    threads.sleep_soon()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         ranks.start()

@@ -11,13 +11,14 @@ Two steps at the beginning (on a GPU ten) do not count, but the seconds of the f
 once, then all again, --repeats times. Prints median, minimum and maximum of the turns (of a single one: of its steps,
 on a GPU of ten steps at a time), the ratio of the medians to the best plain one, and the share of the speed at which
 this machine multiplies matrices; on a GPU whose datasheet is known also the MFU, and the most memory that was
-allocated. --curves trains on the configuration's own text and draws the losses of the best plain variant's recipe and
-of ours.
+allocated. --busy keeps one other process counting all the while, as on a machine that is used for other things too.
+--curves trains on the configuration's own text and draws the losses of the best plain variant's recipe and of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -174,6 +175,18 @@ def one_turn(config: dict, variant: dict, tokenizer, rows: list[dict]) -> dict[s
     return {"speeds": speeds, "first": seconds[0], "memory": machine.peak_memory_gb(device)}
 
 
+@contextlib.contextmanager
+def other_work(wanted: bool):
+    """One process that counts without end, while the block runs."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
+    try:
+        yield
+    finally:
+        if other:
+            other.kill()
+            other.wait()
+
+
 def turn_of(name: str, variants: dict[str, dict], config: dict, tokenizer, steps: int, argv: list[str]) -> dict:
     """one_turn of the variant of this name: on a GPU here, else in a process of its own."""
     import torch
@@ -183,7 +196,8 @@ def turn_of(name: str, variants: dict[str, dict], config: dict, tokenizer, steps
         torch.cuda.empty_cache()
         torch._dynamo.reset()
         return one_turn(config, variants[name], tokenizer, random_rows(config, step_of(config) * steps, len(tokenizer)))
-    done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
+    with other_work("--busy" in argv):
+        done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"{name}: failed with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -202,6 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="micro-batches of the plain script")
     parser.add_argument("--formats", nargs="+", default=["fp32", "bf16"], help="number formats of ours")
     parser.add_argument("--ours", nargs="+", choices=OURS, default=OURS, help="how ours runs (default: both)")
+    parser.add_argument("--busy", action="store_true", help="beside one other busy process (on a CPU)")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw losses on the configuration's text instead")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration")
     parser.add_argument("--turn", metavar="VARIANT", help="one turn, here, printed as JSON")
@@ -249,7 +264,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     logging.disable(logging.WARNING)
+    import threads
     from train import load_config
+
+    if args.turn and args.turn.startswith("ours"):
+        threads.sleep_soon()  # as train.py does
 
     config = load_config(args.config, args)
     config["training"]["optimizer"] = "adamw"  # as the plain script has it

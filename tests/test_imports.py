@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    {"machine", "decoding", "lock"},
+    {"machine", "decoding", "lock", "threads"},
     {
         "cleaners", "documents", "schema", "ranks", "words", "inference", "metrics", "plots", "runs",
         "create_synthetic_data", "loss", "optimizers", "overlap", "graphs",
@@ -109,3 +109,22 @@ def test_ours_wins_from_the_root(tmp_path):
     (other / "__init__.py").write_text("def load(name): return name\n")
     done = run_python("import evaluate; print(evaluate.__file__)", PYTHONPATH=str(tmp_path))
     assert done.stdout.strip() == str(ROOT / "evaluate.py"), done.stderr
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "benchmark", "generate"])
+@pytest.mark.parametrize("own", [None, "7"])
+def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, config_file, tmp_path):
+    """OpenMP reads the variable once, when it is loaded with torch; what the user set stays."""
+    arguments = ["--config", str(config_file()), "--dry-run"] if script == "train" else [str(tmp_path)]
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': print('torch:', os.environ.get('GOMP_SPINCOUNT'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"import {script}\n"
+        f"{script}.main({arguments!r})"
+    )
+    done = run_python(code, **({} if own is None else {"GOMP_SPINCOUNT": own}))
+    assert {line for line in done.stdout.splitlines() if line.startswith("torch:")} == {f"torch: {own or 1000}"}
