@@ -113,10 +113,13 @@ def test_ours_wins_from_the_root(tmp_path):
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "benchmark", "generate"])
 @pytest.mark.parametrize("own", [None, "7"])
-def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, config_file, tmp_path):
+def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, config_file, corpus_dir, tmp_path):
     """OpenMP reads the variable once, when it is loaded with torch; what the user set stays."""
-    arguments = ["--config", str(config_file()), "--dry-run"] if script == "train" else [str(tmp_path)]
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")  # no model, which is found out after the import
+    arguments = {
+        "train": ["--config", str(config_file()), "--dry-run"],
+        "evaluate": [str(tmp_path), "--eval-data", str(corpus_dir / "dev")],
+    }.get(script, [str(tmp_path)])
     code = (
         "import os, sys\n"
         "class Watch:\n"
