@@ -10,11 +10,12 @@ import os
 
 
 def sleep_soon() -> None:
-    """Have threads that wait sleep after some microseconds, unless the user's environment says otherwise.
+    """Have threads that wait sleep after some microseconds, unless the user's environment says how they wait.
 
-    Left to itself GNU's OpenMP spins for a millisecond at each of a step's hundreds of meetings, because it takes the
-    cores for its own: with one other busy process on two cores a step takes five to nine times as long, so it takes
-    two (docs/benchmarks.md). 1000 turns is what it spins itself once it knows of too few cores. Others have no such
-    variable and are left alone.
+    Left to itself GNU's OpenMP spins 300,000 times wherever threads meet, hundreds of times in a step, as if the cores
+    were its own: beside one other busy process on two cores a step then takes five to nine times as long, and so it
+    takes twice as long (docs/benchmarks.md). 1,000 is the larger of the counts that OpenMP itself takes once there are
+    more threads than cores (libgomp's manual, GOMP_SPINCOUNT). Other OpenMPs do not read the variable.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

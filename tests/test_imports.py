@@ -112,8 +112,10 @@ def test_ours_wins_from_the_root(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "benchmark", "generate"])
-@pytest.mark.parametrize("own", [None, "7"])
-def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, config_file, corpus_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, found, config_file, corpus_dir, tmp_path):
     """OpenMP reads the variable once, when it is loaded with torch; what the user set stays."""
     (tmp_path / "config.json").write_text("{}")  # no model, which is found out after the import
     arguments = {
@@ -129,5 +131,5 @@ def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, confi
         f"import {script}\n"
         f"{script}.main({arguments!r})"
     )
-    done = run_python(code, **({} if own is None else {"GOMP_SPINCOUNT": own}))
-    assert {line for line in done.stdout.splitlines() if line.startswith("torch:")} == {f"torch: {own or 1000}"}
+    done = run_python(code, **own)
+    assert {line for line in done.stdout.splitlines() if line.startswith("torch:")} == {f"torch: {found}"}
