@@ -115,8 +115,11 @@ def test_ours_wins_from_the_root(tmp_path):
 @pytest.mark.parametrize(
     ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
 )
-def test_how_threads_wait_is_settled_before_torch_is_imported(script, own, found, config_file, corpus_dir, tmp_path):
+def test_how_threads_wait_is_settled_before_torch_is_imported(
+    script, own, found, config_file, corpus_dir, tmp_path, monkeypatch
+):
     """OpenMP reads the variable once, when it is loaded with torch; what the user set stays."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which another test's main may have set
     (tmp_path / "config.json").write_text("{}")  # no model, which is found out after the import
     arguments = {
         "train": ["--config", str(config_file()), "--dry-run"],
