@@ -327,10 +327,8 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
 def floor_bits_per_byte(eval_path: str) -> float | None:
     """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
     text = Path(eval_path).resolve()
-    folder = text.parent if text.is_file() else text
-    path = folder.parent / "grammar.json"
-    files = [text] if text.is_file() else find_files(folder, "dev")
-    if not path.is_file() or [file.name for file in files] != ["synthetic.dev"]:  # or there is other text besides
+    path = (text.parent if text.is_file() else text).parent / "grammar.json"
+    if not path.is_file() or [file.name for file in find_files(text, "dev")] != ["synthetic.dev"]:  # or others besides
         return None
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])

@@ -1,7 +1,9 @@
 """One process at a time in a folder: two runs of one name would write into each other's files.
 
-with alone_in(run_dir, "choose another --model_name"):
-    train()
+    with alone_in(run_dir, "choose another --model_name"):
+        train()
+
+It keeps apart the processes of one machine.
 """
 
 from __future__ import annotations

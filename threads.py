@@ -1,7 +1,9 @@
-"""How the threads of a CPU wait for each other. To be settled before torch is imported.
+"""How the threads of a CPU wait for each other.
 
-threads.sleep_soon()
-import torch
+    threads.sleep_soon()
+    import torch
+
+In this order: OpenMP reads its environment once, when it is loaded with torch.
 """
 
 from __future__ import annotations

@@ -196,8 +196,7 @@ def turn_of(name: str, variants: dict[str, dict], config: dict, tokenizer, steps
         torch.cuda.empty_cache()
         torch._dynamo.reset()
         return one_turn(config, variants[name], tokenizer, random_rows(config, step_of(config) * steps, len(tokenizer)))
-    with other_work("--busy" in argv):
-        done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, __file__, *argv, "--turn", name], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"{name}: failed with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -216,7 +215,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="micro-batches of the plain script")
     parser.add_argument("--formats", nargs="+", default=["fp32", "bf16"], help="number formats of ours")
     parser.add_argument("--ours", nargs="+", choices=OURS, default=OURS, help="how ours runs (default: both)")
-    parser.add_argument("--busy", action="store_true", help="beside one other busy process (on a CPU)")
+    parser.add_argument("--busy", action="store_true", help="beside one other busy process")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw losses on the configuration's text instead")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of the configuration")
     parser.add_argument("--turn", metavar="VARIANT", help="one turn, here, printed as JSON")
@@ -287,8 +286,8 @@ def main(argv: list[str] | None = None) -> int:
             curves(config, two, tokenizer, step * args.steps, Path(folder), args.curves)
         return 0
     turns: dict[str, list[dict]] = {name: [] for name in variants}
-    for _ in range(args.repeats):
-        for name in variants:
+    with other_work(args.busy):
+        for name in [*variants] * args.repeats:
             turns[name].append(turn_of(name, variants, config, tokenizer, warm_up() + args.steps, argv))
             print(f"{name}: {statistics.median(turns[name][-1]['speeds']):,.0f} tokens/s", file=sys.stderr)
     report(config, tokenizer, turns)

@@ -31,6 +31,17 @@ def test_training(script, config_file, capsys):
     assert float(ours[2].replace(",", "")) > 0
 
 
+def test_other_work_lasts_as_long_as_its_block(script, monkeypatch):
+    module, started = script("training_speed"), []
+    popen = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda command: started.append(popen(command)) or started[-1])
+    with module.other_work(True):
+        assert started[0].poll() is None
+    assert started[0].poll() is not None
+    with module.other_work(False):
+        assert len(started) == 1
+
+
 def test_teachers(script, config_file, capsys):
     path = str(config_file())
     assert script("distillation_speed").main(
