@@ -32,7 +32,7 @@ where:
 	@echo "The report of the quick start: $(REPORT), complete when this command ends"
 
 # What was measured stands until the weights, the tasks, the code or the libraries change.
-$(REPORT): $(RUN)/model.safetensors $(wildcard *.py *.j2 config/benchmark*.yaml) requirements.txt
+$(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*.py babyllama/*/*.j2 config/benchmark*.yaml) requirements.txt
 	$(PY) evaluate.py $(RUN)
 	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json
 
@@ -42,7 +42,8 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) settings.py --check
+	$(PY) -m babyllama.config --check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

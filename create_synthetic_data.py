@@ -44,6 +44,25 @@ from math import log, log2
 from pathlib import Path
 from typing import NamedTuple
 
+from babyllama.data.documents import find_files
+
+
+def grammar_floor(eval_path: str) -> float | None:
+    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
+    text = Path(eval_path).resolve()
+    path = (text.parent if text.is_file() else text).parent / "grammar.json"
+    if not path.is_file() or [file.name for file in find_files(text, "dev")] != [
+        "synthetic.dev"
+    ]:  # or others besides
+        return None
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: is not of create_synthetic_data.py; move it, or make the text anew"
+        ) from None
+
+
 COMPLEXITIES = ("simple", "medium", "complex")
 SENTENCES_PER_DOCUMENT = 10  # mean of the geometric distribution
 MAX_PAIRS = 10_000  # of one kind: the simple grammar does not hold many times more
@@ -135,21 +154,36 @@ RULES = {
         DET-pl        = 3 these | 3 some | 2 many | 1 two | 1 three | 1 several | 1 most
     """,
 }  # fmt: skip
-NUMBERS = {"sg": {"be": "is", "do": "does", "this": "this"}, "pl": {"be": "are", "do": "do", "this": "these"}}
+NUMBERS = {
+    "sg": {"be": "is", "do": "does", "this": "this"},
+    "pl": {"be": "are", "do": "do", "this": "these"},
+}
 
 # Minimal pairs: the first complexity that has them, and the sentence, where the word at * gets the wrong number.
 # {n} is the number that matters and {m} the other one, so that a noun in between pulls to the wrong side.
 PAIRS = {
     "subject_verb_adjacent": (0, "NP-being-{n} *PLAIN-{n}"),
     "subject_verb_across_pp": (1, "NP-being-{n} PREP NP-being-{m} *PLAIN-{n}"),
-    "subject_verb_across_subject_relative": (1, "NP-being-{n} that V-being-{n} NP-being-{m} *PLAIN-{n}"),
-    "subject_verb_across_object_relative": (1, "NP-being-{n} that NP-being-{m} V-being-{m} *PLAIN-{n}"),
+    "subject_verb_across_subject_relative": (
+        1,
+        "NP-being-{n} that V-being-{n} NP-being-{m} *PLAIN-{n}",
+    ),
+    "subject_verb_across_object_relative": (
+        1,
+        "NP-being-{n} that NP-being-{m} V-being-{m} *PLAIN-{n}",
+    ),
     "verb_in_subject_relative": (1, "NP-being-{n} that *V-being-{n} NP-being-{m} PLAIN-{n}"),
     "verb_in_object_relative": (1, "NP-being-{m} that NP-being-{n} *V-being-{n} PLAIN-{m}"),
-    "subject_verb_across_two_pps": (1, "NP-being-{n} PREP NP-place-{m} PREP NP-place-{m} *PLAIN-{n}"),
+    "subject_verb_across_two_pps": (
+        1,
+        "NP-being-{n} PREP NP-place-{m} PREP NP-place-{m} *PLAIN-{n}",
+    ),
     "subject_verb_in_embedded_clause": (2, "NP-being-{m} V-say-{m} that NP-being-{n} *PLAIN-{n}"),
     "noun_after_determiner": (0, "NP-being-{m} V-being-{m} DET-{n} *N-being-{n}"),
-    "noun_after_determiner_and_adjective": (0, "NP-being-{m} V-being-{m} DET-{n} SIZE *N-being-{n}"),
+    "noun_after_determiner_and_adjective": (
+        0,
+        "NP-being-{m} V-being-{m} DET-{n} SIZE *N-being-{n}",
+    ),
     "determiner_before_noun": (0, "NP-being-{m} V-being-{m} *{this} N-being-{n}"),
 }
 
@@ -177,7 +211,10 @@ class Grammar:
     def tables(self) -> dict[str, tuple[list[float], list[tuple[float, tuple[str, ...]]]]]:
         """For the sampler: nonterminal -> (cumulative probabilities but the last, [(bits, reversed symbols), ...])."""
         return {
-            left: (list(accumulate(p for p, _ in rules))[:-1], [(-log2(p), right[::-1]) for p, right in rules])
+            left: (
+                list(accumulate(p for p, _ in rules))[:-1],
+                [(-log2(p), right[::-1]) for p, right in rules],
+            )
             for left, rules in self.rules.items()
         }
 
@@ -200,8 +237,12 @@ def _lexicon(level: int) -> tuple[dict[str, list[Rule]], dict[str, str]]:
         if name[:2] in ("N-", "V-"):
             bare = [word.split("/")[0] for word in words]
             other = [word.split("/")[1] if "/" in word else add_s(word) for word in words]
-            numbers = ("sg", "pl") if name[0] == "N" else ("pl", "sg")  # the bare form of a verb is its plural
-            forms = {f"{name}-{n}": members for n, members in zip(numbers, (bare, other), strict=True)}
+            numbers = (
+                ("sg", "pl") if name[0] == "N" else ("pl", "sg")
+            )  # the bare form of a verb is its plural
+            forms = {
+                f"{name}-{n}": members for n, members in zip(numbers, (bare, other), strict=True)
+            }
             pairs += zip(bare, other, strict=True)
         for left, members in forms.items():
             rules[left] = [(1 / (k + 1), (word,)) for k, word in enumerate(members, 1)]
@@ -221,7 +262,9 @@ def _read_rules(text: str) -> dict[str, list[Rule]]:
 def build_grammar(complexity: str) -> Grammar:
     """The grammar of "simple", "medium" or "complex", with start symbol DOCUMENT; ValueError for another complexity."""
     if complexity not in COMPLEXITIES:
-        raise ValueError(f"complexity: {complexity!r} is unknown; known are {', '.join(COMPLEXITIES)}")
+        raise ValueError(
+            f"complexity: {complexity!r} is unknown; known are {', '.join(COMPLEXITIES)}"
+        )
     level = COMPLEXITIES.index(complexity)
     weighted, twins = _lexicon(level)
     for name in COMPLEXITIES[: level + 1]:
@@ -233,7 +276,9 @@ def build_grammar(complexity: str) -> Grammar:
         total = sum(weight for weight, _ in weighted[left])
         rules[left] = tuple((weight / total, right) for weight, right in weighted[left])
         symbols = dict.fromkeys(symbol for _, right in rules[left] for symbol in right)
-        reachable += [symbol for symbol in symbols if symbol in weighted and symbol not in reachable]
+        reachable += [
+            symbol for symbol in symbols if symbol in weighted and symbol not in reachable
+        ]
     return Grammar(complexity, rules, twins)
 
 
@@ -245,13 +290,17 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     import numpy as np
 
     index = {left: i for i, left in enumerate(grammar.rules)}
-    children = np.zeros((len(index), len(index)))  # expected number of each nonterminal in one expansion
+    children = np.zeros(
+        (len(index), len(index))
+    )  # expected number of each nonterminal in one expansion
     own = np.zeros((len(index), 3))  # what one expansion itself adds: bits, bytes, words
     for left, rules in grammar.rules.items():
         for p, right in rules:
             marks = [symbol for symbol in right if symbol in (",", "\n")]
             words = [symbol for symbol in right if symbol not in index and symbol not in marks]
-            size = sum(len(word) + 1 for word in words) + len(marks)  # after every word a blank or a full stop
+            size = sum(len(word) + 1 for word in words) + len(
+                marks
+            )  # after every word a blank or a full stop
             own[index[left]] += p * np.array([-log2(p), size, len(words)])
             for symbol in right:
                 if symbol in index:
@@ -260,7 +309,9 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     bits, size, words = solution[index["DOCUMENT"]].tolist()
     facts = {"bits_per_byte": bits / size, "nats_per_word": bits * log(2) / words}
     for unit in ("document", "sentence"):
-        values = zip(("bits", "bytes", "words"), solution[index[unit.upper()]].tolist(), strict=True)
+        values = zip(
+            ("bits", "bytes", "words"), solution[index[unit.upper()]].tolist(), strict=True
+        )
         facts |= {f"{name}_per_{unit}": value for name, value in values}
     return facts
 
@@ -301,7 +352,9 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
         parts = PAIRS[uid][1].format(n=n, m=m, **NUMBERS[n]).split("*")
         prefix, (word, *rest) = (_derive(grammar, part.split(), rng)[0] for part in parts)
         versions = {"good": [*prefix, word], "bad": [*prefix, grammar.twins[word]]}
-        sentences = {f"sentence_{k}": _write_out([*words, *rest]) + "." for k, words in versions.items()}
+        sentences = {
+            f"sentence_{k}": _write_out([*words, *rest]) + "." for k, words in versions.items()
+        }
         if sentences["sentence_good"] in seen:
             continue
         about_verb, one_prefix = "verb" in uid, not uid.startswith("determiner")
@@ -313,7 +366,9 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
             method["two_prefix_word"] = rest[0]
         facts = {
             "field": "morphology",
-            "linguistics_term": "subject_verb_agreement" if about_verb else "determiner_noun_agreement",
+            "linguistics_term": "subject_verb_agreement"
+            if about_verb
+            else "determiner_noun_agreement",
             "UID": uid,
             "simple_LM_method": True,
             "one_prefix_method": one_prefix,
@@ -351,9 +406,13 @@ def _write_all(grammar: Grammar, folder: Path, num_tokens: int, seed: int, num_p
     train_file = folder / "train" / "synthetic.train"
     text = {
         "train": _write_corpus(grammar, train_file, num_tokens, train),
-        "dev": _write_corpus(grammar, folder / "dev" / "synthetic.dev", math.ceil(num_tokens / 10), dev),
+        "dev": _write_corpus(
+            grammar, folder / "dev" / "synthetic.dev", math.ceil(num_tokens / 10), dev
+        ),
     }
-    kinds = [uid for uid, (first, _) in PAIRS.items() if first <= COMPLEXITIES.index(grammar.complexity)]
+    kinds = [
+        uid for uid, (first, _) in PAIRS.items() if first <= COMPLEXITIES.index(grammar.complexity)
+    ]
     records = [record for uid in kinds for record in sample_pairs(grammar, uid, num_pairs, pairs)]
     with (folder / "minimal_pairs.jsonl").open("w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
@@ -364,11 +423,22 @@ def _write_all(grammar: Grammar, folder: Path, num_tokens: int, seed: int, num_p
         "seed": seed,
         "floor": {name: round(value, 10) for name, value in grammar_facts(grammar).items()},
         "text": text,
-        "minimal_pairs": {"kinds": kinds, "pairs": len(records), "good_sentences_in_train": len(known)},
-        "definition": " ".join(__doc__[__doc__.index("The floor. ") : __doc__.index("It does not")].split()),
-        "rules": {left: {" ".join(right): p for p, right in rules} for left, rules in grammar.rules.items()},
+        "minimal_pairs": {
+            "kinds": kinds,
+            "pairs": len(records),
+            "good_sentences_in_train": len(known),
+        },
+        "definition": " ".join(
+            __doc__[__doc__.index("The floor. ") : __doc__.index("It does not")].split()
+        ),
+        "rules": {
+            left: {" ".join(right): p for p, right in rules}
+            for left, rules in grammar.rules.items()
+        },
     }
-    (folder / "grammar.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii", newline="\n")
+    (folder / "grammar.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="ascii", newline="\n"
+    )
     return facts
 
 
@@ -376,8 +446,12 @@ def _require_own(folder: Path) -> None:
     """ValueError where a file would be replaced that this script did not write: grammar.json shows that it did."""
     names = ("grammar.json", "train/synthetic.train", "dev/synthetic.dev", "minimal_pairs.jsonl")
     there = [folder / name for name in names if (folder / name).exists()]
-    if there and not (there[0].name == names[0] and b'"true_bits_per_byte"' in there[0].read_bytes()):
-        raise ValueError(f"output-dir: {there[0]} is not of this script; move it away or give another directory")
+    if there and not (
+        there[0].name == names[0] and b'"true_bits_per_byte"' in there[0].read_bytes()
+    ):
+        raise ValueError(
+            f"output-dir: {there[0]} is not of this script; move it away or give another directory"
+        )
 
 
 def create_synthetic_data(
@@ -396,7 +470,9 @@ def create_synthetic_data(
     if num_tokens < 1:
         raise ValueError(f"num-tokens: {num_tokens} words of training text; give 1 or more")
     if not 1 <= num_pairs <= MAX_PAIRS:
-        raise ValueError(f"num-pairs: {num_pairs} minimal pairs of each kind; give 1 to {MAX_PAIRS}")
+        raise ValueError(
+            f"num-pairs: {num_pairs} minimal pairs of each kind; give 1 to {MAX_PAIRS}"
+        )
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output-dir: {output_dir} is a file; give a directory")
     _require_own(output_dir)
@@ -405,7 +481,9 @@ def create_synthetic_data(
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".unfinished-") as scratch:
         facts = _write_all(grammar, Path(scratch), num_tokens, seed, num_pairs)
         files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path.name != "grammar.json"):  # which shows whose they are
+        for path in sorted(
+            files, key=lambda path: path.name != "grammar.json"
+        ):  # which shows whose they are
             os.replace(path, output_dir / path.relative_to(scratch))
     return facts
 
@@ -414,7 +492,13 @@ def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("--num-tokens", "--num_tokens", type=int, default=1_000_000, help="words of the training text")
+    add(
+        "--num-tokens",
+        "--num_tokens",
+        type=int,
+        default=1_000_000,
+        help="words of the training text",
+    )
     add("--output-dir", "--output_dir", default="./data/synthetic", help="where the files go")
     add("--complexity", default="medium", help=" or ".join(COMPLEXITIES))
     add("--seed", type=int, default=42, help="the same seed gives the same files")
@@ -434,11 +518,21 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     for split, n in facts["text"].items():
         print(f"{split:<6}{n['documents']:,} documents, {n['words']:,} words, {n['bytes']:,} bytes")
-    pairs, floor, own = facts["minimal_pairs"], facts["floor"], facts["text"]["dev"]["true_bits_per_byte"]
+    pairs, floor, own = (
+        facts["minimal_pairs"],
+        facts["floor"],
+        facts["text"]["dev"]["true_bits_per_byte"],
+    )
     print(f"pairs {pairs['pairs']:,} minimal pairs of {len(pairs['kinds'])} kinds")
-    print(f"floor {floor['bits_per_byte']:.4f} bits per byte on average; {own:.4f} on this very dev text")
-    print(f"files {args.output_dir}: train/synthetic.train dev/synthetic.dev minimal_pairs.jsonl grammar.json")
-    next_step = f"python train_tokenizer.py --data-dir {Path(args.output_dir) / 'train'} --vocab-size 700"
+    print(
+        f"floor {floor['bits_per_byte']:.4f} bits per byte on average; {own:.4f} on this very dev text"
+    )
+    print(
+        f"files {args.output_dir}: train/synthetic.train dev/synthetic.dev minimal_pairs.jsonl grammar.json"
+    )
+    next_step = (
+        f"python train_tokenizer.py --data-dir {Path(args.output_dir) / 'train'} --vocab-size 700"
+    )
     print(f"next  {next_step} --output models/quickstart-tokenizer.json")
     return 0
 

@@ -22,8 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cleaners import CLEANER_VERSION, DomainCleaners, clean_text, create_cleaner_registry
-from documents import (
+from babyllama.data.cleaners import (
+    CLEANER_VERSION,
+    DomainCleaners,
+    clean_text,
+    create_cleaner_registry,
+)
+from babyllama.data.documents import (
     PIECE,
     READER_VERSION,
     Piece,
@@ -41,6 +46,13 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerFast
+from babyllama.data.tokenizer import (
+    SPECIAL_TOKENS,
+    byte_lengths,
+    load_tokenizer,
+    vocabulary_difference,
+)
+from babyllama.files import default_cache_dir
 
 __all__ = [
     "CLEANER_VERSION", "SPECIAL_TOKENS", "DataProcessor", "DomainCleaners", "Piece", "byte_lengths",
@@ -48,101 +60,51 @@ __all__ = [
     "load_tokenizer", "new_report", "read_documents", "source_of", "vocabulary_difference",
 ]  # fmt: skip
 logger = logging.getLogger(__name__)
-SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
 BATCH = 48  # pieces given to the tokenizer in one go
 CACHE_VERSION = 2  # a new number when what lies in the cache changes
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer in a tokenizer.json file, or in a directory that holds one; padding on the right.
-
-    FileNotFoundError when there is none, ValueError for a damaged one. Special tokens are set where the file has them.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        command = f"python train_tokenizer.py --data-dir ./data/train --output {file}"
-        raise FileNotFoundError(f"{file}: no tokenizer here; make one with: {command}")
-    try:
-        backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in the Rust code is not an Exception
-        raise ValueError(f"{file}: not a tokenizer.json that can be read ({error})") from None
-    present = {name: token for name, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="right", clean_up_tokenization_spaces=False, unk_token=None, **present
-    )
-
-
-def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Bytes of text that each token id stands for: int64 (V,), 0 for special tokens.
-
-    Over the ids of a text they sum to its length in UTF-8. ValueError for a tokenizer that is not byte-level.
-    """
-    import numpy as np
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    alphabet = set(ByteLevel.alphabet())  # 256 characters, one for each byte
-    added = tokenizer.added_tokens_decoder
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        if index in added:
-            lengths[index] = 0 if added[index].special else len(token.encode())
-        elif alphabet.issuperset(token):
-            lengths[index] = len(token)
-        else:
-            raise ValueError(f"token {index} ({token!r}) is not made of bytes: a byte-level tokenizer is needed")
-    return lengths
-
-
-def vocabulary_difference(theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast) -> str | None:
-    """How the content of two tokenizers differs (token -> id, special tokens), in words, or None."""
-    found, wanted = theirs.get_vocab(), ours.get_vocab()
-    other = [token for token in found.keys() | wanted.keys() if found.get(token) != wanted.get(token)]
-    if other:
-        first = min(other, key=lambda token: (wanted.get(token, len(wanted)), token))
-        ids = f"id {found.get(first)} there, {wanted.get(first)} here"
-        return f"another vocabulary: {len(other):,} tokens differ, the first is {first!r} ({ids})"
-    special = [{i: t.content for i, t in one.added_tokens_decoder.items() if t.special} for one in (theirs, ours)]
-    return None if special[0] == special[1] else f"its special tokens are {special[0]}, not {special[1]}"
-
-
-def default_cache_dir() -> Path:
-    """$BABYLLAMA_CACHE, or data/cache beside this file."""
-    return Path(os.environ.get("BABYLLAMA_CACHE") or Path(__file__).resolve().parent / "data" / "cache")
-
-
 def _check_length(max_length: int) -> None:
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"max_length: {max_length!r} is not a number of tokens in a chunk; use 1 or more")
+        raise ValueError(
+            f"max_length: {max_length!r} is not a number of tokens in a chunk; use 1 or more"
+        )
 
 
 class DataProcessor:
     """Text files -> datasets of token chunks. `reports` holds the counts of each split that was prepared."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, cache_dir: str | os.PathLike | None = None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, cache_dir: str | os.PathLike | None = None
+    ):
         """A fast tokenizer with bos and eos tokens; cache_dir is $BABYLLAMA_CACHE or data/cache beside this file."""
         from tokenizers import Tokenizer
 
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: use load_tokenizer(path)")
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: use load_tokenizer(path)"
+            )
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no bos_token or eos_token, which mark where documents begin and end")
+            raise ValueError(
+                "the tokenizer has no bos_token or eos_token, which mark where documents begin and end"
+            )
         self.tokenizer = tokenizer
         self.cache_dir = Path(cache_dir or default_cache_dir())
         self.reports: dict[str, dict] = {}
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to set as we need it
+        self._backend = Tokenizer.from_str(
+            tokenizer.backend_tokenizer.to_str()
+        )  # a copy, to set as we need it
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
+        self._backend.encode_special_tokens = (
+            True  # "</s>" in a text is four characters, not the end of a document
+        )
         self._dtype = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
         try:
             self._lengths = byte_lengths(tokenizer)
-        except ValueError:  # not byte-level: text can be cut with it, but its words cannot be located
+        except (
+            ValueError
+        ):  # not byte-level: text can be cut with it, but its words cannot be located
             self._lengths = None
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
@@ -164,7 +126,9 @@ class DataProcessor:
         """The example with its text mended: single blanks, no blank before a mark, one after it; newlines stay."""
         return {**example, "text": clean_text(example["text"])}
 
-    def tokenize_and_chunk(self, example: dict[str, str], max_length: int = 128) -> dict[str, list[list[int]]]:
+    def tokenize_and_chunk(
+        self, example: dict[str, str], max_length: int = 128
+    ) -> dict[str, list[list[int]]]:
         """The full chunks of max_length ids of BOS, text, EOS; what does not fill one is left out."""
         _check_length(max_length)
         text, cuts = replace_surrogates(example["text"]), [0]
@@ -172,8 +136,14 @@ class DataProcessor:
             cuts.append(cut(text, cuts[-1]))
         texts = [text[start:end] for start, end in itertools.pairwise(cuts)]
         pieces = [Piece(part, i == 0, i == len(texts) - 1) for i, part in enumerate(texts)]
-        ids = [int(i) for _, batch, _ in self._encode((0, piece) for piece in pieces) for i in batch]
-        return {"input_ids": [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]}
+        ids = [
+            int(i) for _, batch, _ in self._encode((0, piece) for piece in pieces) for i in batch
+        ]
+        return {
+            "input_ids": [
+                ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)
+            ]
+        }
 
     def prepare_dataset(
         self,
@@ -194,36 +164,60 @@ class DataProcessor:
         from datasets import Dataset, DatasetDict
 
         _check_length(max_length)
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, min(num_proc or 1, os.cpu_count() or 1))))
+        os.environ.setdefault(
+            "RAYON_NUM_THREADS", str(max(1, min(num_proc or 1, os.cpu_count() or 1)))
+        )
         folders = {"train": train_data_dir, "validation": eval_data_dir}
         inputs = {split: find_files(folder, split) for split, folder in folders.items()}
         prepared = DatasetDict()
         for split, files in inputs.items():
             root = Path(folders[split])
-            sources = [source_of(path, path.relative_to(root).as_posix() if path != root else "") for path in files]
+            sources = [
+                source_of(path, path.relative_to(root).as_posix() if path != root else "")
+                for path in files
+            ]
             arrow = self.cache_dir / f"{split}-{self._key(sources, max_length, clean)}.arrow"
             if not arrow.is_file():
                 self._write(arrow, split, files, sources, max_length, clean)
             try:
-                self.reports[split] = report = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+                self.reports[split] = report = json.loads(
+                    arrow.with_suffix(".json").read_text(encoding="utf-8")
+                )
                 prepared[split] = Dataset.from_file(str(arrow))
             except (ValueError, OSError) as error:
-                raise ValueError(f"{arrow}: damaged ({error}); delete it, and the text is read again") from None
-            counts = ", ".join(f"{report[key]:,} {key}" for key in ("files", "documents", "words", "tokens", "chunks"))
+                raise ValueError(
+                    f"{arrow}: damaged ({error}); delete it, and the text is read again"
+                ) from None
+            counts = ", ".join(
+                f"{report[key]:,} {key}"
+                for key in ("files", "documents", "words", "tokens", "chunks")
+            )
             left_out, invalid = report["tokens_left_out"], report["invalid_bytes"]
             logger.info("%s: %s of %d (%d tokens left out)", split, counts, max_length, left_out)
             if invalid:
-                logger.warning("%s: %d bytes not UTF-8, first at %s", split, invalid, report["first_invalid"])
+                logger.warning(
+                    "%s: %d bytes not UTF-8, first at %s", split, invalid, report["first_invalid"]
+                )
         return prepared
 
     def _key(self, sources: list[dict], max_length: int, clean: bool) -> str:
         """A hash of the files' names and contents, the tokenizer, and what is done to them."""
-        parts = [self._backend.to_str(), CLEANER_VERSION, READER_VERSION, CACHE_VERSION, PIECE, max_length, clean]
+        parts = [
+            self._backend.to_str(),
+            CLEANER_VERSION,
+            READER_VERSION,
+            CACHE_VERSION,
+            PIECE,
+            max_length,
+            clean,
+        ]
         parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         parts += [[source["file"], source["sha256"]] for source in sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
-    def _encode(self, pieces: Iterator[tuple[int, Piece]]) -> Iterator[tuple[list, np.ndarray, list[int]]]:
+    def _encode(
+        self, pieces: Iterator[tuple[int, Piece]]
+    ) -> Iterator[tuple[list, np.ndarray, list[int]]]:
         """Numbered pieces -> batches of them, their token ids with BOS and EOS around documents, and ids of each piece.
 
         One thread waits for the Rust threads; in this one the next batch is read and the last one collected meanwhile.
@@ -240,25 +234,35 @@ class DataProcessor:
                 if piece.last:
                     ids.append(self.tokenizer.eos_token_id)
                 ends.append(len(ids))
-            return batch, np.array(ids, dtype=self._dtype), [b - a for a, b in itertools.pairwise(ends)]
+            return (
+                batch,
+                np.array(ids, dtype=self._dtype),
+                [b - a for a, b in itertools.pairwise(ends)],
+            )
 
         with ThreadPoolExecutor(1) as pool:
             running = None
             while batch := list(itertools.islice(pieces, BATCH)):
                 texts = [piece.text for _, piece in batch]
-                future = pool.submit(self._backend.encode_batch_fast, texts, add_special_tokens=False)
+                future = pool.submit(
+                    self._backend.encode_batch_fast, texts, add_special_tokens=False
+                )
                 if running:
                     yield collect(running[0], running[1].result())
                 running = batch, future
             if running:
                 yield collect(running[0], running[1].result())
 
-    def _pieces_of(self, files: list[Path], split: str, clean: bool, report: dict) -> Iterator[tuple[int, Piece]]:
+    def _pieces_of(
+        self, files: list[Path], split: str, clean: bool, report: dict
+    ) -> Iterator[tuple[int, Piece]]:
         """The number of each file with the pieces of its documents, counted, with a progress bar in bytes."""
         from tqdm import tqdm
 
         total = sum(path.stat().st_size for path in files)
-        with tqdm(total=total, desc=f"tokenising {split}", unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(
+            total=total, desc=f"tokenising {split}", unit="B", unit_scale=True, disable=None
+        ) as bar:
             for number, path in enumerate(files):
                 pieces = read_documents(path, report)
                 for piece in clean_pieces(pieces, clean_text) if clean else pieces:
@@ -266,37 +270,64 @@ class DataProcessor:
                     yield number, piece
             bar.update(report["bytes_on_disk"] - bar.n)
 
-    def _write(self, arrow: Path, split: str, files: list[Path], sources: list[dict], max_length: int, clean: bool):
+    def _write(
+        self,
+        arrow: Path,
+        split: str,
+        files: list[Path],
+        sources: list[dict],
+        max_length: int,
+        clean: bool,
+    ):
         """Write the chunks of a split and, beside them, words and report; under their names only when complete."""
         import numpy as np
         import pyarrow as pa
         from datasets import Features, List, Value
 
-        from words import WordFile
+        from babyllama.data.words import WordFile
 
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        report = {**new_report(), "key": arrow.stem, "tokens": 0, "chunks": 0, "tokens_left_out": 0, "sources": sources}
+        report = {
+            **new_report(),
+            "key": arrow.stem,
+            "tokens": 0,
+            "chunks": 0,
+            "tokens_left_out": 0,
+            "sources": sources,
+        }
         schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
         rest = np.empty(0, dtype=self._dtype)
         arrow.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arrow.parent, prefix=".writing-") as folder:
             draft = Path(folder, arrow.name)
             words = WordFile(draft.with_suffix(".words"), self._lengths, bos, eos, sources)
-            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream, words:
+            with (
+                pa.OSFile(str(draft), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as stream,
+                words,
+            ):
                 for batch, ids, sizes in self._encode(self._pieces_of(files, split, clean, report)):
                     report["tokens"] += len(ids)
                     words.add(batch, ids, sizes)
                     rest = np.concatenate([rest, ids])
                     full = len(rest) // max_length * max_length
-                    column = pa.FixedSizeListArray.from_arrays(pa.array(rest[:full]), type=schema.field(0).type)
+                    column = pa.FixedSizeListArray.from_arrays(
+                        pa.array(rest[:full]), type=schema.field(0).type
+                    )
                     stream.write_batch(pa.record_batch([column], schema=schema))
                     rest = rest[full:]
             report["chunks"] = report["tokens"] // max_length
             report["tokens_left_out"] = len(rest)
             if not report["chunks"]:
                 where = ", ".join(map(str, files[:3]))
-                raise ValueError(f"{split}: {report['tokens']} tokens in {where} do not fill one chunk of {max_length}")
+                raise ValueError(
+                    f"{split}: {report['tokens']} tokens in {where} do not fill one chunk of {max_length}"
+                )
             draft.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-            for file in (words.path, draft.with_suffix(".json"), draft):  # the chunks last: they say that all is there
+            for file in (
+                words.path,
+                draft.with_suffix(".json"),
+                draft,
+            ):  # the chunks last: they say that all is there
                 if file.is_file():
                     file.replace(arrow.with_name(file.name))

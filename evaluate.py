@@ -20,17 +20,65 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import threads
+from babyllama.data.documents import find_files, new_report, read_documents
+from babyllama.files import nan_to_null
 
 log = logging.getLogger(__name__)
 LOW_CONFIDENCE = 0.1  # a prediction whose likeliest token has less probability than this
-FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = 30, 1000, 30  # below these the printed figures come with a note
+FEW_TEXTS, FEW_TOKENS, FEW_PROMPTS = (
+    30,
+    1000,
+    30,
+)  # below these the printed figures come with a note
 SAMPLE_TOKENS = 40  # of one text, whose surprisal is drawn
+PASSAGE_CHARS = 2000
+
+
+def passages(text: str) -> Iterator[str]:
+    """The text cut at line ends (else at a blank, else anywhere) into at most PASSAGE_CHARS characters each."""
+    text = text.strip()
+    while len(text) > PASSAGE_CHARS:
+        cuts = (text.rfind(mark, 1, PASSAGE_CHARS) for mark in "\n ")
+        at = next((cut for cut in cuts if cut > 0), PASSAGE_CHARS)
+        yield text[:at].rstrip()
+        text = text[at:].lstrip()
+    if text:
+        yield text
+
+
+def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[int], int]:
+    """(`count` passages drawn evenly from all held-out documents, in their order; the number of the document that each
+    is of; how many passages there are)."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no held-out text at {path}: name a file or a directory with --eval-data"
+        )
+    rng, kept, total, document, report = random.Random(seed), [], 0, 0, new_report()
+    for piece in (
+        piece for file in find_files(path, "dev") for piece in read_documents(file, report)
+    ):
+        document += piece.first
+        for passage in passages(piece.text):
+            place = (
+                len(kept) if len(kept) < count else rng.randrange(total + 1)
+            )  # reservoir sampling
+            if place < count:
+                kept[place : place + 1] = [(total, passage, document)]
+            total += 1
+    if not total:
+        raise ValueError(f"{path} holds no text")
+    if report["invalid_bytes"]:
+        log.warning(
+            "%d bytes not UTF-8, first at %s", report["invalid_bytes"], report["first_invalid"]
+        )
+    kept.sort()
+    return [passage for _, passage, _ in kept], [document for _, _, document in kept], total
 
 
 def __getattr__(name: str):
@@ -46,9 +94,9 @@ class ModelEvaluator:
     """The metrics of one model directory; `seed` settles samples and bootstrap."""
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
-        import inference
+        from babyllama.evaluation.loading import load_model
 
-        self.model, self.tokenizer = inference.load_model(model_path, device)
+        self.model, self.tokenizer = load_model(model_path, device)
         self.device, self.seed = self.model.device, seed
         self.bos = not (self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None)
         self._scored: tuple = (None, [])
@@ -64,8 +112,8 @@ class ModelEvaluator:
         """
         import numpy as np
 
-        import inference
-        import metrics
+        from babyllama.evaluation import metrics
+        from babyllama.evaluation.generation import decode
 
         documents = range(len(texts)) if documents is None else documents
         found = zip(texts, self._scores(texts, batch_size), documents, strict=True)
@@ -75,19 +123,33 @@ class ModelEvaluator:
                 scored.append((text, scores))
                 owners.append(document)
         if not self.bos:  # the first token has no score, so it counts in no rate
-            scored = [(inference.decode(self.tokenizer, s.ids), s) for _, s in scored]
-        rows = np.array([[-s.logprobs.sum(), len(s.ids), len(t.encode()), len(t.split())] for t, s in scored])
+            scored = [(decode(self.tokenizer, s.ids), s) for _, s in scored]
+        rows = np.array(
+            [[-s.logprobs.sum(), len(s.ids), len(t.encode()), len(t.split())] for t, s in scored]
+        )
         rows = rows.reshape(-1, 4)  # nats, tokens, bytes, words of each text
-        figures = {key: float(value) for key, value in metrics.rates(rows.sum(0)).items()}
+        figures = {
+            key: float(value) for key, value in metrics.perplexity_metrics(rows.sum(0)).items()
+        }
         whole = metrics.sums_by(rows, owners)  # of each document
-        resampled = metrics.rates(metrics.resample(whole, self.seed).T)
+        resampled = metrics.perplexity_metrics(metrics.resample(whole, self.seed).T)
         losses = rows[:, 0] / rows[:, 1]
-        spread = {"std_loss": losses.std(), "min_loss": losses.min(), "max_loss": losses.max()} if scored else {}
+        spread = (
+            {"std_loss": losses.std(), "min_loss": losses.min(), "max_loss": losses.max()}
+            if scored
+            else {}
+        )
         return {
             **figures,
-            **{f"{key}_ci95": metrics.interval(values, len(whole)) for key, values in resampled.items()},
+            **{
+                f"{key}_ci95": metrics.interval(values, len(whole))
+                for key, values in resampled.items()
+            },
             "average_loss": figures["nats_per_token"],
-            **{key: float(spread.get(key, math.nan)) for key in ("std_loss", "min_loss", "max_loss")},
+            **{
+                key: float(spread.get(key, math.nan))
+                for key in ("std_loss", "min_loss", "max_loss")
+            },
             "num_sequences": len(scored),
             "num_documents": len(whole),
             "num_empty": len(texts) - len(scored),
@@ -109,17 +171,19 @@ class ModelEvaluator:
         """
         import numpy as np
 
-        import inference
-        import metrics
+        from babyllama.evaluation import metrics
+        from babyllama.evaluation.generation import generate
 
         _check_texts(prompts, "prompts")
-        texts = inference.generate(
+        texts = generate(
             self.model, self.tokenizer, prompts, max_new_tokens=max_length, temperature=temperature, top_p=top_p,
             num_return_sequences=num_return_sequences, seed=self.seed,
         )  # fmt: skip
         words = [[text.split() for text in group] for group in texts]
         diversity = np.array([[metrics.ngram_diversity(text) for text in group] for group in words])
-        repetition = np.array([[metrics.ngram_repetition(text) for text in group] for group in words])
+        repetition = np.array(
+            [[metrics.ngram_repetition(text) for text in group] for group in words]
+        )
         bleu = [metrics.self_bleu(group) for group in words]
         flat = [text for group in words for text in group]
         return {
@@ -134,11 +198,14 @@ class ModelEvaluator:
             "diversity_scores": diversity.ravel().tolist(),
             "repetition_scores": repetition.ravel().tolist(),
             "generation_samples": [
-                {"prompt": prompt, "generations": group} for prompt, group in zip(prompts, texts, strict=True)
+                {"prompt": prompt, "generations": group}
+                for prompt, group in zip(prompts, texts, strict=True)
             ],
         }
 
-    def evaluate_token_probabilities(self, texts: Sequence[str], batch_size: int = 8) -> dict[str, Any]:
+    def evaluate_token_probabilities(
+        self, texts: Sequence[str], batch_size: int = 8
+    ) -> dict[str, Any]:
         """The model's confidence, its entropy (nats), the rank of the true token, and calibration, over all tokens.
 
         `low_confidence_ratio`: share of places where the likeliest token has a probability below 0.1. Tokens of equal
@@ -147,22 +214,32 @@ class ModelEvaluator:
         """
         import numpy as np
 
-        import metrics
+        from babyllama.evaluation import metrics
 
         scores = self._scores(texts, batch_size)
         columns = ("logprobs", "top_probs", "entropies", "ranks", "hits")
-        all_of = {name: np.concatenate([np.empty(0), *(getattr(s, name) for s in scores)]) for name in columns}
+        all_of = {
+            name: np.concatenate([np.empty(0), *(getattr(s, name) for s in scores)])
+            for name in columns
+        }
         top, ranks, bits = all_of["top_probs"], all_of["ranks"], -all_of["logprobs"] / math.log(2)
         bins, error = metrics.calibration(top, all_of["hits"])
-        counts, edges = np.histogram(bits[np.isfinite(bits)].clip(max=24), bins=np.arange(25))  # the last: and above
+        counts, edges = np.histogram(
+            bits[np.isfinite(bits)].clip(max=24), bins=np.arange(25)
+        )  # the last: and above
         shown = next((s.ids[:SAMPLE_TOKENS] for s in scores if len(s.ids) > 1), [])
-        shown_bits = next((-s.logprobs[:SAMPLE_TOKENS] / math.log(2) for s in scores if len(s.ids) > 1), np.empty(0))
+        shown_bits = next(
+            (-s.logprobs[:SAMPLE_TOKENS] / math.log(2) for s in scores if len(s.ids) > 1),
+            np.empty(0),
+        )
         return {
             "avg_top_token_prob": metrics.mean(top),
             "std_top_token_prob": float(top.std()) if len(top) else math.nan,
             "avg_entropy": metrics.mean(all_of["entropies"]),
             "std_entropy": float(all_of["entropies"].std()) if len(top) else math.nan,
-            "low_confidence_ratio": metrics.mean(np.where(np.isnan(top), top, top < LOW_CONFIDENCE)),
+            "low_confidence_ratio": metrics.mean(
+                np.where(np.isnan(top), top, top < LOW_CONFIDENCE)
+            ),
             "top1_accuracy": metrics.mean(all_of["hits"]),
             "mean_rank": metrics.mean(ranks),
             "median_rank": float(np.median(ranks)) if len(ranks) else math.nan,
@@ -177,31 +254,42 @@ class ModelEvaluator:
             },
         }
 
-    def plot_metrics(self, metrics: dict[str, Any], save_path: str | Path = "evaluation_plots.png") -> None:
+    def plot_metrics(
+        self, metrics: dict[str, Any], save_path: str | Path = "evaluation_plots.png"
+    ) -> None:
         """Draw what `metrics` holds: the dict of one method, several merged, or a dict of such dicts."""
-        from plots import plot_evaluation
+        from babyllama.plots import plot_evaluation
 
         Path(save_path).parent.mkdir(parents=True, exist_ok=True)
         plot_evaluation(metrics, Path(save_path))
 
     def _scores(self, texts: Sequence[str], batch_size: int) -> list:
         """TokenScores with statistics of each text; the last texts are remembered, so that two methods score once."""
-        import inference
+        from babyllama.evaluation.loading import context_length
+        from babyllama.evaluation.scoring import GPU_BATCH_TOKENS, token_logprobs
 
         _check_texts(texts, "texts")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
-        what = list(texts), [p._version for p in self.model.parameters()]  # which change where weights are written
+        what = (
+            list(texts),
+            [p._version for p in self.model.parameters()],
+        )  # which change where weights are written
         if self._scored[0] != what:
-            most = min(batch_size * inference.context_length(self.model), inference.GPU_BATCH_TOKENS)
+            most = min(batch_size * context_length(self.model), GPU_BATCH_TOKENS)
             options = {"batch_tokens": most, "stats": True}
-            self._scored = what, inference.token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options)
+            self._scored = (
+                what,
+                token_logprobs(self.model, self.tokenizer, texts, bos=self.bos, **options),
+            )
         return self._scored[1]
 
 
 def _check_texts(texts: Sequence[str], name: str) -> None:
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} must be a list of strings, not {type(texts).__name__} {str(texts)[:40]!r}")
+        raise ValueError(
+            f"{name} must be a list of strings, not {type(texts).__name__} {str(texts)[:40]!r}"
+        )
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -210,39 +298,40 @@ def _check_texts(texts: Sequence[str], name: str) -> None:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty."""
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        prompts = [
+            line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()
+        ]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; --custom-prompts takes a file of prompts") from None
+        raise ValueError(
+            f"{path}: {error.strerror}; --custom-prompts takes a file of prompts"
+        ) from None
     if not prompts:
         raise ValueError(f"{path} holds no prompt: one on each line is expected")
     return prompts
 
 
-def strict(value: Any, name: str, undefined: list[str]) -> Any:
-    """The value with None for NaN and infinity, whose names go into `undefined`: what strict JSON can hold."""
-    if isinstance(value, dict):
-        return {key: strict(item, f"{name}.{key}" if name else key, undefined) for key, item in value.items()}
-    if isinstance(value, list):
-        return [strict(item, name, undefined) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        if name not in undefined:
-            undefined.append(name)
-        return None
-    return value
-
-
 def notes(results: dict[str, dict]) -> list[str]:
     """What a reader should know before trusting the figures."""
-    text, tokens, made = results["perplexity"], results["token_probabilities"], results["generation"]
+    text, tokens, made = (
+        results["perplexity"],
+        results["token_probabilities"],
+        results["generation"],
+    )
     prompts, lines = len(made["generation_samples"]), []
     if text["num_documents"] < FEW_TEXTS:
-        lines.append(f"the text figures rest on {text['num_documents']} documents only: their intervals are rough")
+        lines.append(
+            f"the text figures rest on {text['num_documents']} documents only: their intervals are rough"
+        )
     if tokens["num_tokens"] < FEW_TOKENS:
-        lines.append(f"the token figures, calibration above all, rest on {tokens['num_tokens']} tokens only")
+        lines.append(
+            f"the token figures, calibration above all, rest on {tokens['num_tokens']} tokens only"
+        )
     if prompts < FEW_PROMPTS:
-        lines.append(f"the generation figures rest on {prompts} prompts only: their intervals are rough")
+        lines.append(
+            f"the generation figures rest on {prompts} prompts only: their intervals are rough"
+        )
     if not math.isfinite(text["nats_per_token"]):
         lines.append("the model's probabilities are not finite numbers: its weights are broken")
     return lines
@@ -267,14 +356,20 @@ TABLE = [
 
 def print_report(report: dict) -> None:
     config, counts = report["config"], report["n-samples"]
-    print(f"{config['model']}: {config['parameters']:,} parameters, float32, {config['device']}, seed {config['seed']}")
+    print(
+        f"{config['model']}: {config['parameters']:,} parameters, float32, {config['device']}, seed {config['seed']}"
+    )
     print(f"text {config['eval_data']}: {counts['perplexity']['effective']:,} of {counts['perplexity']['original']:,} "
           f"passages, {report['results']['perplexity']['total_tokens']:,} tokens, "
           f"{report['results']['perplexity']['num_documents']:,} documents\n")  # fmt: skip
     print(f"{'':32}{'value':>10}   95 % interval")
     for group, key, label in TABLE:
         value, interval = report["results"][group][key], report["results"][group].get(f"{key}_ci95")
-        between = f"   {interval[0]:.4f} .. {interval[1]:.4f}" if interval and None not in interval else ""
+        between = (
+            f"   {interval[0]:.4f} .. {interval[1]:.4f}"
+            if interval and None not in interval
+            else ""
+        )
         print(f"{label:32}{'undefined' if value is None else format(value, '.4f'):>10}{between}")
     for sample in report["results"]["generation"]["generation_samples"][:3]:
         text = " ".join(f"{sample['prompt']}|{sample['generations'][0]}".split())
@@ -285,17 +380,22 @@ def print_report(report: dict) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Read text and prompts, measure, and return the report in the shape of lm-evaluation-harness."""
-    import runs
-    from documents import PASSAGE_CHARS, draw_passages
-    from settings import run_text
+    from babyllama.files import describe_environment, weights_sha256
+
+    pass
+    from babyllama.evaluation.loading import training_text_of
 
     model_path = Path(args.model)
-    source = Path(args.eval_data) if args.eval_data else run_text(model_path, "eval_path")
+    source = Path(args.eval_data) if args.eval_data else training_text_of(model_path, "eval_path")
     if source is None:
-        raise ValueError(f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR")
+        raise ValueError(
+            f"{model_path} does not say what its run held out: name text with --eval-data FILE_OR_DIR"
+        )
     custom = read_prompts(Path(args.custom_prompts)) if args.custom_prompts else None
     texts, owners, total = draw_passages(source, args.num_samples, args.seed)
-    prompts = custom or [" ".join(text.split()[:4]) for text in texts[:: max(1, len(texts) // 10)][:10]]
+    prompts = custom or [
+        " ".join(text.split()[:4]) for text in texts[:: max(1, len(texts) // 10)][:10]
+    ]
 
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {
@@ -303,13 +403,25 @@ def run(args: argparse.Namespace) -> dict:
         "token_probabilities": evaluator.evaluate_token_probabilities(texts, args.batch_size),
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
-    undefined, environment, counts = [], runs.environment(args.device), {"original": total, "effective": len(texts)}
-    config = {"model": str(model_path), "eval_data": str(source), "device": str(evaluator.device), "dtype": "float32"}
-    config |= {"weights_sha256": runs.weights_sha256(model_path), "parameters": evaluator.model.num_parameters()}
+    undefined, environment, counts = (
+        [],
+        describe_environment(args.device),
+        {"original": total, "effective": len(texts)},
+    )
+    config = {
+        "model": str(model_path),
+        "eval_data": str(source),
+        "device": str(evaluator.device),
+        "dtype": "float32",
+    }
+    config |= {
+        "weights_sha256": weights_sha256(model_path),
+        "parameters": evaluator.model.num_parameters(),
+    }
     config |= {"bos": evaluator.bos, "passage_chars": PASSAGE_CHARS}
     config |= {key: getattr(args, key) for key in ("seed", "temperature", "batch_size")}
     return {
-        "results": strict(results, "", undefined),
+        "results": nan_to_null(results, "", undefined),
         "config": config,
         "versions": dict.fromkeys(results, 1),
         "n-samples": {
@@ -324,52 +436,96 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure one language model on held-out text.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Measure one language model on held-out text."
+    )
 
     def add(name: str, **options) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
 
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
-    add("num-samples", type=int, default=500, help="passages of held-out text to score (default 500)")
-    add("output-path", metavar="FILE", help="the JSON file (default MODEL/evaluation_results.json), plots beside it")
+    add(
+        "num-samples",
+        type=int,
+        default=500,
+        help="passages of held-out text to score (default 500)",
+    )
+    add(
+        "output-path",
+        metavar="FILE",
+        help="the JSON file (default MODEL/evaluation_results.json), plots beside it",
+    )
     add("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    add("custom-prompts", metavar="FILE", help="prompts, one on a line (default: beginnings of ten passages)")
-    add("temperature", type=float, default=0.8, help="of sampling; 0 takes the likeliest token (default 0.8)")
-    add("eval-data", metavar="FILE_OR_DIR", help="held-out text (default: what the training run held out)")
-    add("seed", type=int, default=0, help="of the choice of passages, the samples and the intervals (default 0)")
-    add("batch-size", type=int, default=8, help="full contexts in a forward pass (default 8); fewer take less memory")
+    add(
+        "custom-prompts",
+        metavar="FILE",
+        help="prompts, one on a line (default: beginnings of ten passages)",
+    )
+    add(
+        "temperature",
+        type=float,
+        default=0.8,
+        help="of sampling; 0 takes the likeliest token (default 0.8)",
+    )
+    add(
+        "eval-data",
+        metavar="FILE_OR_DIR",
+        help="held-out text (default: what the training run held out)",
+    )
+    add(
+        "seed",
+        type=int,
+        default=0,
+        help="of the choice of passages, the samples and the intervals (default 0)",
+    )
+    add(
+        "batch-size",
+        type=int,
+        default=8,
+        help="full contexts in a forward pass (default 8); fewer take less memory",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    threads.sleep_soon()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
     try:
         for name, least in {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0}.items():
             if not least <= getattr(args, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more"
+                )
         output = Path(args.output_path or Path(args.model) / "evaluation_results.json")
         if output.is_dir():
             raise ValueError(f"--output-path {output} is a directory: name a file")
-        import plots
-        import runs
+        from babyllama import plots
+        from babyllama.files import check_results_file, write_json
 
         if not Path(args.model, "config.json").is_file():
-            raise FileNotFoundError(f"no model at {args.model}: expected a directory with config.json and weights")
-        runs.require_writable(output, "--output-path")
+            raise FileNotFoundError(
+                f"no model at {args.model}: expected a directory with config.json and weights"
+            )
+        check_results_file(output, "--output-path")
         report = run(args)
-        runs.write_json(output, report)
-        plots.plot_evaluation(report["results"], output.with_name("evaluation_plots.png"), args.model)
+        write_json(output, report)
+        plots.plot_evaluation(
+            report["results"], output.with_name("evaluation_plots.png"), args.model
+        )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from machine import out_of_memory
+        from babyllama.device import is_out_of_memory
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print("error: out of memory: a smaller --batch-size takes less, or another --device has more", file=sys.stderr)
+        print(
+            "error: out of memory: a smaller --batch-size takes less, or another --device has more",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

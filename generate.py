@@ -15,8 +15,6 @@ import logging
 import sys
 from collections.abc import Iterator
 
-import threads
-
 
 def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) -> Iterator[str]:
     """The continuation of a prompt in pieces of text, none of which ends inside a character.
@@ -24,7 +22,8 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
     `options` are max_new_tokens, temperature, top_p and seed of inference.generate; the pieces of `stream_number` i
     together are its i-th text for a single prompt.
     """
-    from inference import decode, encode, generate_steps, stop_ids
+    from babyllama.evaluation.generation import decode, generate_steps, stop_ids
+    from babyllama.evaluation.loading import encode
 
     ids, shown = [], ""
     stop = stop_ids(model, tokenizer)
@@ -33,7 +32,9 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
         if token is not None:
             ids.append(token)
             text = decode(tokenizer, ids)
-            if not text.endswith("\ufffd"):  # else the bytes of its last character are still to come
+            if not text.endswith(
+                "\ufffd"
+            ):  # else the bytes of its last character are still to come
                 yield text[len(shown) :]
                 shown = text
     yield decode(tokenizer, ids)[len(shown) :]
@@ -51,7 +52,9 @@ def prompts_typed() -> Iterator[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Continue a prompt with a language model.")
+    parser = argparse.ArgumentParser(
+        prog="generate.py", description="Continue a prompt with a language model."
+    )
 
     def add(name: str, **options) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
@@ -61,7 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("num-samples", type=int, default=1, help="texts for each prompt (default 1)")
     add("max-new-tokens", type=int, default=100, help="most tokens of a text (default 100)")
     add("temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    add("top-p", type=float, default=0.95, help="share of the probability that is sampled from (default 0.95)")
+    add(
+        "top-p",
+        type=float,
+        default=0.95,
+        help="share of the probability that is sampled from (default 0.95)",
+    )
     add("seed", type=int, default=0, help="the same seed gives the same texts (default 0)")
     add("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     return parser
@@ -69,18 +77,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    threads.sleep_soon()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
     try:
         for name, least in {"num_samples": 1, "seed": 0}.items():
             if getattr(args, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
-        from inference import load_model
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more"
+                )
+        from babyllama.evaluation.loading import load_model
 
         model, tokenizer = load_model(args.model, args.device)
-        options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+        options = {
+            name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
+        }
         for typed in prompts_typed() if args.prompt is None else [args.prompt]:
-            prompt = typed.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes on any bytes
+            prompt = typed.encode(errors="surrogateescape").decode(
+                errors="replace"
+            )  # a shell passes on any bytes
             for number in range(args.num_samples):
                 pieces = stream(model, tokenizer, prompt, stream_number=number, **options)
                 print(prompt + next(pieces), end="", flush=True)
@@ -91,11 +106,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from machine import out_of_memory
+        from babyllama.device import is_out_of_memory
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print("error: out of memory: fewer --max-new-tokens take less, or another --device has more", file=sys.stderr)
+        print(
+            "error: out of memory: fewer --max-new-tokens take less, or another --device has more",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print()

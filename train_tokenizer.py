@@ -24,11 +24,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_utils import SPECIAL_TOKENS, find_files, new_report, read_documents, source_of
-from runs import sha256, tokenizer_record, tokenizer_sources, write_text
+from babyllama.data.documents import find_files, new_report, read_documents, source_of
+from babyllama.data.tokenizer import SPECIAL_TOKENS, tokenizer_record_path, tokenizer_sources
+from babyllama.files import sha256, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1_000_000
@@ -44,9 +46,18 @@ def check_request(vocab_size: int, output: Path | None = None) -> None:
         )
     if output is not None and output.exists() and not output.is_file():
         what = "a directory" if output.is_dir() else "no regular file"
-        raise ValueError(f"{output} is {what}; name the tokenizer file, such as {output / 'tokenizer.json'}")
-    if output is not None and output.is_file() and output.stat().st_size and tokenizer_sources(output) is None:
-        raise ValueError(f"{output}: no record that this script wrote it as it is; move it away or name another file")
+        raise ValueError(
+            f"{output} is {what}; name the tokenizer file, such as {output / 'tokenizer.json'}"
+        )
+    if (
+        output is not None
+        and output.is_file()
+        and output.stat().st_size
+        and tokenizer_sources(output) is None
+    ):
+        raise ValueError(
+            f"{output}: no record that this script wrote it as it is; move it away or name another file"
+        )
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -73,7 +84,9 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     bos = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
     )
     return tokenizer
 
@@ -111,11 +124,16 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     tokenizer = train_bpe_tokenizer(_texts_with_progress(files, sample, counted), vocab_size)
     if not counted["bytes"]:
         raise ValueError(f"no text to train on: {files[0].parent} has only empty files")
-    replaces = output.is_file() and output.read_text(encoding="utf-8") not in ("", tokenizer.to_str())
+    replaces = output.is_file() and output.read_text(encoding="utf-8") not in (
+        "",
+        tokenizer.to_str(),
+    )
     save_tokenizer(tokenizer, output)
     record = {"tokenizer_sha256": sha256(output), "sources": counted["sources"]}
-    write_text(tokenizer_record(output), json.dumps(record, indent=1) + "\n")
-    tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False))
+    write_text(tokenizer_record_path(output), json.dumps(record, indent=1) + "\n")
+    tokens = sum(
+        len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False)
+    )
     return {
         "files": len(files),
         "bytes": counted["bytes"],
@@ -136,7 +154,10 @@ def _texts_with_progress(files: list[Path], sample: list[str], counted: dict) ->
         for file in files:
             report = new_report()
             for piece in read_documents(file, report):
-                n_bytes, read = len(piece.text.encode()), before + report["bytes_on_disk"]  # less where compressed
+                n_bytes, read = (
+                    len(piece.text.encode()),
+                    before + report["bytes_on_disk"],
+                )  # less where compressed
                 if sampled * total <= SAMPLE_BYTES * read:
                     sample.append(piece.text)
                     sampled += n_bytes
@@ -148,7 +169,7 @@ def _texts_with_progress(files: list[Path], sample: list[str], counted: dict) ->
         bar.set_description("merging")
 
 
-def describe(summary: dict[str, float], vocab_size: int) -> str:
+def summary_text(summary: dict[str, float], vocab_size: int) -> str:
     """The lines that say what came out of `train_on_files` when `vocab_size` tokens were asked for."""
     lines = [
         f"{summary['files']} files, {summary['bytes'] / 1e6:.2f} MB of text, {summary['seconds']:.1f} s",
@@ -161,7 +182,9 @@ def describe(summary: dict[str, float], vocab_size: int) -> str:
             f" instead of {vocab_size - MIN_VOCAB_SIZE}: ask for {reached} tokens or use more text"
         )
     if summary["replaces"]:
-        lines.append("note: another tokenizer had this name: runs that were made with it cannot be taken up again")
+        lines.append(
+            "note: another tokenizer had this name: runs that were made with it cannot be taken up again"
+        )
     return "\n".join(lines)
 
 
@@ -172,10 +195,22 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--data-dir", "--data_dir", type=Path, default=Path("./data/train"), help="directory with the training text"
+        "--data-dir",
+        "--data_dir",
+        type=Path,
+        default=Path("./data/train"),
+        help="directory with the training text",
     )
-    parser.add_argument("--vocab-size", "--vocab_size", type=int, default=16000, help="number of tokens, at least 259")
-    parser.add_argument("--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write")
+    parser.add_argument(
+        "--vocab-size",
+        "--vocab_size",
+        type=int,
+        default=16000,
+        help="number of tokens, at least 259",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write"
+    )
     return parser
 
 
@@ -190,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(describe(summary, args.vocab_size))
+    print(summary_text(summary, args.vocab_size))
     print(f"wrote {args.output}")
     return 0
 

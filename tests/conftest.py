@@ -19,11 +19,20 @@ hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BA
 hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared"))  # holds corpus/ and blimp/, or is absent
+SHARED = Path(
+    os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared")
+)  # holds corpus/ and blimp/, or is absent
 
 NOUNS = ["cat", "dog", "girl", "boy", "teacher", "bird", "farmer", "child"]
 VERBS = ["sees", "likes", "finds", "hears", "helps", "follows"]
-ENDS = ["in the garden", "near the river", "at home", "under the old tree", "every day", "with a smile"]
+ENDS = [
+    "in the garden",
+    "near the river",
+    "at home",
+    "under the old tree",
+    "every day",
+    "with a smile",
+]
 
 
 CLOCK = {  # keys of the log's rows that differ between two runs of the same
@@ -45,7 +54,8 @@ def sentences(n: int, seed: int = 0) -> list[str]:
     """n short English sentences, the same for the same seed."""
     rng = random.Random(seed)
     return [
-        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} {rng.choice(ENDS)}." for _ in range(n)
+        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} {rng.choice(ENDS)}."
+        for _ in range(n)
     ]
 
 
@@ -69,7 +79,7 @@ def tokenizer_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file):
-    from data_utils import load_tokenizer
+    from babyllama.data.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer_file)
 
@@ -144,7 +154,9 @@ def bare_model_dir(tmp_path_factory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("bare")
-    bare = Tokenizer(models.WordLevel({"?": 0, **{word: i for i, word in enumerate(NOUNS, 1)}}, unk_token="?"))
+    bare = Tokenizer(
+        models.WordLevel({"?": 0, **{word: i for i, word in enumerate(NOUNS, 1)}}, unk_token="?")
+    )
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(folder)
     build_tiny_model("GPT2", vocab_size=9).save_pretrained(folder)
@@ -169,11 +181,20 @@ def workshop(tmp_path_factory) -> Path:
         for script, arguments in quickstart_commands():
             arguments = [{"300000": "15000", "700": "400"}.get(word, word) for word in arguments]
             if script == "train.py":
-                arguments += ["--set", "model.hidden_size=32", "--set", "model.n_layer=2", "--num-epochs", "1"]
+                arguments += [
+                    "--set",
+                    "model.hidden_size=32",
+                    "--set",
+                    "model.n_layer=2",
+                    "--num-epochs",
+                    "1",
+                ]
             main = {"create_synthetic_data.py": create_synthetic_data.main, "train_tokenizer.py": train_tokenizer.main,
                     "train.py": train.main}[script]  # fmt: skip
             assert main(arguments) == 0, (script, arguments)
-        (root / "models" / "tokenizer.json").write_bytes((root / "models" / "quickstart-tokenizer.json").read_bytes())
+        (root / "models" / "tokenizer.json").write_bytes(
+            (root / "models" / "quickstart-tokenizer.json").read_bytes()
+        )
         for split in ("train", "dev"):
             (root / "data" / split).symlink_to(root / "data" / "synthetic" / split)
     return root
@@ -184,7 +205,12 @@ def quickstart_commands() -> list[tuple[str, list[str]]]:
     import re
     import shlex
 
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nquickstart:", 1)[1].split("\n\n", 1)[0]
+    recipe = (
+        (ROOT / "Makefile")
+        .read_text(encoding="utf-8")
+        .split("\nquickstart:", 1)[1]
+        .split("\n\n", 1)[0]
+    )
     lines = re.sub(r"\$\((?:if|wildcard) .*\)", "", recipe).splitlines()[1:]
     commands = [shlex.split(line.replace("$(PY)", "python"))[1:] for line in lines]
     return [(words[0], words[1:]) for words in commands if words[0] in TRAINING_SCRIPTS]
@@ -214,7 +240,9 @@ def config_file(tmp_path, tokenizer_file, corpus_dir, monkeypatch):
 
     def write(**changes) -> Path:
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(tiny_config(tmp_path, tokenizer_file, corpus_dir, **changes)))
+        path.write_text(
+            yaml.safe_dump(tiny_config(tmp_path, tokenizer_file, corpus_dir, **changes))
+        )
         return path
 
     return write

@@ -15,18 +15,11 @@ from conftest import ROOT, SHARED, sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data_utils
-import documents
-from data_utils import (
-    DataProcessor,
-    byte_lengths,
-    clean_text,
-    domain_of,
-    find_files,
-    load_tokenizer,
-    new_report,
-    read_documents,
-)
+from babyllama.data import cleaners, documents
+from babyllama.data.cleaners import clean_text
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents
+from babyllama.data.tokenizer import SPECIAL_TOKENS, byte_lengths, load_tokenizer
+from data_utils import DataProcessor
 
 
 def documents_of(path, report=None) -> list[str]:
@@ -59,14 +52,21 @@ def test_load_tokenizer_sets_what_the_file_has(tokenizer_file, tmp_path):
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != "<pad>"]
     del tree["model"]["vocab"]["<pad>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
-    assert load_tokenizer(tmp_path).pad_token is None and load_tokenizer(tmp_path).bos_token == "<s>"
+    assert (
+        load_tokenizer(tmp_path).pad_token is None and load_tokenizer(tmp_path).bos_token == "<s>"
+    )
 
 
 def test_load_tokenizer_says_what_is_wrong(tokenizer_file, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.json.*python train_tokenizer\.py --data-dir .*--output"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.json.*python train_tokenizer\.py --data-dir .*--output"
+    ):
         load_tokenizer(tmp_path / "none.json")
     tree = json.loads(tokenizer_file.read_text())
-    tree["model"]["merges"] = [["a", "zzz"], *tree["model"]["merges"]]  # makes the Rust code panic or refuse
+    tree["model"]["merges"] = [
+        ["a", "zzz"],
+        *tree["model"]["merges"],
+    ]  # makes the Rust code panic or refuse
     for text in ("{", "[]", '{"model": 3}', json.dumps(tree)):
         broken = written(tmp_path, "broken.json", text)
         with pytest.raises(ValueError, match=r"broken\.json"):
@@ -115,7 +115,14 @@ def test_find_files_by_split_sorted_and_nested(tmp_path):
     def names(split):
         return [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path, split)]
 
-    assert names("train") == ["a/y.TRAIN.gz", "a/z.train", "b.train", "e.txt", "f.jsonl", "x.train/in.txt"]
+    assert names("train") == [
+        "a/y.TRAIN.gz",
+        "a/z.train",
+        "b.train",
+        "e.txt",
+        "f.jsonl",
+        "x.train/in.txt",
+    ]
     assert names("dev") == names("validation") == ["c.dev", "e.txt", "f.jsonl", "x.train/in.txt"]
     (tmp_path / "c.dev").unlink()
     assert names("validation")[0] == "d.test"
@@ -158,19 +165,31 @@ def test_domain_of():
 )  # fmt: skip
 def test_where_documents_end(tmp_path, name, text, expected):
     found = documents_of(written(tmp_path, name, text))
-    if expected is None:  # an empty cue makes two blank lines; only a cue numbered 1 begins a document
+    if (
+        expected is None
+    ):  # an empty cue makes two blank lines; only a cue numbered 1 begins a document
         assert len(found) == 2 and found[1].startswith("1\n00") and found[0].endswith("x")
     else:
         blank = str.maketrans("", "", " ")
-        assert [text.translate(blank) for text in found] == [text.translate(blank) for text in expected]
+        assert [text.translate(blank) for text in found] == [
+            text.translate(blank) for text in expected
+        ]
 
 
 def test_json_lines(tmp_path):
     lines = ['{"text": "a\\r\\n\\n\\n\\nb", "id": 3}', "", '"c \\ud800\\u0000d"', '{"text": ""}']
     report = new_report()
-    assert documents_of(written(tmp_path, "x.jsonl", "\n".join(lines)), report) == ["a\n\n\n\nb", "c \ufffdd"]
+    assert documents_of(written(tmp_path, "x.jsonl", "\n".join(lines)), report) == [
+        "a\n\n\n\nb",
+        "c \ufffdd",
+    ]
     assert (report["surrogates_replaced"], report["nul_removed"], report["documents"]) == (1, 1, 2)
-    for bad, what in (("{", "not JSON"), ("3", "neither"), ('{"txt": "a"}', "neither"), ("[" * 100_000, "not JSON")):
+    for bad, what in (
+        ("{", "not JSON"),
+        ("3", "neither"),
+        ('{"txt": "a"}', "neither"),
+        ("[" * 100_000, "not JSON"),
+    ):
         with pytest.raises(ValueError, match=rf"bad\.jsonl: line 3 is {what}"):
             documents_of(written(tmp_path, "bad.jsonl", f'"a"\n"b"\n{bad}\n'))
 
@@ -179,11 +198,23 @@ HOSTILE = {
     "bom": (b"\xef\xbb\xbfone two", ["one two"], {"bom_removed": 1}),
     "crlf": (b"one\r\ntwo\rthree\r\n\r\n\r\nfour", ["one\ntwo\nthree", "four"], {}),
     "nul": (b"on\0e\0", ["one"], {"nul_removed": 2}),
-    "invalid": (b"caf\xe9 \xff\xfe \xed\xa0\x80", ["caf\ufffd \ufffd\ufffd \ufffd\ufffd\ufffd"], {"invalid_bytes": 6}),
-    "invalid_after_bom": (b"\xef\xbb\xbfab\xff", ["ab\ufffd"], {"invalid_bytes": 1, "bom_removed": 1}),
+    "invalid": (
+        b"caf\xe9 \xff\xfe \xed\xa0\x80",
+        ["caf\ufffd \ufffd\ufffd \ufffd\ufffd\ufffd"],
+        {"invalid_bytes": 6},
+    ),
+    "invalid_after_bom": (
+        b"\xef\xbb\xbfab\xff",
+        ["ab\ufffd"],
+        {"invalid_bytes": 1, "bom_removed": 1},
+    ),
     "cut_character": ("aé".encode()[:-1], ["a\ufffd"], {"invalid_bytes": 1}),
     "replacement_was_there": ("a\ufffdb".encode(), ["a\ufffdb"], {"invalid_bytes": 0}),
-    "separators": ("a\u2028b\u0085c\x0cd\u200be\u202ef".encode(), ["a\u2028b\u0085c\x0cd\u200be\u202ef"], {}),
+    "separators": (
+        "a\u2028b\u0085c\x0cd\u200be\u202ef".encode(),
+        ["a\u2028b\u0085c\x0cd\u200be\u202ef"],
+        {},
+    ),
     "empty": (b"", [], {"empty_files": 1, "documents": 0}),
     "newlines": (b"\n\r\n\n\n\n\n", [], {"empty_files": 1}),
     "one_byte": (b"x", ["x"], {"documents": 1, "words": 1, "bytes": 1}),
@@ -194,7 +225,9 @@ HOSTILE = {
 @pytest.mark.parametrize("packed", [False, True])
 def test_hostile_text_is_repaired_and_counted(tmp_path, kind, packed):
     data, expected, counts = HOSTILE[kind]
-    path = written(tmp_path, "x.txt.gz" if packed else "x.txt", gzip.compress(data) if packed else data)
+    path = written(
+        tmp_path, "x.txt.gz" if packed else "x.txt", gzip.compress(data) if packed else data
+    )
     report = new_report()
     assert documents_of(path, report) == expected
     assert {key: report[key] for key in counts} == counts
@@ -228,15 +261,36 @@ def naive_documents(text: str) -> list[str]:
 
 
 WORDS = st.sampled_from(
-    ["cat", "don't", "1984", ".", ",", "é", "日本", "<s>", "</s>", " ", "  ", "\n", "\n\n", "\n\n\n", "\r\n", "x" * 30]
+    [
+        "cat",
+        "don't",
+        "1984",
+        ".",
+        ",",
+        "é",
+        "日本",
+        "<s>",
+        "</s>",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\n\n\n",
+        "\r\n",
+        "x" * 30,
+    ]
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(words=st.lists(WORDS, max_size=60), block=st.integers(1, 40), piece=st.integers(4, 60))
 def test_any_blocks_and_pieces_give_the_same_documents(tmp_path, monkeypatch, words, block, piece):
     text = "".join(words)
-    blank = "\n".join("" if line.isspace() else line for line in text.replace("\r\n", "\n").split("\n"))
+    blank = "\n".join(
+        "" if line.isspace() else line for line in text.replace("\r\n", "\n").split("\n")
+    )
     path = written(tmp_path, "x.txt", text)
     monkeypatch.setattr(documents, "BLOCK", block)
     monkeypatch.setattr(documents, "PIECE", piece)
@@ -266,29 +320,42 @@ def newline_tokenizer():
     """Merges of newlines and blanks too, so that a cut at the wrong place would show."""
     from train_tokenizer import train_bpe_tokenizer
 
-    texts = [f"{a}\n\n\n{b}  \n\n{a}\n \n{b}\n\n" for a, b in zip(sentences(300), sentences(300, seed=1), strict=True)]
+    texts = [
+        f"{a}\n\n\n{b}  \n\n{a}\n \n{b}\n\n"
+        for a, b in zip(sentences(300), sentences(300, seed=1), strict=True)
+    ]
     backend = train_bpe_tokenizer(texts, vocab_size=500)
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **data_utils.SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
 
 GAPS = st.sampled_from([" ", "\n", "\n\n", ".\n\n", "  ", " \n", "\n ", " \n\n ", "\t", ". "])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     parts=st.lists(
-        st.tuples(st.sampled_from(["The cat", "sees", "don't", "a", "1984", "!?", "é"]), GAPS), min_size=1, max_size=60
+        st.tuples(st.sampled_from(["The cat", "sees", "don't", "a", "1984", "!?", "é"]), GAPS),
+        min_size=1,
+        max_size=60,
     )
 )
-def test_tokens_of_the_pieces_are_those_of_the_whole(newline_tokenizer, monkeypatch, tmp_path, parts):
+def test_tokens_of_the_pieces_are_those_of_the_whole(
+    newline_tokenizer, monkeypatch, tmp_path, parts
+):
     text = "".join(word + gap for word, gap in parts)
     processor = DataProcessor(newline_tokenizer, cache_dir=tmp_path)
     monkeypatch.setattr(documents, "PIECE", 40)
     ids = reference(processor, [text])
-    assert processor.tokenize_and_chunk({"text": text}, max_length=7) == {"input_ids": chunks(ids, 7)}
-    assert processor.tokenize_and_chunk({"text": text}, max_length=1)["input_ids"] == [[i] for i in ids]
+    assert processor.tokenize_and_chunk({"text": text}, max_length=7) == {
+        "input_ids": chunks(ids, 7)
+    }
+    assert processor.tokenize_and_chunk({"text": text}, max_length=1)["input_ids"] == [
+        [i] for i in ids
+    ]
 
 
 def test_tokenize_and_chunk_small_texts(tokenizer, tmp_path):
@@ -296,7 +363,9 @@ def test_tokenize_and_chunk_small_texts(tokenizer, tmp_path):
     assert processor.tokenize_and_chunk({"text": ""}, max_length=2) == {"input_ids": [[1, 2]]}
     assert processor.tokenize_and_chunk({"text": ""}, max_length=3) == {"input_ids": []}
     marked = processor.tokenize_and_chunk({"text": "a </s> b <s>"}, max_length=1)["input_ids"]
-    assert marked[0] == [1] and marked[-1] == [2] and [1] not in marked[1:] and [2] not in marked[:-1]
+    assert (
+        marked[0] == [1] and marked[-1] == [2] and [1] not in marked[1:] and [2] not in marked[:-1]
+    )
 
 
 def test_clean_text_keeps_other_fields(tokenizer, tmp_path):
@@ -309,8 +378,13 @@ def test_clean_text_keeps_other_fields(tokenizer, tmp_path):
 def test_load_text_files(tokenizer, tmp_path):
     written(tmp_path, "b.train", "one\n\n\ntwo  words\n")
     written(tmp_path, "a.train", "three")
-    dataset = DataProcessor(tokenizer, cache_dir=tmp_path / "cache").load_text_files(str(tmp_path), "train")
-    assert dataset[:] == {"text": ["three", "one", "two  words"], "source": ["a.train", "b.train", "b.train"]}
+    dataset = DataProcessor(tokenizer, cache_dir=tmp_path / "cache").load_text_files(
+        str(tmp_path), "train"
+    )
+    assert dataset[:] == {
+        "text": ["three", "one", "two  words"],
+        "source": ["a.train", "b.train", "b.train"],
+    }
 
 
 @pytest.mark.parametrize("clean", [False, True])
@@ -322,13 +396,19 @@ def test_prepare_dataset_is_the_naive_stream(tokenizer, corpus_dir, tmp_path, mo
     written(train, "a.train", first)
     written(train, "b.train", "Hello , world !\n\n\n \n\nA  </s> dog .Here\r\n")
     processor = DataProcessor(tokenizer, cache_dir=tmp_path / "cache")
-    both = processor.prepare_dataset(str(train), str(corpus_dir / "dev"), max_length=32, clean=clean, num_proc=1)
+    both = processor.prepare_dataset(
+        str(train), str(corpus_dir / "dev"), max_length=32, clean=clean, num_proc=1
+    )
     texts = [*first.strip("\n").split("\n\n\n"), "Hello , world !", "A  </s> dog .Here"]
     texts = [clean_text(text) for text in texts] if clean else texts
     ids = reference(processor, texts)
     assert both["train"]["input_ids"][:] == chunks(ids, 32)
     report = processor.reports["train"]
-    assert (report["tokens"], report["chunks"], report["tokens_left_out"]) == (len(ids), len(ids) // 32, len(ids) % 32)
+    assert (report["tokens"], report["chunks"], report["tokens_left_out"]) == (
+        len(ids),
+        len(ids) // 32,
+        len(ids) % 32,
+    )
     assert (report["files"], report["documents"]) == (2, len(texts))
     if not clean:
         assert report["words"] == sum(len(text.split()) for text in texts)
@@ -384,7 +464,9 @@ def test_cache_is_used_and_knows_what_it_depends_on(tokenizer, corpus_dir, tmp_p
 @pytest.mark.parametrize(
     ("ending", "content"), [(".json", b"{"), (".json", b"\xff"), (".arrow", b""), (".arrow", None)]
 )
-def test_a_damaged_cache_is_named_and_mended_by_deleting_it(ending, content, tokenizer, corpus_dir, tmp_path):
+def test_a_damaged_cache_is_named_and_mended_by_deleting_it(
+    ending, content, tokenizer, corpus_dir, tmp_path
+):
     def prepare():
         processor = DataProcessor(tokenizer, cache_dir=str(tmp_path))
         return processor.prepare_dataset(str(corpus_dir / "train"), str(corpus_dir / "dev"), 32)
@@ -400,7 +482,7 @@ def test_a_damaged_cache_is_named_and_mended_by_deleting_it(ending, content, tok
 
 
 def test_words_that_are_gone_are_not_taken_for_words_not_located(tokenizer, corpus_dir, tmp_path):
-    from words import Words
+    from babyllama.data.words import Words
 
     processor = DataProcessor(tokenizer, cache_dir=str(tmp_path))
     processor.prepare_dataset(str(corpus_dir / "train"), str(corpus_dir / "dev"), 32)
@@ -443,7 +525,9 @@ def test_too_little_text(tokenizer, corpus_dir, tmp_path):
 def test_large_vocabularies_are_int32(tokenizer, corpus_dir, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    large = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **data_utils.SPECIAL_TOKENS)
+    large = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **SPECIAL_TOKENS
+    )
     large.add_tokens([f"zq{i}" for i in range(66_000)])
     written(tmp_path, "a.txt", "zq65999 " * 40)
     both = DataProcessor(large, cache_dir=tmp_path / "c").prepare_dataset(
@@ -464,16 +548,22 @@ def test_needs_a_fast_tokenizer_with_marks(tokenizer):
 
 def test_cleaned_documents_in_pieces_are_those_of_the_whole(tmp_path, monkeypatch):
     text = "\n\n".join(
-        f"MARY: {a}\n[laughs]\nJOHN: {b}" for a, b in zip(sentences(80), sentences(80, seed=3), strict=True)
+        f"MARY: {a}\n[laughs]\nJOHN: {b}"
+        for a, b in zip(sentences(80), sentences(80, seed=3), strict=True)
     )
     path = written(tmp_path, "switchboard.train", f"[applause]\n\n\n{text}\n\n\nA.1: Bye .\n")
-    cleaner = data_utils.create_cleaner_registry()["switchboard"]
+    cleaner = cleaners.create_cleaner_registry()["switchboard"]
     monkeypatch.setattr(documents, "PIECE", 500)
     report = new_report()
     pieces = list(documents.clean_pieces(documents.read_documents(path, report), cleaner))
-    assert report["documents"] == 3 and sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == 2
+    assert (
+        report["documents"] == 3
+        and sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == 2
+    )
     assert len(pieces) > 8 and max(len(piece.text) for piece in pieces) <= 502
-    assert "".join(piece.text for piece in pieces[:-1]) == cleaner(text) and pieces[-1].text == "Bye."
+    assert (
+        "".join(piece.text for piece in pieces[:-1]) == cleaner(text) and pieces[-1].text == "Bye."
+    )
 
 
 SMALL_MEMORY = r"""
@@ -492,8 +582,18 @@ print(peak() - libraries)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_one_huge_line_needs_little_memory(tokenizer_file, corpus_dir, tmp_path):
     line = written(tmp_path, "a.txt", b"x" * 1_000_000 + b" the cat sees" * 1_500_000)
-    command = [sys.executable, "-c", SMALL_MEMORY, tokenizer_file, line, corpus_dir, tmp_path / "cache"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=True)
+    command = [
+        sys.executable,
+        "-c",
+        SMALL_MEMORY,
+        tokenizer_file,
+        line,
+        corpus_dir,
+        tmp_path / "cache",
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert int(done.stdout) < 250, "MB"  # in one go the tokenizer would take 3 GB
     reports = [json.loads(file.read_text()) for file in (tmp_path / "cache").glob("train-*.json")]
     assert (1, 20_500_000) in [(report["documents"], report["bytes"]) for report in reports]
@@ -505,24 +605,39 @@ def test_real_files(tmp_path, tokenizer, name):
     path = SHARED / "corpus" / "dev" / f"{name}.dev"
     report = new_report()
     found = documents_of(path, report)
-    assert report["words"] == len(path.read_text(encoding="utf-8").split()) and report["invalid_bytes"] == 0
-    assert len(found) == {"qed": 8, "childes": 1}.get(name, len(found)) and (name != "wikipedia" or len(found) > 60)
+    assert (
+        report["words"] == len(path.read_text(encoding="utf-8").split())
+        and report["invalid_bytes"] == 0
+    )
+    assert len(found) == {"qed": 8, "childes": 1}.get(name, len(found)) and (
+        name != "wikipedia" or len(found) > 60
+    )
     processor = DataProcessor(tokenizer, cache_dir=tmp_path)
-    ids = [i for _, batch, _ in processor._encode((0, p) for p in read_documents(path)) for i in batch.tolist()]
+    ids = [
+        i
+        for _, batch, _ in processor._encode((0, p) for p in read_documents(path))
+        for i in batch.tolist()
+    ]
     assert ids == reference(processor, found)
 
 
 @pytest.mark.parametrize("length", [0, -3, "128", None, True, 1.5])
 def test_a_senseless_length_is_refused(tokenizer, corpus_dir, tmp_path, length):
     processor = DataProcessor(tokenizer, tmp_path)
-    with pytest.raises(ValueError, match=f"max_length: {re.escape(repr(length))} is not a number of tokens"):
+    with pytest.raises(
+        ValueError, match=f"max_length: {re.escape(repr(length))} is not a number of tokens"
+    ):
         processor.tokenize_and_chunk({"text": "The cat"}, max_length=length)
     with pytest.raises(ValueError, match="use 1 or more"):
         processor.prepare_dataset(corpus_dir / "train", corpus_dir / "dev", max_length=length)
-    assert processor.prepare_dataset(corpus_dir / "train", corpus_dir / "dev", max_length=32, num_proc=None)
+    assert processor.prepare_dataset(
+        corpus_dir / "train", corpus_dir / "dev", max_length=32, num_proc=None
+    )
 
 
 def test_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
     processor = DataProcessor(tokenizer, tmp_path)
-    broken, mended = (processor.tokenize_and_chunk({"text": f"a cat {c} sees"}, 2) for c in ("\ud800", "\ufffd"))
+    broken, mended = (
+        processor.tokenize_and_chunk({"text": f"a cat {c} sees"}, 2) for c in ("\ud800", "\ufffd")
+    )
     assert broken == mended and broken["input_ids"]

@@ -11,13 +11,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-import settings
+from babyllama.schema import SECTIONS
 from train import create_model, load_config
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCS}
 ALL = "\n".join(TEXTS.values())
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def make_parser" in p.read_text(encoding="utf-8"))
+SCRIPTS = sorted(
+    p.stem for p in ROOT.glob("*.py") if "def make_parser" in p.read_text(encoding="utf-8")
+)
 OTHER_COMMANDS = {"python3", "source"}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
 
@@ -33,7 +35,10 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> list[str]:
     """Every shell command of a document: lines of bash blocks, continuations joined, and `python ...` in a sentence."""
     lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
-    inline = [" ".join(found.split()) for found in re.findall(r"`(python [a-z_/]+\.py[^`]*|make [a-z]+)`", text)]
+    inline = [
+        " ".join(found.split())
+        for found in re.findall(r"`(python [a-z_/]+\.py[^`]*|make [a-z]+)`", text)
+    ]
     return [line for line in [*lines, *inline] if line.strip()]
 
 
@@ -48,7 +53,9 @@ def launchers() -> dict[str, argparse.ArgumentParser]:
 def parse_ours(script: str, arguments: list[str]) -> None:
     assert (ROOT / script).is_file(), script
     if script.removesuffix(".py") in SCRIPTS and "..." not in arguments:
-        parser_of(script.removesuffix(".py")).parse_args(arguments)  # exits, so fails, on an unknown flag
+        parser_of(script.removesuffix(".py")).parse_args(
+            arguments
+        )  # exits, so fails, on an unknown flag
 
 
 @pytest.mark.parametrize("path", DOCS, ids=ids)
@@ -70,9 +77,11 @@ def test_commands_parse(path):
 
 
 def test_the_sweep_of_the_guide(tmp_path):
-    from sweep import points_of, read_grid
+    from babyllama.training.sweep import points_of, read_grid
 
-    (text,) = (b for b in blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "yaml") if b.startswith("training.lr:"))
+    (text,) = (
+        b for b in blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "yaml") if b.startswith("training.lr:")
+    )
     (tmp_path / "sweep.yaml").write_text(text)
     points = points_of(read_grid(str(tmp_path / "sweep.yaml")))
     assert len(points) == 6
@@ -93,7 +102,9 @@ def test_the_batch_script_for_slurm():
         "head": "node1",
     }.items():
         line = line.replace(f"${variable}", value)
-    args = launchers()["torchrun"].parse_args(shlex.split(line.replace('"$@"', "--config config/llama-10M.yaml")))
+    args = launchers()["torchrun"].parse_args(
+        shlex.split(line.replace('"$@"', "--config config/llama-10M.yaml"))
+    )
     assert (args.nnodes, args.nproc_per_node, args.rdzv_endpoint, args.rdzv_backend) == (
         "2",
         "4",
@@ -112,7 +123,7 @@ def test_every_flag_in_the_documents_exists():
     known = {"--help", "--no-deps", "--check"}.union(*(flags_of(script) for script in SCRIPTS))
     for parser in launchers().values():
         known |= {option for action in parser._actions for option in action.option_strings}
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "experiments").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= known
 
@@ -122,16 +133,19 @@ def test_every_flag_is_in_the_reference(script):
     text = TEXTS[ROOT / "API_REFERENCE.md"]
     section = text.split(f"### {script}.py\n", 1)[1].split("\n### ")[0].split("\n## ")[0]
     missing = {
-        flag for flag in flags_of(script) if "_" not in flag and not flag.startswith("--no-") and flag not in section
+        flag
+        for flag in flags_of(script)
+        if "_" not in flag and not flag.startswith("--no-") and flag not in section
     }
     assert not missing
 
 
 def test_keys_in_the_documents_exist():
-    known = {f"{name}.{key}" for name, section in settings.SECTIONS.items() for key in section.model_fields}
+    known = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
     named = set(
         re.findall(
-            r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])", ALL
+            r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])",
+            ALL,
         )
     )
     assert named - known <= {"model.safetensors"}
@@ -148,18 +162,26 @@ def test_links_lead_somewhere(path):
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
+            assert anchor in {
+                re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings
+            }, target
 
 
 def test_files_named_in_the_documents_exist():
-    named = set(re.findall(r"`((?:config|tests|docs|benchmarks)/[\w./-]+\.\w+|[a-z_]+\.py)`", ALL))
+    named = set(
+        re.findall(
+            r"`((?:babyllama|config|tests|docs|experiments)/[\w./-]+\.\w+|[a-z_]+\.py)`", ALL
+        )
+    )
     missing = {name for name in named if not (ROOT / name).exists()}
     assert not missing
 
 
 def test_the_tree_of_the_readme_is_the_tree():
     tree = TEXTS[ROOT / "README.md"].split("## What is where", 1)[1].split("```")[1]
-    listed = {word for line in tree.strip().splitlines() for word in re.split(r"  +", line)[0].split()}
+    listed = {
+        word for line in tree.strip().splitlines() for word in re.split(r"  +", line)[0].split()
+    }
     assert {p.name for p in ROOT.glob("*.py")} == {name for name in listed if name.endswith(".py")}
     assert all((ROOT / name).exists() for name in listed)
 
@@ -176,8 +198,12 @@ def test_the_models_of_the_readme_have_these_parameters():
         def __len__(self):
             return self.size
 
-    rows = re.findall(r"^\| `config/([\w.-]+\.yaml)` \| ([\w-]+) \| ([\d.]+)M \|", TEXTS[ROOT / "README.md"], re.M)
-    shipped = {p.name for p in (ROOT / "config").glob("*.yaml") if not p.stem.startswith("benchmark")}
+    rows = re.findall(
+        r"^\| `config/([\w.-]+\.yaml)` \| ([\w-]+) \| ([\d.]+)M \|", TEXTS[ROOT / "README.md"], re.M
+    )
+    shipped = {
+        p.name for p in (ROOT / "config").glob("*.yaml") if not p.stem.startswith("benchmark")
+    }
     assert {name for name, _, _ in rows} == shipped
     for name, kind, millions in rows:
         config = load_config(ROOT / "config" / name)
@@ -190,12 +216,24 @@ def test_the_models_of_the_readme_have_these_parameters():
 def test_python_examples_run(workshop):
     """All Python blocks of the API reference, in order, in one process, as a notebook at the root would run them."""
     code = "\n".join(blocks(TEXTS[ROOT / "API_REFERENCE.md"], "python"))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "BABYLLAMA_CACHE": str(workshop / "cache"), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "BABYLLAMA_CACHE": str(workshop / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-c", code],
+        cwd=workshop,
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "26,450,304" in done.stdout  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
+    assert (
+        "26,450,304" in done.stdout
+    )  # by hand: 2 x 16000 x 384 + 8 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 384
 
 
 def test_the_guide_splits_a_file(tmp_path):
@@ -203,66 +241,96 @@ def test_the_guide_splits_a_file(tmp_path):
     text = "".join(f"Line {i} of a caf\u00e9.\n" for i in range(40))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    parts = [(tmp_path / "own" / name).read_text(encoding="utf-8") for name in ("train/book.train", "dev/book.dev")]
+    parts = [
+        (tmp_path / "own" / name).read_text(encoding="utf-8")
+        for name in ("train/book.train", "dev/book.dev")
+    ]
     assert "".join(parts) == text and [part.count("\n") for part in parts] == [38, 2]
 
 
 def test_names_of_the_reference_exist():
     """`module.name` and `module.Class.name` of ours, wherever a document says them; not keys, not files."""
-    ours = {path.stem for path in ROOT.glob("*.py")}
+    modules = {
+        path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("babyllama/**/*.py")]
+    }
+    ours = modules.keys()
     no_names = {"py", "yaml", "json", "jsonl", "txt", "png"}
-    no_names |= {key for name in ours & settings.SECTIONS.keys() for key in settings.SECTIONS[name].model_fields}
+    no_names |= {key for name in ours & SECTIONS.keys() for key in SECTIONS[name].model_fields}
     named = [found.split(".") for found in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)(?=[(`])", ALL)]
     named = [parts for parts in named if parts[0] in ours and parts[1] not in no_names]
-    assert len(named) >= 5
+    assert named
     for module, *names in named:
-        place = importlib.import_module(module)
+        place = importlib.import_module(modules[module])
         for name in names:
             assert hasattr(place, name), f"{module}.{name}"
             place = getattr(place, name)
 
 
 def test_figures_name_the_commit_that_gave_them():
-    text = TEXTS[ROOT / "docs" / "benchmarks.md"]
-    sections = [part for part in re.split(r"^## ", text, flags=re.M)[1:] if re.search(r"tokens per second|MB/s", part)]
+    text = TEXTS[ROOT / "docs" / "results.md"]
+    sections = [
+        part
+        for part in re.split(r"^## ", text, flags=re.M)[1:]
+        if re.search(r"tokens per second|MB/s", part)
+    ]
     assert len(sections) >= 3
     assert all(re.search(r"`[0-9a-f]{7,40}`", part) for part in sections)
 
 
 def test_no_word_of_other_places():
     """The project speaks of itself alone."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in tracked:
         path = ROOT / name
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file():
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), name  # a path of one machine
+            assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), (
+                name
+            )  # a path of one machine
 
 
 def test_every_key_of_a_result_is_in_the_reference(model_dirs):
+    from babyllama.evaluation.benchmark_config import load_tasks
     from benchmark import BenchmarkSuite
-    from benchmark_config import load_tasks
     from evaluate import ModelEvaluator
 
     text = TEXTS[ROOT / "API_REFERENCE.md"]
-    sections = {name: text.split(f"\n### {name}\n", 1)[1].split("\n### ")[0] for name in ("evaluate", "benchmark")}
+    sections = {
+        name: text.split(f"\n### {name}\n", 1)[1].split("\n### ")[0]
+        for name in ("evaluate", "benchmark")
+    }
     evaluator = ModelEvaluator(model_dirs["GPT2"], "cpu")
     found = [
         evaluator.calculate_perplexity(["The cat.", "A dog."]),
         evaluator.evaluate_token_probabilities(["The cat."]),
     ]
-    found += [evaluator.evaluate_generation_quality(["The"], max_length=5), found[1]["reliability"][0]]
+    found += [
+        evaluator.evaluate_generation_quality(["The"], max_length=5),
+        found[1]["reliability"][0],
+    ]
     keys = {"evaluate": set().union(*found)}
     items = [{"prompt": "The cat", "answer": "sees", "wrong": ["the"]}]
-    prompts = {"groups": [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2, "max_new_tokens": 4}
+    prompts = {
+        "groups": [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2,
+        "max_new_tokens": 4,
+    }
     declared = {
         "completion": {"items": items},
         "consistency": prompts,
         "repetition": {"prompts": ["The", "A"], "max_new_tokens": 4},
     }
     declared["speed"] = {"batch_sizes": [1], "max_new_tokens": 3, "repeats": 1}
-    results = BenchmarkSuite(model_dirs["GPT2"], "cpu", load_tasks({"tasks": declared})).run_all_benchmarks()
-    keys["benchmark"] = set().union(*(results[name] for name in declared), results["speed"]["batches"][0])
-    keys["benchmark"] |= set(results) - set(declared) | set(results["completion"]["baselines"]["shorter"])
+    results = BenchmarkSuite(
+        model_dirs["GPT2"], "cpu", load_tasks({"tasks": declared})
+    ).run_all_benchmarks()
+    keys["benchmark"] = set().union(
+        *(results[name] for name in declared), results["speed"]["batches"][0]
+    )
+    keys["benchmark"] |= set(results) - set(declared) | set(
+        results["completion"]["baselines"]["shorter"]
+    )
     for name, section in sections.items():
         assert keys[name] - set(re.findall(r"`(\w+)`", section)) == set(), name

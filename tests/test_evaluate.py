@@ -19,9 +19,8 @@ from conftest import ROOT, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
-import documents
 import evaluate
-import metrics
+from babyllama.evaluation import metrics
 from evaluate import ModelEvaluator
 
 BOS = 1
@@ -35,7 +34,13 @@ def evaluator(model_dirs):
 @pytest.fixture(scope="module")
 def texts():
     base = sentences(40, seed=5)
-    return [*base, "", "a", "Ünïcode 🙂 text.", " ".join(base[:12])]  # the last is longer than the context of 64
+    return [
+        *base,
+        "",
+        "a",
+        "Ünïcode 🙂 text.",
+        " ".join(base[:12]),
+    ]  # the last is longer than the context of 64
 
 
 def naive_nats(evaluator, text: str) -> tuple[float, int]:
@@ -44,7 +49,9 @@ def naive_nats(evaluator, text: str) -> tuple[float, int]:
     assert len(ids) <= 65
     with torch.no_grad():
         logits = evaluator.model(torch.tensor([ids[:-1]])).logits[0].double()
-    return -sum(row.log_softmax(-1)[token].item() for row, token in zip(logits, ids[1:], strict=True)), len(ids) - 1
+    return -sum(
+        row.log_softmax(-1)[token].item() for row, token in zip(logits, ids[1:], strict=True)
+    ), len(ids) - 1
 
 
 # ---- perplexity -----------------------------------------------------------------------------------------------------
@@ -56,8 +63,12 @@ def test_perplexity_equals_sums_by_hand(evaluator, texts):
     got = evaluator.calculate_perplexity(short)
     assert got["nats_per_token"] == got["average_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in short), rel=1e-5)
-    assert got["word_perplexity"] == pytest.approx(math.exp(nats / sum(len(t.split()) for t in short)), rel=1e-4)
+    assert got["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / sum(len(t.encode()) for t in short), rel=1e-5
+    )
+    assert got["word_perplexity"] == pytest.approx(
+        math.exp(nats / sum(len(t.split()) for t in short)), rel=1e-4
+    )
     losses = [n / k for n, k in (naive_nats(evaluator, text) for text in short)]
     assert got["std_loss"] == pytest.approx(np.std(losses), rel=1e-4)
     assert (got["min_loss"], got["max_loss"]) == pytest.approx((min(losses), max(losses)), rel=1e-5)
@@ -70,8 +81,18 @@ def test_perplexity_equals_sums_by_hand(evaluator, texts):
 def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, texts, batch_size):
     other = ModelEvaluator(model_dirs["GPT2"], "cpu")
     shuffled = random.Random(batch_size).sample(texts, len(texts))
-    a, b = evaluator.calculate_perplexity(texts), other.calculate_perplexity(shuffled, batch_size=batch_size)
-    for key in ("perplexity", "bits_per_byte", "word_perplexity", "std_loss", "num_sequences", "total_tokens"):
+    a, b = (
+        evaluator.calculate_perplexity(texts),
+        other.calculate_perplexity(shuffled, batch_size=batch_size),
+    )
+    for key in (
+        "perplexity",
+        "bits_per_byte",
+        "word_perplexity",
+        "std_loss",
+        "num_sequences",
+        "total_tokens",
+    ):
         assert b[key] == pytest.approx(a[key], rel=1e-5)
 
 
@@ -81,13 +102,24 @@ def test_empty_one_token_long_and_no_text(evaluator, texts):
     assert one["nats_per_token"] == pytest.approx(naive_nats(evaluator, "a")[0], rel=1e-5)
     assert all(math.isnan(x) for x in one["perplexity_ci95"])  # one text says nothing about others
     mixed = evaluator.calculate_perplexity(["", "a", ""])
-    assert (mixed["num_sequences"], mixed["num_empty"], mixed["perplexity"]) == (1, 2, one["perplexity"])
+    assert (mixed["num_sequences"], mixed["num_empty"], mixed["perplexity"]) == (
+        1,
+        2,
+        one["perplexity"],
+    )
     long = evaluator.calculate_perplexity([texts[-1]])
-    assert long["total_tokens"] == len(evaluator.tokenizer.encode(texts[-1], add_special_tokens=False)) > 64
+    assert (
+        long["total_tokens"]
+        == len(evaluator.tokenizer.encode(texts[-1], add_special_tokens=False))
+        > 64
+    )
     for nothing in ([], [""]):
         got = evaluator.calculate_perplexity(nothing)
         assert (got["num_sequences"], got["total_tokens"], got["num_empty"]) == (0, 0, len(nothing))
-        assert all(math.isnan(got[key]) for key in ("perplexity", "average_loss", "std_loss", "bits_per_byte"))
+        assert all(
+            math.isnan(got[key])
+            for key in ("perplexity", "average_loss", "std_loss", "bits_per_byte")
+        )
         assert all(math.isnan(got["perplexity_ci95"][i]) for i in (0, 1))
         probabilities = evaluator.evaluate_token_probabilities(nothing)
         assert probabilities["num_tokens"] == 0 and math.isnan(probabilities["avg_entropy"])
@@ -107,9 +139,24 @@ def test_a_broken_model_gives_no_finite_figure(model_dirs):
     broken = ModelEvaluator(model_dirs["Llama"], "cpu")
     with torch.no_grad():
         broken.model.lm_head.weight[7] = math.nan
-    got = {**broken.calculate_perplexity(["The cat", "A dog"]), **broken.evaluate_token_probabilities(["The cat"])}
-    counts = {"num_sequences", "num_documents", "num_empty", "num_tokens", "total_tokens", "total_bytes", "total_words"}
-    numbers = {key: value for key, value in got.items() if isinstance(value, float | int) and key not in counts}
+    got = {
+        **broken.calculate_perplexity(["The cat", "A dog"]),
+        **broken.evaluate_token_probabilities(["The cat"]),
+    }
+    counts = {
+        "num_sequences",
+        "num_documents",
+        "num_empty",
+        "num_tokens",
+        "total_tokens",
+        "total_bytes",
+        "total_words",
+    }
+    numbers = {
+        key: value
+        for key, value in got.items()
+        if isinstance(value, float | int) and key not in counts
+    }
     assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
 
 
@@ -121,7 +168,9 @@ def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
     counts = got["total_tokens"], got["total_words"], got["total_bytes"]
     assert counts == (2, 2, len("dog girl"))  # the first one has nothing before it
     assert got["average_loss"] == pytest.approx(-(logits[0, 2] + logits[1, 3]).item() / 2, rel=1e-5)
-    made = evaluator.evaluate_generation_quality(["cat dog", "bird"], max_length=4, num_return_sequences=2)
+    made = evaluator.evaluate_generation_quality(
+        ["cat dog", "bird"], max_length=4, num_return_sequences=2
+    )
     assert made["num_generations"] == 4
     with pytest.raises(ValueError, match="a prompt a token"):
         evaluator.evaluate_generation_quality([""])
@@ -136,8 +185,12 @@ def test_changed_weights_are_measured_anew(model_dirs):
     with torch.no_grad():
         evaluator.model.lm_head.weight.zero_()
     uniform = math.log(evaluator.model.config.vocab_size)
-    assert evaluator.calculate_perplexity(text)["nats_per_token"] == pytest.approx(uniform, rel=1e-6)
-    assert evaluator.evaluate_token_probabilities(text)["avg_entropy"] == pytest.approx(uniform, rel=1e-6)
+    assert evaluator.calculate_perplexity(text)["nats_per_token"] == pytest.approx(
+        uniform, rel=1e-6
+    )
+    assert evaluator.evaluate_token_probabilities(text)["avg_entropy"] == pytest.approx(
+        uniform, rel=1e-6
+    )
 
 
 def test_token_probabilities_equal_a_loop(evaluator):
@@ -163,7 +216,10 @@ def test_token_probabilities_equal_a_loop(evaluator):
     assert (got["mean_rank"], got["median_rank"]) == (np.mean(ranks), np.median(ranks))
     assert got["mean_reciprocal_rank"] == pytest.approx(np.mean(1 / np.array(ranks)))
     assert sum(got["surprisal_histogram_bits"]["counts"]) == len(top)
-    assert "".join(got["surprisal_sample"]["tokens"]) == chosen[0][: len("".join(got["surprisal_sample"]["tokens"]))]
+    assert (
+        "".join(got["surprisal_sample"]["tokens"])
+        == chosen[0][: len("".join(got["surprisal_sample"]["tokens"]))]
+    )
 
 
 def test_calibration_worked_by_hand():
@@ -171,7 +227,12 @@ def test_calibration_worked_by_hand():
     bins, error = metrics.calibration(confidences, hits)
     assert bins == [
         {"confidence": 0.5, "accuracy": 1.0, "count": 1, "accuracy_ci95": metrics.wilson(1.0, 1)},
-        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "count": 4, "accuracy_ci95": metrics.wilson(0.75, 4)},
+        {
+            "confidence": pytest.approx(0.95),
+            "accuracy": 0.75,
+            "count": 4,
+            "accuracy_ci95": metrics.wilson(0.75, 4),
+        },
     ]
     assert error == pytest.approx((4 * 0.2 + 1 * 0.5) / 5)
     rng = np.random.default_rng(0)
@@ -186,7 +247,9 @@ def test_a_uniform_model_is_calibrated(model_dirs):
     got = uniform.evaluate_token_probabilities(["The cat sleeps.", "A dog"])
     assert got["top1_accuracy"] == pytest.approx(1 / 400, rel=1e-4)  # ties are not credited in full
     assert got["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
-    assert uniform.calculate_perplexity(["The cat sleeps."])["perplexity"] == pytest.approx(400, rel=1e-5)
+    assert uniform.calculate_perplexity(["The cat sleeps."])["perplexity"] == pytest.approx(
+        400, rel=1e-5
+    )
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------
@@ -197,7 +260,9 @@ def test_the_bootstrap_interval_agrees_with_the_normal_one():
     rows = np.stack([rng.normal(5, 2, 400), np.ones(400)], axis=1)
     low, high = metrics.interval(metrics.resample(rows, 0)[:, 0] / 400, 400)
     half = 1.96 * rows[:, 0].std() / math.sqrt(400)
-    assert (low, high) == pytest.approx((rows[:, 0].mean() - half, rows[:, 0].mean() + half), abs=0.15 * half)
+    assert (low, high) == pytest.approx(
+        (rows[:, 0].mean() - half, rows[:, 0].mean() + half), abs=0.15 * half
+    )
     assert (metrics.resample(rows, 0) == metrics.resample(rows, 0)).all()
     assert (metrics.resample(rows, 0) != metrics.resample(rows, 1)).any()
 
@@ -219,8 +284,13 @@ def test_diversity_and_repetition_worked_by_hand():
     words = ["the", "cat", "and", "the", "cat", "and", "the", "cat"]
     assert metrics.ngram_diversity(words) == pytest.approx((3 / 8 + 3 / 7 + 3 / 6) / 3)
     assert metrics.ngram_repetition(words) == pytest.approx(2 / 5)
-    assert metrics.ngram_diversity(["a", "b"]) == 1.0 and metrics.ngram_repetition(["a", "b", "c", "d"]) == 0.0
-    assert math.isnan(metrics.ngram_diversity([])) and math.isnan(metrics.ngram_repetition(["a"] * 3))
+    assert (
+        metrics.ngram_diversity(["a", "b"]) == 1.0
+        and metrics.ngram_repetition(["a", "b", "c", "d"]) == 0.0
+    )
+    assert math.isnan(metrics.ngram_diversity([])) and math.isnan(
+        metrics.ngram_repetition(["a"] * 3)
+    )
     assert metrics.distinct([["a", "b"], ["a", "b", "c"]], 1) == pytest.approx(3 / 5)
     assert metrics.distinct([["a", "b"], ["a", "b", "c"]], 2) == pytest.approx(2 / 3)
     assert math.isnan(metrics.distinct([[]], 1))
@@ -245,7 +315,9 @@ def test_self_bleu_by_hand():
 @given(words=WORDS.filter(bool), references=st.lists(WORDS.filter(bool), min_size=1, max_size=4))
 def test_bleu_equals_sacrebleu(words, references):
     sacrebleu = pytest.importorskip("sacrebleu")
-    want = sacrebleu.sentence_bleu(" ".join(words), [" ".join(r) for r in references], tokenize="none")
+    want = sacrebleu.sentence_bleu(
+        " ".join(words), [" ".join(r) for r in references], tokenize="none"
+    )
     assert 100 * metrics.bleu(words, references) == pytest.approx(want.score, abs=1e-9)
 
 
@@ -265,7 +337,9 @@ def test_generation_quality_measures_its_own_samples(evaluator):
     assert again["generation_samples"] == got["generation_samples"]
     other = evaluator.evaluate_generation_quality(prompts, 12, 1.2, 0.5, 3)
     assert other["generation_samples"] != got["generation_samples"]
-    greedy = evaluator.evaluate_generation_quality(["The cat", "A dog"], max_length=12, temperature=0)
+    greedy = evaluator.evaluate_generation_quality(
+        ["The cat", "A dog"], max_length=12, temperature=0
+    )
     assert greedy["self_bleu"] == pytest.approx(1.0)
     assert math.isnan(evaluator.evaluate_generation_quality([])["avg_diversity_score"])
 
@@ -297,19 +371,19 @@ def test_passages_keep_the_text():
     rng = random.Random(0)
     words = ["word" * rng.randint(1, 9) for _ in range(3000)]
     text = "".join(word + rng.choice(["\n", " ", " ", " "]) for word in words)
-    cut = list(documents.passages(text))
+    cut = list(evaluate.passages(text))
     assert " ".join(cut).split() == words
-    assert all(0 < len(passage) <= documents.PASSAGE_CHARS for passage in cut)
-    assert [len(p) for p in documents.passages("x" * 4500)] == [2000, 2000, 500]
-    assert list(documents.passages(" \n ")) == []
+    assert all(0 < len(passage) <= evaluate.PASSAGE_CHARS for passage in cut)
+    assert [len(p) for p in evaluate.passages("x" * 4500)] == [2000, 2000, 500]
+    assert list(evaluate.passages(" \n ")) == []
 
 
 def test_passages_are_drawn_evenly_and_by_seed(corpus_dir):
-    everything, owners, total = documents.draw_passages(corpus_dir / "dev", 10**6, seed=0)
+    everything, owners, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
     assert len(everything) == total == 12 and owners == list(range(1, 13))
-    assert documents.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
-    drawn = [documents.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
-    assert drawn[0] == documents.draw_passages(corpus_dir / "dev", 3, 0)
+    assert evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
+    drawn = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
+    assert drawn[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
     counts = Counter(text for chosen, _, _ in drawn for text in chosen)
     assert set(counts) == set(everything) and min(counts.values()) > 60  # 100 each are expected
     assert all(sorted(chosen, key=everything.index) == chosen for chosen, _, _ in drawn)
@@ -321,14 +395,18 @@ def run_dir(model_dirs, corpus_dir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(model_dirs["Llama"], folder)
     shutil.copytree(corpus_dir / "dev", tmp_path / "text")
-    (folder / "training_config.yaml").write_text(yaml.safe_dump({"data": {"eval_path": str(tmp_path / "text")}}))
+    (folder / "training_config.yaml").write_text(
+        yaml.safe_dump({"data": {"eval_path": str(tmp_path / "text")}})
+    )
     return folder
 
 
 def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
     assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
     out = capsys.readouterr()
-    report = json.loads((run_dir / "evaluation_results.json").read_text(), parse_constant=pytest.fail)
+    report = json.loads(
+        (run_dir / "evaluation_results.json").read_text(), parse_constant=pytest.fail
+    )
     assert set(report) == {
         "results", "config", "versions", "n-samples", "undefined", "notes", "git_hash", "environment",
     }  # fmt: skip
@@ -337,7 +415,7 @@ def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
     assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out.out
     assert "note: the text figures rest on 12 documents only" in out.out and report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
-    texts, _, _ = documents.draw_passages(run_dir.parent / "text", 500, 0)
+    texts, _, _ = evaluate.draw_passages(run_dir.parent / "text", 500, 0)
     again = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
     for key, value in report["results"]["perplexity"].items():
         assert value == pytest.approx(again[key], rel=1e-5)
@@ -357,11 +435,29 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("The cat\n\nA dog sees\n")
     (tmp_path / "text.dev").write_text("a")
     output = tmp_path / "deep" / "results.json"
-    arguments = [str(run_dir), "--num_samples", "5", "--output-path", str(output), "--seed", "3", "--temperature", "0"]
-    files = ["--custom-prompts", str(tmp_path / "prompts.txt"), "--eval-data", str(tmp_path / "text.dev")]
+    arguments = [
+        str(run_dir),
+        "--num_samples",
+        "5",
+        "--output-path",
+        str(output),
+        "--seed",
+        "3",
+        "--temperature",
+        "0",
+    ]
+    files = [
+        "--custom-prompts",
+        str(tmp_path / "prompts.txt"),
+        "--eval-data",
+        str(tmp_path / "text.dev"),
+    ]
     assert evaluate.main([*arguments, *files, "--device", "cpu"]) == 0
     report = json.loads(output.read_text(), parse_constant=pytest.fail)
-    assert [s["prompt"] for s in report["results"]["generation"]["generation_samples"]] == ["The cat", "A dog sees"]
+    assert [s["prompt"] for s in report["results"]["generation"]["generation_samples"]] == [
+        "The cat",
+        "A dog sees",
+    ]
     assert (report["config"]["seed"], report["config"]["temperature"]) == (3, 0)
     assert report["results"]["perplexity"]["perplexity_ci95"] == [None, None]  # one text
     assert "perplexity.perplexity_ci95" in report["undefined"]
@@ -373,10 +469,16 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "error: no model at nowhere: expected a directory with config.json and weights"),
+        (
+            ["nowhere"],
+            "error: no model at nowhere: expected a directory with config.json and weights",
+        ),
         (["RUN", "--eval-data", "nowhere"], "error: no held-out text at nowhere"),
         (["RUN", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
-        (["RUN", "--custom-prompts", "nowhere.txt"], "error: nowhere.txt: No such file or directory; --custom-prompts"),
+        (
+            ["RUN", "--custom-prompts", "nowhere.txt"],
+            "error: nowhere.txt: No such file or directory; --custom-prompts",
+        ),
         (["RUN", "--custom-prompts", "EMPTY"], "error: EMPTY holds no prompt"),
         (["RUN", "--eval-data", "EMPTY"], "error: EMPTY holds no text"),
         (["RUN", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
@@ -384,7 +486,10 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
         (["RUN", "--temperature", "inf"], "error: --temperature inf must be 0 or more"),
         (["RUN", "--output-path", "ODD"], "error: --output-path ODD is a directory: name a file"),
         (["RUN", "--custom-prompts", "LATIN"], "error: LATIN: not UTF-8 (byte 3)"),
-        (["MODEL"], "error: MODEL does not say what its run held out: name text with --eval-data FILE_OR_DIR"),
+        (
+            ["MODEL"],
+            "error: MODEL does not say what its run held out: name text with --eval-data FILE_OR_DIR",
+        ),
         (["ODD"], "error: ODD/training_config.yaml has no data.eval_path"),
         (["RUN", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
@@ -423,7 +528,9 @@ def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     code = f"from evaluate import ModelEvaluator; print(ModelEvaluator({str(model_dirs['Llama'])!r}).device)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "cpu\n" and done.stderr == "no CUDA device here: running on the CPU\n"
 
 
@@ -440,9 +547,14 @@ def test_import_is_cheap_and_silent():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", ["load", "combine", "evaluator", "list_evaluation_modules", "EvaluationModule"])
+@pytest.mark.parametrize(
+    "name", ["load", "combine", "evaluator", "list_evaluation_modules", "EvaluationModule"]
+)
 def test_the_other_packages_names_get_a_sentence(name):
-    with pytest.raises(AttributeError, match=f"evaluate.{name} does not exist: this is BabyLlama's .*Hugging Face's"):
+    with pytest.raises(
+        AttributeError,
+        match=f"evaluate.{name} does not exist: this is BabyLlama's .*Hugging Face's",
+    ):
         getattr(evaluate, name)
     assert not hasattr(evaluate, name)
 

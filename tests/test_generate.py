@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import generate
-from inference import encode, load_model
-from inference import generate as generate_texts
+from babyllama.evaluation.generation import generate as generate_texts
+from babyllama.evaluation.loading import encode, load_model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,11 @@ def test_no_piece_ends_inside_a_character(tiny_model, tokenizer):
         optimizer.zero_grad()
         model(torch.tensor([said]), labels=torch.tensor([said])).loss.backward()
         optimizer.step()
-    pieces = list(generate.stream(model.eval(), tokenizer, "", max_new_tokens=50, temperature=0, top_p=1.0, seed=0))
+    pieces = list(
+        generate.stream(
+            model.eval(), tokenizer, "", max_new_tokens=50, temperature=0, top_p=1.0, seed=0
+        )
+    )
     assert "".join(pieces) == text
     assert len(said) > len(text) + 5  # characters of several bytes are several tokens here
     assert not any("\ufffd" in piece for piece in pieces)
@@ -45,16 +49,28 @@ def test_no_piece_ends_inside_a_character(tiny_model, tokenizer):
 
 def test_bytes_that_are_no_text_still_come_out(loaded, tokenizer):
     prompt = "The cat"
-    whole = generate_texts(*loaded, [prompt], max_new_tokens=1, num_return_sequences=40, top_p=1.0, temperature=5.0)[0]
+    whole = generate_texts(
+        *loaded, [prompt], max_new_tokens=1, num_return_sequences=40, top_p=1.0, temperature=5.0
+    )[0]
     broken = [number for number, text in enumerate(whole) if "\ufffd" in text]
     assert broken  # a single byte of a longer character
     options = {"max_new_tokens": 1, "temperature": 5.0, "top_p": 1.0, "seed": 0}
     for number in broken[:3]:
-        assert "".join(generate.stream(*loaded, prompt, stream_number=number, **options)) == "\ufffd"
+        assert (
+            "".join(generate.stream(*loaded, prompt, stream_number=number, **options)) == "\ufffd"
+        )
 
 
 def test_prompt_on_the_command_line(model_dirs, capsys):
-    arguments = [str(model_dirs["GPT2"]), "--prompt", "The cat", "--num-samples", "2", "--max-new-tokens", "5"]
+    arguments = [
+        str(model_dirs["GPT2"]),
+        "--prompt",
+        "The cat",
+        "--num-samples",
+        "2",
+        "--max-new-tokens",
+        "5",
+    ]
     assert generate.main([*arguments, "--seed", "1", "--device", "cpu"]) == 0
     first = capsys.readouterr()
     assert first.out.count("The cat") == 2 and first.err == ""
@@ -67,45 +83,74 @@ def test_prompt_on_the_command_line(model_dirs, capsys):
 def test_bytes_of_a_shell_that_are_no_text(model_dirs, bare_model_dir, capsys, monkeypatch):
     prompt = b"caf\xe9 noir".decode("utf-8", "surrogateescape")  # as Python passes them on
     model = str(model_dirs["Llama"])
-    assert generate.main([model, "--prompt", prompt, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        generate.main([model, "--prompt", prompt, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    )
     assert capsys.readouterr().out.startswith("caf\ufffd noir")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff cat\n"), "utf-8", "surrogateescape"))
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff cat\n"), "utf-8", "surrogateescape")
+    )
     assert generate.main([model, "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("\ufffd cat")
-    assert generate.main([str(bare_model_dir), "--prompt", "cat", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        generate.main(
+            [str(bare_model_dir), "--prompt", "cat", "--max-new-tokens", "3", "--device", "cpu"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith("cat")  # a tokenizer without BOS and EOS
 
 
 def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nA dog\n\nnever read\n"))
-    assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    )
     out = capsys.readouterr()
     assert "The cat" in out.out and "A dog" in out.out and "never read" not in out.out
     assert "prompt>" not in out.err  # nobody is asked
     terminal = io.StringIO("The cat\nA dog\n\n")
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)
-    assert generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    )
     assert capsys.readouterr().err.count("prompt> ") == 3
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))  # ends without an empty line
-    assert generate.main([str(model_dirs["Llama"]), "--max_new_tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        generate.main([str(model_dirs["Llama"]), "--max_new_tokens", "3", "--device", "cpu"]) == 0
+    )
 
 
 def test_an_empty_prompt_starts_from_nothing(model_dirs, capsys):
-    assert generate.main([str(model_dirs["Llama"]), "--prompt", "", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    assert (
+        generate.main(
+            [str(model_dirs["Llama"]), "--prompt", "", "--max-new-tokens", "8", "--device", "cpu"]
+        )
+        == 0
+    )
     assert len(capsys.readouterr().out) > 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--prompt", "a"], "error: no model at nowhere: expected a directory with config.json"),
-        (["MODEL", "--prompt", "a", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
+        (
+            ["nowhere", "--prompt", "a"],
+            "error: no model at nowhere: expected a directory with config.json",
+        ),
+        (
+            ["MODEL", "--prompt", "a", "--num-samples", "0"],
+            "error: --num-samples 0 must be 1 or more",
+        ),
         (["MODEL", "--prompt", "a", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
         (["BARE"], "error: BARE has no tokenizer.json: the tokenizer belongs beside the weights"),
         (["MODEL", "--prompt", "a", "--temperature", "-1"], "error: temperature -1.0 must be 0"),
         (["MODEL", "--prompt", "a", "--top-p", "2"], "error: top_p 2.0 must be above 0"),
-        (["MODEL", "--prompt", "a", "--max-new-tokens", "0"], "error: max_new_tokens 0 must be 1 or more"),
+        (
+            ["MODEL", "--prompt", "a", "--max-new-tokens", "0"],
+            "error: max_new_tokens 0 must be 1 or more",
+        ),
         (["MODEL", "--prompt", "a", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
 )

@@ -14,10 +14,11 @@ from conftest import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare_data
-from data_utils import create_cleaner_registry, load_tokenizer
-from lock import alone_in
-from overlap import Overlap, ngram_hashes
+from babyllama import schema
+from babyllama.data.cleaners import create_cleaner_registry
+from babyllama.data.overlap import Overlap, ngram_hashes
+from babyllama.data.tokenizer import load_tokenizer
+from babyllama.files import exclusive_folder
 from prepare_data import main
 
 VOCAB = 300
@@ -35,7 +36,9 @@ def raw(tmp_path) -> Path:
         folder = root / split
         folder.mkdir(parents=True)
         (folder / f"gutenberg.{split}").write_text("\n\n\n".join(stories(n, seed)) + "\n")
-        wiki = "".join(f"= = = Page {i} = = =\n\n{text}\n\n\n" for i, text in enumerate(stories(n, seed + 10)))
+        wiki = "".join(
+            f"= = = Page {i} = = =\n\n{text}\n\n\n" for i, text in enumerate(stories(n, seed + 10))
+        )
         (folder / f"wikipedia.{split}.gz").write_bytes(gzip.compress(wiki.encode(), mtime=0))
         rows = [json.dumps({"text": text}) for text in stories(n, seed + 20)]
         (folder / "children_stories.jsonl").write_text("\n".join(rows) + "\n")
@@ -47,8 +50,15 @@ def raw(tmp_path) -> Path:
 def run(raw, tmp_path):
     """run(extra flags) prepares raw/ into out/ and returns the exit code."""
 
-    def call(*extra: object, train: Path | None = raw / "train", dev: Path | None = raw / "dev") -> int:
-        argv = ["--output-dir", tmp_path / "out", "--tokenizer-output", tmp_path / "m" / "tokenizer.json"]
+    def call(
+        *extra: object, train: Path | None = raw / "train", dev: Path | None = raw / "dev"
+    ) -> int:
+        argv = [
+            "--output-dir",
+            tmp_path / "out",
+            "--tokenizer-output",
+            tmp_path / "m" / "tokenizer.json",
+        ]
         argv += ["--tokenizer-vocab", VOCAB]
         argv += ["--babylm-10m", train] if train else []
         argv += ["--babylm-dev", dev] if dev else []
@@ -62,7 +72,11 @@ def manifest_of(tmp_path: Path) -> dict:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def table(said: str, split: str) -> dict[str, list[str]]:
@@ -84,15 +98,22 @@ def table(said: str, split: str) -> dict[str, list[str]]:
 def test_what_is_written(run, tmp_path):
     assert run() == 0
     domains = ["children_stories", "gutenberg", "letters", "wikipedia"]
-    expected = ["manifest.json", *(f"{split}/{domain}.{split}" for split in ("dev", "train") for domain in domains)]
+    expected = [
+        "manifest.json",
+        *(f"{split}/{domain}.{split}" for split in ("dev", "train") for domain in domains),
+    ]
     assert set(tree(tmp_path / "out")) == set(expected)
     text = (tmp_path / "out" / "train" / "wikipedia.train").read_text()
-    assert text == "\n\n\n".join(stories(12, 11)) + "\n"  # the title lines are gone, nothing else is
-    assert (tmp_path / "out" / "train" / "letters.train").read_text() == "\n\n\n".join(stories(12, 31)) + "\n"
+    assert (
+        text == "\n\n\n".join(stories(12, 11)) + "\n"
+    )  # the title lines are gone, nothing else is
+    assert (tmp_path / "out" / "train" / "letters.train").read_text() == "\n\n\n".join(
+        stories(12, 31)
+    ) + "\n"
 
 
 def test_a_folder_where_another_process_prepares_is_left_alone(run, tmp_path, capsys):
-    with alone_in(tmp_path / "out", ""):
+    with exclusive_folder(tmp_path / "out", ""):
         assert run() == 2
     assert capsys.readouterr().err.endswith(
         "out: another process is writing there; wait for its end, or give another --output-dir\n"
@@ -114,7 +135,10 @@ def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, caps
             path = tmp_path / "out" / record["file"]
             text = path.read_text()
             documents = text.strip().split("\n\n\n")
-            tokens = sum(len(tokenizer(document, add_special_tokens=False)["input_ids"]) for document in documents)
+            tokens = sum(
+                len(tokenizer(document, add_special_tokens=False)["input_ids"])
+                for document in documents
+            )
             counts = [len(documents), len(text.split()), len(text.encode()), tokens]
             assert [record[key] for key in ("documents", "words", "bytes", "tokens")] == counts
             assert rows[domain][:4] == [f"{count:,}" for count in counts]
@@ -123,18 +147,26 @@ def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, caps
             assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
             for source in record["sources"]:
                 data = Path(source["path"]).read_bytes()
-                assert (source["sha256"], source["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+                assert (source["sha256"], source["bytes"]) == (
+                    hashlib.sha256(data).hexdigest(),
+                    len(data),
+                )
             totals = [a + b for a, b in zip(totals, counts, strict=True)]
         assert rows["total"][:4] == [f"{count:,}" for count in totals]
     entry = manifest["tokenizer"]
-    assert entry["sha256"] == hashlib.sha256((tmp_path / "m" / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        entry["sha256"]
+        == hashlib.sha256((tmp_path / "m" / "tokenizer.json").read_bytes()).hexdigest()
+    )
     assert entry["vocab_size"] == VOCAB == len(tokenizer)
 
 
 def test_the_share_that_cleaning_removed(run, raw, tmp_path, capsys):
     assert run("--skip-tokenizer", dev=None) == 0
     rows = table(capsys.readouterr().out, "train")
-    read = sum(len(f"= = = Page {i} = = =\n\n{text}".encode()) for i, text in enumerate(stories(12, 11)))
+    read = sum(
+        len(f"= = = Page {i} = = =\n\n{text}".encode()) for i, text in enumerate(stories(12, 11))
+    )
     kept = sum(len(text.encode()) for text in stories(12, 11))
     assert float(rows["wikipedia"][5]) == pytest.approx(100 * (1 - kept / read), abs=0.4)
     assert rows["gutenberg"][5] == "0.00"
@@ -151,7 +183,13 @@ def test_the_same_input_gives_the_same_files(run, tmp_path):
 def test_preparing_prepared_text_changes_nothing(run, tmp_path):
     assert run("--skip-tokenizer") == 0
     once = tree(tmp_path / "out")
-    argv = ["--babylm-10m", tmp_path / "out" / "train", "--babylm-dev", tmp_path / "out" / "dev", "--skip-tokenizer"]
+    argv = [
+        "--babylm-10m",
+        tmp_path / "out" / "train",
+        "--babylm-dev",
+        tmp_path / "out" / "dev",
+        "--skip-tokenizer",
+    ]
     assert main([str(word) for word in (*argv, "--output-dir", tmp_path / "again")]) == 0
     twice = tree(tmp_path / "again")
     del once["manifest.json"], twice["manifest.json"]
@@ -214,10 +252,18 @@ def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path, capsys):
 def test_budget(run, raw, tmp_path, capsys, monkeypatch):
     assert run("--skip-tokenizer") == 0
     captured = capsys.readouterr()
-    words = sum(len(data.split()) for name, data in tree(tmp_path / "out").items() if name.startswith("train/"))
-    assert manifest_of(tmp_path)["word_budget"] == {"limit_words": 10_000_000, "words": words, "over_budget": False}
+    words = sum(
+        len(data.split())
+        for name, data in tree(tmp_path / "out").items()
+        if name.startswith("train/")
+    )
+    assert manifest_of(tmp_path)["word_budget"] == {
+        "limit_words": 10_000_000,
+        "words": words,
+        "over_budget": False,
+    }
     assert f"{words:,} of 10,000,000" in captured.out and "over the budget" not in captured.err
-    monkeypatch.setitem(prepare_data.TRACKS, "strict", words - 7)
+    monkeypatch.setitem(schema.TRACKS, "strict", words - 7)
     argv = ["--babylm-100m", raw / "train", "--output-dir", tmp_path / "out", "--skip-tokenizer"]
     assert main([str(word) for word in argv]) == 0
     assert "7 words over the budget" in capsys.readouterr().err
@@ -233,7 +279,11 @@ def naive_overlap(dev: list[list[str]], train: list[list[str]]) -> tuple[int, in
 
     seen = set(grams(train))
     same = {tuple(words) for words in train}
-    return sum(tuple(words) in same for words in dev), len(grams(dev)), sum(gram in seen for gram in grams(dev))
+    return (
+        sum(tuple(words) in same for words in dev),
+        len(grams(dev)),
+        sum(gram in seen for gram in grams(dev)),
+    )
 
 
 def measure(dev: list[list[str]], train: list[list[str]], cut: int) -> tuple[int, int, int]:
@@ -245,7 +295,9 @@ def measure(dev: list[list[str]], train: list[list[str]], cut: int) -> tuple[int
             for i in range(0, len(words), cut):
                 overlap.add(words[i : i + cut], last=i + cut >= len(words))
     result = overlap.result()
-    return tuple(result[key] for key in ("dev_documents_in_train", "dev_ngrams", "dev_ngrams_in_train"))
+    return tuple(
+        result[key] for key in ("dev_documents_in_train", "dev_ngrams", "dev_ngrams_in_train")
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -288,8 +340,13 @@ def test_overlap_by_hand(run, raw, tmp_path, capsys):
         "places": ["dev/letters.dev 2"],
     }  # fmt: skip
     captured = capsys.readouterr()
-    assert "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in captured.out
-    assert "warning: documents of dev in train, on which held-out scores flatter: dev/letters.dev 2" in captured.err
+    assert (
+        "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in captured.out
+    )
+    assert (
+        "warning: documents of dev in train, on which held-out scores flatter: dev/letters.dev 2"
+        in captured.err
+    )
     assert captured.out.splitlines()[-1].startswith(
         f"wrote {tmp_path / 'out' / 'dev'}/, {tmp_path / 'out' / 'train'}/, "
     )
@@ -308,7 +365,9 @@ def test_files_of_others_are_not_mixed_in_nor_overwritten(run, tmp_path, capsys)
     assert tree(tmp_path / "out") == {"train/gutenberg.train": b"my own text"}
     mine.unlink()
     assert run("--skip-tokenizer") == 0
-    mine.write_text(mine.read_text() + "edited\n")  # a result that was changed by hand is not thrown away either
+    mine.write_text(
+        mine.read_text() + "edited\n"
+    )  # a result that was changed by hand is not thrown away either
     before = tree(tmp_path / "out")
     assert run("--skip-tokenizer") == 2
     assert tree(tmp_path / "out") == before
@@ -330,7 +389,9 @@ def test_several_files_of_one_domain_become_one(run, raw, tmp_path):
     assert record["documents"] == 13 and len(record["sources"]) == 2
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "no text", "broken", "vocab", "nothing", "in place", "manifest"])
+@pytest.mark.parametrize(
+    "case", ["missing", "empty", "no text", "broken", "vocab", "nothing", "in place", "manifest"]
+)
 def test_mistakes_are_one_line_and_lose_nothing(case, run, raw, tmp_path, capsys):
     assert run("--skip-tokenizer") == 0
     (tmp_path / "empty").mkdir()

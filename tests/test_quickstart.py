@@ -12,13 +12,19 @@ import pytest
 from conftest import ROOT
 
 import benchmark
-from benchmark_config import load_tasks
+from babyllama.config import read_yaml_file
+from babyllama.evaluation.benchmark_config import load_tasks
 from create_synthetic_data import build_grammar, sample_document
-from settings import read_yaml_file
 
 TASKS = read_yaml_file(ROOT / "config" / "benchmark-quickstart.yaml")["tasks"]
 REPORT = "models/quickstart/report.html"
-SCRIPTS = ["create_synthetic_data.py", "train_tokenizer.py", "train.py", "evaluate.py", "benchmark.py"]
+SCRIPTS = [
+    "create_synthetic_data.py",
+    "train_tokenizer.py",
+    "train.py",
+    "evaluate.py",
+    "benchmark.py",
+]
 
 # Stands for Python, so that what make decides can be seen: it notes each call, leaves the files that make looks at, and
 # fails where a file of the name `fail` lies.
@@ -42,7 +48,8 @@ if sys.argv[1] == "benchmark.py":
 def folder(tmp_path):
     """The Makefile, what its rules look at, and the stand-in."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
-    for name in ("Makefile", "requirements.txt", "benchmark_report.html.j2"):
+    for name in ("Makefile", "requirements.txt", "babyllama/evaluation/report.html.j2"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     return tmp_path
@@ -55,9 +62,21 @@ def quickstart(folder, changed="", status=0) -> tuple[list[str], list[str]]:
     if changed:
         (folder / changed).touch()
     (folder / "calls").unlink(missing_ok=True)
-    command = ["make", "-o", ".venv/.installed", f"PY={shlex.join([sys.executable, 'stand_in.py'])}", "quickstart"]
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=alone)  # even below `make test`
+    command = [
+        "make",
+        "-o",
+        ".venv/.installed",
+        f"PY={shlex.join([sys.executable, 'stand_in.py'])}",
+        "quickstart",
+    ]
+    alone = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=alone
+    )  # even below `make test`
     assert done.returncode == status, done.stderr
     return done.stdout.splitlines(), (folder / "calls").read_text().split()
 
@@ -71,7 +90,7 @@ def test_what_make_does_again(folder):
     assert called == SCRIPTS[:3]  # train.py finds the run finished; what was measured stands
     assert again[0] == first[0]
     for name in ("models/quickstart/model.safetensors", "config/benchmark-quickstart.yaml", "config/benchmark.yaml",
-                 "requirements.txt", "stand_in.py", "benchmark_report.html.j2"):  # fmt: skip
+                 "requirements.txt", "stand_in.py", "babyllama/evaluation/report.html.j2"):  # fmt: skip
         assert quickstart(folder, name)[1] == SCRIPTS, name
     assert quickstart(folder)[1] == SCRIPTS[:3]
     (folder / "fail").touch()
@@ -124,9 +143,13 @@ def test_the_answer_is_what_the_grammar_allows(grammar):
     items = load_tasks({"tasks": {"continuation": TASKS["continuation"]}})["continuation"].items
     assert len(items) >= 20
     for item in items:
-        allowed = {stack[0] for stack in derivations(grammar, as_written(grammar, item.prefixes[0]))}
+        allowed = {
+            stack[0] for stack in derivations(grammar, as_written(grammar, item.prefixes[0]))
+        }
         answer, *wrong = (completion.strip() for completion in item.completions)
-        assert item.gold == 0 and answer in allowed and not allowed & set(wrong) and len(wrong) == 3, item
+        assert (
+            item.gold == 0 and answer in allowed and not allowed & set(wrong) and len(wrong) == 3
+        ), item
 
 
 def test_paraphrases_are_the_same_to_the_grammar_and_the_control_is_not(grammar):
@@ -134,7 +157,9 @@ def test_paraphrases_are_the_same_to_the_grammar_and_the_control_is_not(grammar)
         states = [derivations(grammar, as_written(grammar, prompt)) for prompt in group["prompts"]]
         assert states[0] and all(state == states[0] for state in states), group
         control = derivations(grammar, as_written(grammar, group["control"]))
-        assert control and {stack[0] for stack in control} != {stack[0] for stack in states[0]}, group
+        assert control and {stack[0] for stack in control} != {stack[0] for stack in states[0]}, (
+            group
+        )
     for prompt in TASKS["repetition"]["prompts"]:
         assert derivations(grammar, as_written(grammar, prompt)), prompt
 
@@ -147,7 +172,11 @@ def test_the_report_of_a_small_quick_start(workshop, monkeypatch, capsys):
     document = json.loads((workshop / "models/quickstart/report.json").read_text())
     agreement = document["results"]["quickstart"]["agreement"]
     assert agreement["n"] == 2000 and len(agreement["subsets"]) == 10
-    assert set(agreement["baselines"]) == {"random", "shorter", "unigram"}  # the run knows its training text
+    assert set(agreement["baselines"]) == {
+        "random",
+        "shorter",
+        "unigram",
+    }  # the run knows its training text
     page = (workshop / REPORT).read_text()
     assert all(f"<td>{kind}</td>" in page for kind in agreement["subsets"])
     assert "report.html" in capsys.readouterr().out

@@ -1,0 +1,322 @@
+"""The cleaners: what each BabyLM domain's files carry that is not text, and the mending of blanks and punctuation.
+
+    from data_utils import DomainCleaners, create_cleaner_registry
+    DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"
+
+Pure functions from text to text, linear in its length. They know nothing of files and documents (documents.py does).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+CLEANER_VERSION = 5  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+
+# A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
+# What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
+
+NESTED = 4  # times that brackets which stand inside one another are looked for: cleaning stays linear in time
+_NEWLINES = re.compile(r"\n{3,}")
+_BLANKS = re.compile(r"  +")
+_LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
+_JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
+_BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
+_AFTER = re.compile(r"[A-Z][A-Za-z’'-]*[.,;:!?…\"'”’)]*\Z")
+
+_HEADER = re.compile(r"^ *=[^\n]*= *$", re.M)
+_CITATION = re.compile(
+    r"\[ *(?:\d{1,3}(?: ?[-–,] ?\d{1,3}){0,9}|[a-z]|(?:note|nb) \d{1,3}|update|who\?|when\?|where\?|which\?|source\?"
+    r"|(?:citation|clarification|page|year)(?: \w+)? needed|dubious[^\]\n]{0,20}|verification needed) *\]"
+)
+_WIKI_LINK = re.compile(r"\[\[(?:[^\[\]\n]*\|)?([^\[\]|\n]*)\]\]")
+_MARKS = tuple("[]{}<>'|")
+_WIKI_FILE = re.compile(r"\[\[(?:Category|File|Image):[^\[\]\n]*\]\]", re.I)
+_WIKI_REST = re.compile(r"\[\[+|\]\]+")
+_WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\[\]]{1,500}([^\[\]\n]{0,300})\]")
+_WIKI_LINE = re.compile(
+    r"^ *(?:[*#:;]+ +)*(?:[|!][^\n]*$|https?://\S++ *$)|^ *(?:[*#:;]+(?: +|$))+", re.M
+)
+_WIKI_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}(?!\})|\n\n")
+_BRACE_ENDS = {"{{": "}}", "{|": "|}"}
+_LATEX_QUOTES = re.compile(r"^[^\n`]*``[^\n]*$", re.M)
+_REF = re.compile(r"<ref\b[^<>\n]{0,300}>", re.I)
+_COMMENT = re.compile(r"<!--")
+_TAG = re.compile(r"<(?=[A-Za-z/])[^>\n]*+(>?)")
+_MARKUP_NAME = re.compile(
+    r"</?\s?(?:i|b|u|s|font|bold|link|span|div|br|sub|sup|small|big|ref|doc|blockquote|nowiki|center)\b",
+    re.I,
+)
+
+_CUE = re.compile(
+    r"^(?: *\d{1,6} *\n)? *(?:-?\d[-\d:.,; ]*-->[^\n]*|\d+:\d\d:\d\d[.,]\d+,\d+:\d\d:\d\d[.,]\d+"
+    r"|(?:\*TC +)?\d\d:\d\d:\d\d[;:]\d\d) *(?:\n|\Z)",
+    re.M,
+)
+_STYLE = re.compile(r"\{(?:\\[^}\n]{0,200}|\d{1,7})\}")
+_CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "download", "addic7ed", "yify",
+    "translat", "correct", "advertise", "osdb")  # fmt: skip
+_CREDIT = re.compile(
+    r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
+    r"(?: (?:and|&) [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
+    r"|^\W*(?!(?:no|any|a|the|with|without|what|need|more|my|your|these|those)\b)\w+ subtitles?[^\w?]*$"
+    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? ?by ?:|^\W*re-?sync ?(?:by\b|:)"
+    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? by (?!(?:my|the|a|an|his|her|our|your|their|whom?|some\w*)\b)[\w.-]{1,30}\W*$"
+    r"|\brate this subtitle\b|\bosdb\.link\b|^\W*advertise your product or brand\b"
+    r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
+)
+_BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
+_ASIDE = re.compile(r"\([^()\n]*\)|<[^<>\n]*>|\s+")
+_PAREN = re.compile(r"\([^)\n]*+(\)?)")
+_SOUND = re.compile(
+    r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
+    r"|music|applause|unintelligible|inaudible|indistinct|illegible|static|noise|whoosh\w*|swoosh|yawn\w*|sneeze\w*|sings?)\b[^()]*"
+    r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
+    re.I,
+)
+_CAPS = r"[A-Z][A-Z0-9 .'’&#/-]{%d,30}(?: ?\([^()\n]{1,20}\))?"  # MARY, MRS. CLAUS, CDR (EAGLE)
+_LABEL = re.compile(
+    r"^(?:[ -]*(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
+    + _CAPS % 0
+    + r") *:)(?=\s|$))+ *",
+    re.M,
+)
+_SCREEN_LABEL = re.compile(
+    r"^(?:[ -]*(?:" + _CAPS % 1 + r"|(?:wo)?man(?: #?\d+)?) *:(?=\s|$))+ *", re.M
+)
+_TRANSCRIPT_LINE = re.compile(
+    r"^ *(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}: [^\n]*|%\w{2,4}: [^\n]*) *$",
+    re.M,
+)
+_TRAIL_OFF = re.compile(r" ?(?<!\S)(?<!\+ )\+(?:\.{2,3}|/{1,2}[.?]|!\?)(?=\s|\Z)")
+
+_BOOK_LINE = re.compile(
+    r"^(?:[# ]*+(?:\* (?:License|Text|Illustration|Translation|Language|Photograph|Adaptation|Editor|Author)s?:[^\n]*"
+    r"|(?:Release Date|Posting Date|Last Updated|Character set encoding|Language): [^\n]*|Produced by [A-Z][^\n]*"
+    r"|(?:\*\*\*)? ?(?:START|END) OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\[(?:This file|Most recently)[^\n]*\])"
+    r"|#[# ]*)$|^ *#[# ]*(?<= )",
+    re.M,
+)
+_FOOTNOTE = re.compile(r"\[\d{1,3}\]|\{\d{1,3}\}|\[Illustration[^\]\n]{0,200}\]")
+_LICENCE = re.compile(
+    r"project gutenberg|gutenberg-tm|gutenberg\.(?:org|net)|pglaf|literary archive foundation|^\d\.[A-F]\.|electronic works?\b"
+    r"|^[# ]*\*{3}|public domain (?:print )?editions|this etext|this ebook",
+    re.I | re.M,
+)
+
+
+def _unjoin(match: re.Match) -> str:
+    """ "Hello.World" -> "Hello. World", but not inside an address, a file name or a dotted name."""
+    text, at = match.string, match.start()
+    before, after = text[max(0, at - 60) : at].split(), text[at + 1 : at + 61].split()
+    alone = before and after and _BEFORE.match(before[-1]) and _AFTER.match(after[0])
+    return match[0] + " " if alone else match[0]
+
+
+def _plain_blanks(text: str) -> str:
+    """Tabs, no-break and wide blanks as plain ones, line ends as newlines: the patterns then need to know no others."""
+    text = text.replace("\t", " ")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if text.isascii() else text.replace("\xa0", " ").replace("\u3000", " ")
+
+
+def _no_gaps(text: str) -> str:
+    """At most one blank line in a row."""
+    return _NEWLINES.sub("\n\n", text) if "\n\n\n" in text else text
+
+
+def clean_text(text: str) -> str:
+    """Collapse runs of blanks and mend the space around punctuation; newlines stay, at most one blank line in a row.
+
+    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and 3.14 stay.
+    """
+    text = (
+        _BLANKS.sub(" ", _plain_blanks(text)).replace(" \n", "\n").replace("\n ", "\n").strip(" ")
+    )
+    text = _no_gaps(text)
+    if "( " in text or " )" in text:
+        text = text.replace("( ", "(").replace(" )", ")")
+    return _JUNCTION.sub(_unjoin, _LOOSE_MARK.sub("", text))
+
+
+def _drop(pattern: re.Pattern, text: str, unwanted: Callable[[str], bool]) -> str:
+    """The text with a blank for each closed span (group 1 caught its end) that is unwanted."""
+    return pattern.sub(lambda match: " " if match[1] and unwanted(match[0]) else match[0], text)
+
+
+def _short(span: str) -> bool:
+    """Whether a bracket is short enough for a remark, counted without what else may go: tags, asides, blanks."""
+    return len(_ASIDE.sub("", span)) <= 70
+
+
+def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
+    """The text without unwanted <tags>; nothing takes the place of one between two letters: H<sub>2</sub>O."""
+
+    def rest(match: re.Match) -> str:
+        if not match[1] or "<" in match[0][1:] or not unwanted(match[0]):
+            return match[0]
+        before, after = (
+            text[max(0, match.start() - 1) : match.start()],
+            text[match.end() : match.end() + 1],
+        )
+        return "" if before.isalnum() and after.isalnum() else " "
+
+    return _TAG.sub(rest, text) if "<" in text else text
+
+
+def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
+    """The text with a blank for each stretch from a match of `opening` to the next `closing`."""
+    parts, done = [], 0
+    for match in opening.finditer(text):
+        if match.start() < done:
+            continue
+        end = text.find(closing, match.end(), match.end() + 5000)
+        if end < 0:
+            continue
+        parts += [text[done : match.start()], " "]
+        done = end + len(closing)
+    return "".join(parts) + text[done:]
+
+
+def _link_text(match: re.Match) -> str:
+    """What a [[link|text]] shows, with a blank where it could join with a mark beside it."""
+    if _WIKI_FILE.match(match[0]):
+        return match[0]
+    before, after = (
+        match.string[max(0, match.start() - 1) : match.start()],
+        match.string[match.end() : match.end() + 1],
+    )
+    return " " * (before in _MARKS) + match[1] + " " * (after in _MARKS)
+
+
+def _drop_braces(text: str) -> str:
+    """The text with a blank for each {{template}} and {|table|}; one that a blank line interrupts is left."""
+    parts, done, opened, spans = [], 0, [], []
+    for match in _WIKI_BRACES.finditer(text):
+        mark = match[0]
+        if mark in _BRACE_ENDS:
+            opened.append((match.start(), _BRACE_ENDS[mark]))
+        elif mark == "\n\n":
+            opened.clear()
+        elif opened and opened[-1][1] == mark:
+            start = opened.pop()[0]
+            while spans and spans[-1][0] > start:  # inside of this one
+                spans.pop()
+            spans.append((start, match.end()))
+    for start, end in spans:
+        parts += [text[done:start], " "]
+        done = end
+    return "".join(parts) + text[done:]
+
+
+def _drop_licence(text: str) -> str:
+    """A book's text without the paragraphs of Project Gutenberg's header and licence."""
+    kept: list[str] = []
+    header = 0  # where the header began, in kept
+    for paragraph in text.split("\n\n"):
+        if "START OF TH" in paragraph and len(kept) - header < 30:
+            del kept[header:]
+        elif not _LICENCE.search(paragraph):
+            kept.append(paragraph)
+        elif "EBook of" in paragraph or "This eBook is for the use" in paragraph:
+            header = len(kept)
+    return "\n\n".join(kept)
+
+
+def _without_credits(text: str) -> str:
+    """The text without lines that say who made, timed or offers the subtitles."""
+    lower = text.lower()
+    if not any(word in lower for word in _CREDIT_WORDS):
+        return text
+    return "\n".join(line for line in text.split("\n") if not _CREDIT.search(line.lower()))
+
+
+class DomainCleaners:
+    """Text cleaners, str -> str: pure, idempotent, linear in time; newlines stay, at most one blank line in a row."""
+
+    @staticmethod
+    def default(text: str) -> str:
+        """The text as it is."""
+        return text
+
+    @staticmethod
+    def wikipedia(text: str) -> str:
+        """Without headers (== Title ==), citations [12], references, templates, tables, link and tag markup."""
+        text = _plain_blanks(text)
+        if "``" in text:
+            text = _LATEX_QUOTES.sub(
+                lambda line: line[0].replace("``", '"').replace("''", '"'), text
+            )
+        if "<" in text:
+            text = _drop_braces(_drop_spans(_COMMENT, "-->", text))
+            text = _drop_spans(_REF, "</ref>", re.sub(r"<ref\b[^<>\n]{0,300}/>", " ", text))
+        if "{" in text:
+            text = _drop_braces(text)
+        text = re.sub(r"''+", " ", text)
+        if "[" in text:
+            text = _WIKI_LINK.sub(_link_text, text)
+            text = _WIKI_REST.sub(" ", _WIKI_FILE.sub(" ", text))
+            for _ in range(NESTED):
+                before, text = text, _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
+                if text == before:
+                    break
+        text = _CITATION.sub(" ", _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag))))
+        for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+            text = text.replace(mark, plain)
+        return _no_gaps(_HEADER.sub("", _WIKI_LINE.sub("", clean_text(text))))
+
+    @staticmethod
+    def subtitles(text: str) -> str:
+        """Without cue numbers and timings, credits, <i>/<font> tags, [sounds] and (sounds), labels in capitals."""
+        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), _short)
+        text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
+        text = _drop(
+            _PAREN,
+            text,
+            lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))),
+        )
+        text = clean_text(_SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " ")))
+        shorter = _CUE.sub("", text)
+        if shorter != text:
+            text = re.sub(r"\n\n+", "\n", shorter)
+        return _no_gaps(_without_credits(text))
+
+    @staticmethod
+    def dialogue(text: str) -> str:
+        """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
+        text = _plain_blanks(text)
+        if "[" in text:
+            for _ in range(NESTED):
+                text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
+            text = re.sub(r"(?<=\d )\[(percent|degrees)\]", r"\1", text)
+            text = re.sub(
+                r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text
+            )
+        text = _drop(_BRACKET, text, _short)
+        text = _drop_tags(text, lambda tag: len(_ASIDE.sub("", tag[1:-1])) <= 55)
+        text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
+        text = _TRANSCRIPT_LINE.sub("", clean_text(_LABEL.sub("", text)))
+        return _no_gaps(_TRAIL_OFF.sub("...", text))
+
+    @staticmethod
+    def books(text: str) -> str:
+        """Without Project Gutenberg's header and licence, credit lines (* License:), page marks (##) and footnote marks."""
+        text = _FOOTNOTE.sub(" ", _plain_blanks(text))
+        if "gutenberg" in text.lower():
+            text = _drop_licence(text)
+        return _no_gaps(_BOOK_LINE.sub("", clean_text(text)))
+
+
+def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
+    """Cleaner of each domain: the file names of BabyLM 2023 to 2026, and wikipedia, subtitles, dialogue, default."""
+    c = DomainCleaners
+    return {
+        **dict.fromkeys(("wikipedia", "simple_wiki", "simple_wikipedia"), c.wikipedia),
+        **dict.fromkeys(("subtitles", "open_subtitles", "qed"), c.subtitles),
+        **dict.fromkeys(
+            ("dialogue", "aochildes", "childes", "bnc_spoken", "switchboard"), c.dialogue
+        ),
+        **dict.fromkeys(("cbt", "children_stories", "gutenberg"), c.books),
+        "default": c.default,
+    }

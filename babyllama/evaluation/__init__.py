@@ -1,0 +1,1 @@
+"""Score, generate and grade: everything done with a trained model."""

@@ -1,0 +1,708 @@
+"""Distillation: the loss by hand and by naive loops, teachers that fit or do not, the cache, runs from a YAML file."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import build_tiny_model, rows_of, timeless, tiny_config
+from test_train import back_to_checkpoint, chunks, errors_of
+
+import train
+from babyllama.config import check_config
+from babyllama.device import pick_device
+from babyllama.training.callbacks import RunLog
+from babyllama.training.distillation import (
+    CachedChunks,
+    DistillationTrainer,
+    Ensemble,
+    SoftTargets,
+    average_teachers,
+    cache_folder,
+    distillation_loss,
+    divergence,
+    slice_loss,
+    write_cache,
+)
+from babyllama.training.loss import NextTokenLoss
+from babyllama.training.plan import compiler_missing
+from babyllama.training.run_dir import require_teacher
+from babyllama.training.trainer import evaluate_chunks, training_arguments
+
+LN2, LN3 = math.log(2), math.log(3)
+
+
+def whole(logits: torch.Tensor, temperature: float = 1.0) -> SoftTargets:
+    return SoftTargets((logits / temperature).softmax(-1))
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def test_a_hand_worked_example():
+    """One chunk of two tokens, a vocabulary of two, T = 2, alpha = 1/4.
+
+    The student's logits are (0, 2 ln 3): p = (1/10, 9/10) at T = 1 and (1/4, 3/4) at T = 2; the teacher says (1/2, 1/2).
+    The next token is 1: cross-entropy = ln(10/9). KL = 1/2 ln(2) + 1/2 ln(2/3) = ln 2 - 1/2 ln 3 = 0.143841.
+    loss = 1/4 ln(10/9) + 3/4 x 4 x KL = 0.026340 + 0.431523 = 0.457863.
+    """
+    student = torch.tensor([[[0.0, 2 * LN3], [5.0, -5.0]]])
+    teacher = SoftTargets(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
+    assert divergence(student, teacher, 2.0)[0, 0].item() == pytest.approx(LN2 - LN3 / 2, abs=1e-7)
+    loss = distillation_loss(student, teacher, torch.tensor([[0, 1]]), temperature=2.0, alpha=0.25)
+    assert loss.item() == pytest.approx(0.457863, abs=1e-6)
+
+
+def test_averages_by_hand():
+    """Teachers (0.9, 0.1) and (0.5, 0.5): the mean of probabilities is (0.7, 0.3), of logits (3/4, 1/4).
+
+    The second: odds 9 and 1 have the geometric mean 3.
+    """
+    logits = [torch.tensor([math.log(9), 0.0]), torch.tensor([0.0, 0.0])]
+    assert average_teachers(logits, 1.0, "probabilities").tolist() == pytest.approx([0.7, 0.3])
+    assert average_teachers(iter(logits), 1.0, "logits").tolist() == pytest.approx([0.75, 0.25])
+    # at T = 2 the first teacher's odds are 3: ((3/4 + 1/2) / 2, ...), and sqrt(3) to 1
+    assert average_teachers(logits, 2.0, "probabilities").tolist() == pytest.approx([0.625, 0.375])
+    assert average_teachers(logits, 2.0, "logits")[0].item() == pytest.approx(
+        math.sqrt(3) / (1 + math.sqrt(3))
+    )
+
+
+def naive(
+    student, teacher, ids, temperature, alpha, last_place: bool = False
+) -> tuple[float, float]:
+    """(sum of cross-entropy, sum of KL) in float64, a place at a time; teacher holds probabilities."""
+    ce = kl = 0.0
+    for b in range(len(ids)):
+        for t in range(ids.shape[1] - (not last_place)):
+            q = torch.softmax(student[b, t].double() / temperature, -1)
+            kl += sum(
+                p * (math.log(p) - math.log(x))
+                for p, x in zip(teacher[b, t].tolist(), q.tolist(), strict=True)
+            )
+            if t + 1 < ids.shape[1]:
+                ce -= math.log(torch.softmax(student[b, t].double(), -1)[ids[b, t + 1]].item())
+    return ce, kl
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (2.0, 0.5), (3.5, 1.0)])
+def test_against_a_naive_loop(temperature, alpha, reduction):
+    generator = torch.Generator().manual_seed(0)
+    student, other = (3 * torch.randn(3, 6, 11, generator=generator) for _ in range(2))
+    ids = torch.randint(11, (3, 6), generator=generator)
+    teacher = whole(other, temperature).probs
+    loss = distillation_loss(
+        student,
+        SoftTargets(teacher),
+        ids,
+        temperature=temperature,
+        alpha=alpha,
+        reduction=reduction,
+    )
+    ce, kl = naive(student, teacher, ids, temperature, alpha, last_place=reduction == "batchmean")
+    kl_mean = kl / (3 * 5) if reduction == "mean" else kl / 3
+    assert loss.item() == pytest.approx(
+        alpha * ce / (3 * 5) + (1 - alpha) * temperature**2 * kl_mean, rel=2e-6
+    )
+
+
+def test_batchmean_is_the_published_loss():
+    """As timinar/BabyLlama computes it: torch's KLDivLoss(batchmean) on all places, logits averaged."""
+    generator = torch.Generator().manual_seed(1)
+    student, one, two = (2 * torch.randn(4, 8, 13, generator=generator) for _ in range(3))
+    ids = torch.randint(13, (4, 8), generator=generator)
+    ce = torch.nn.CrossEntropyLoss()(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    soft = torch.softmax(torch.stack([one, two]).mean(0) / 2.0, -1)
+    published = 0.5 * ce + 0.5 * torch.nn.KLDivLoss(reduction="batchmean")(
+        torch.log_softmax(student / 2.0, -1), soft
+    ) * 2.0**2  # fmt: skip
+    targets = SoftTargets(average_teachers([one, two], 2.0, "logits"))
+    loss = distillation_loss(
+        student, targets, ids, temperature=2.0, alpha=0.5, reduction="batchmean"
+    )
+    assert loss.item() == pytest.approx(published.item(), rel=1e-6)
+
+
+def test_student_equal_to_teacher_gives_zero():
+    logits = 5 * torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(2))
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    for reduction in ("mean", "batchmean"):
+        logits.requires_grad_()
+        targets = whole(logits.detach(), 2.0)
+        loss = distillation_loss(
+            logits, targets, ids, temperature=2.0, alpha=0.0, reduction=reduction
+        )
+        assert abs(loss.item()) < 1e-5
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.abs().max() < 1e-6
+
+
+def top(targets: SoftTargets, k: int) -> SoftTargets:
+    return SoftTargets(*targets.probs.topk(k))
+
+
+def test_the_rest_is_one_outcome():
+    """V = 4, K = 2. Teacher (1/2, 1/4, 1/8, 1/8): kept 1/2, 1/4, rest 1/4. Student uniform: 1/4, 1/4, rest 1/2.
+
+    KL = 1/2 ln 2 + 1/4 ln 1 + 1/4 ln(1/2) = 1/4 ln 2; the whole KL is 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2 as well, since the
+    student shares out the rest as the teacher does. With the rest shared (3/16, 1/16) the whole one is larger.
+    """
+    student = torch.zeros(1, 1, 4)
+    teacher = torch.tensor([[[1 / 2, 1 / 4, 1 / 8, 1 / 8]]])
+    assert divergence(student, top(SoftTargets(teacher), 2), 1.0).item() == pytest.approx(LN2 / 4)
+    assert divergence(student, SoftTargets(teacher), 1.0).item() == pytest.approx(LN2 / 4)
+    uneven = SoftTargets(torch.tensor([[[1 / 2, 1 / 4, 3 / 16, 1 / 16]]]))
+    lost = 3 / 16 * math.log(3 / 2) + 1 / 16 * math.log(
+        1 / 2
+    )  # the rest's mass x KL within the rest
+    gap = divergence(student, uneven, 1.0) - divergence(student, top(uneven, 2), 1.0)
+    assert gap.item() == pytest.approx(lost)
+
+
+def test_top_k_of_the_whole_vocabulary_loses_nothing():
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (4 * torch.randn(2, 9, 300, generator=generator) for _ in range(2))
+    ids = torch.randint(300, (2, 9), generator=generator)
+    losses, gradients = [], []
+    for targets in (whole(teacher, 2.0), top(whole(teacher, 2.0), 300)):
+        logits = student.clone().requires_grad_()
+        loss = distillation_loss(logits, targets, ids, temperature=2.0, alpha=0.5)
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert torch.allclose(*gradients, atol=1e-8)
+
+
+def test_a_confident_student_keeps_finite_gradients():
+    """The rest's probability is 1e-30: 1 - sum of the others would be 0 in float32."""
+    student = torch.tensor([[[70.0, 0.0, 0.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    targets = SoftTargets(torch.tensor([[[0.9], [1.0]]]), torch.tensor([[[0], [0]]]))
+    loss = distillation_loss(student, targets, torch.zeros(1, 2).long(), temperature=1.0, alpha=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(
+        0.9 * math.log(0.9) + 0.1 * (math.log(0.1) + 70 - LN2), rel=1e-5
+    )
+    assert student.grad[0, 0].tolist() == pytest.approx(
+        [0.1, -0.05, -0.05]
+    )  # q - p, the rest's p shared as q is
+
+
+@pytest.mark.parametrize("k", [None, 5, 40])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_the_fast_form_is_the_definition(k, reduction):
+    """Value and gradient, for two slices of one step; the logits stay as they were."""
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (4 * torch.randn(3, 7, 40, generator=generator) for _ in range(2))
+    ids = torch.randint(40, (3, 7), generator=generator)
+    targets = whole(teacher, 2.0) if k is None else top(whole(teacher, 2.0), k)
+    leaf = student.clone().requires_grad_()
+    expected = distillation_loss(
+        leaf, targets, ids, temperature=2.0, alpha=0.3, reduction=reduction
+    )
+    (wanted,) = torch.autograd.grad(expected, leaf)
+    next_ids = torch.cat([ids[:, 1:], ids.new_full((3, 1), -1)], 1)
+    kl_weight = 0.7 * 4 * (6 if reduction == "batchmean" else 1)
+    total, before = 0.0, student.clone()
+    for here in (slice(0, 2), slice(2, 3)):
+        some = SoftTargets(
+            *(None if part is None else part[here].flatten(0, 1) for part in targets)
+        )
+        loss, gradient, _ = slice_loss(
+            student[here].flatten(0, 1),
+            some,
+            next_ids[here].flatten(),
+            2.0,
+            0.3,
+            kl_weight,
+            reduction == "batchmean",
+        )
+        total += loss.item() / (3 * 6)
+        assert torch.allclose(gradient.view(-1, 7, 40) / (3 * 6), wanted[here], atol=2e-7)
+    assert total == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(student, before)
+
+
+# ---- the trainer --------------------------------------------------------------------------------
+
+
+def two_teachers(average: str = "probabilities") -> Ensemble:
+    return Ensemble(
+        [build_tiny_model("GPT2", seed=1), build_tiny_model("Llama", seed=2)], 2.0, average
+    )
+
+
+def make_trainer(
+    tmp_path, rows, ensemble, distillation=None, loss=None, **training
+) -> DistillationTrainer:
+    config = check_config(tiny_config(tmp_path, tmp_path, tmp_path))
+    config["training"] |= {"num_epochs": 1, "lr_scheduler": "constant", **training}
+    for teacher in ensemble.models if ensemble else ():
+        teacher.to(pick_device())
+    return DistillationTrainer(
+        model=build_tiny_model("Llama").train(), args=training_arguments(config, tmp_path, "fp32"),
+        train_dataset=rows, eval_dataset=chunks(2), byte_lengths=np.ones(400, dtype=np.int64),
+        callbacks=[RunLog(tmp_path / "metrics.jsonl", 1.0, 1.0, 1.0)], training=config["training"],
+        loss=loss or NextTokenLoss(), ensemble=ensemble,
+        distillation={"temperature": 2.0, "alpha": 0.5, "reduction": "mean", **(distillation or {})},
+    )  # fmt: skip
+
+
+def first_row(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_uneven_accumulation_is_one_big_batch(tmp_path, reduction):
+    """7 chunks as 3 + 3 + 1 give the loss that a naive loop finds over all 7; the log carries its parts."""
+    rows, section = chunks(7), {"reduction": reduction}
+    for batch_size, accumulation in ((3, 3), (7, 1)):
+        folder = tmp_path / str(batch_size)
+        make_trainer(folder, rows, two_teachers(), distillation=section, batch_size=batch_size,
+                     gradient_accumulation_steps=accumulation).train()  # fmt: skip
+    ids = torch.tensor(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
+    with torch.no_grad():
+        student = build_tiny_model("Llama")(input_ids=ids).logits
+        teacher = (
+            sum((t(input_ids=ids).logits.double() / 2).softmax(-1) for t in two_teachers().models)
+            / 2
+        )
+    ce, kl = naive(student, teacher, ids, 2.0, 0.5, last_place=reduction == "batchmean")
+    kl_mean = kl / (7 * 31) if reduction == "mean" else kl / 7
+    for folder in ("3", "7"):
+        row = first_row(tmp_path / folder)
+        assert row["ce_loss"] == pytest.approx(ce / (7 * 31), rel=1e-5)
+        assert row["kd_loss"] == pytest.approx(kl / (7 * 31), rel=1e-4)
+        assert row["loss"] == pytest.approx(0.5 * ce / (7 * 31) + 0.5 * 4 * kl_mean, rel=1e-4)
+
+
+def test_evaluation_knows_no_teacher(tmp_path):
+    trainer = make_trainer(tmp_path, chunks(4), two_teachers())
+    expected = evaluate_chunks(build_tiny_model("Llama"), chunks(2), trainer.byte_lengths, 8)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["loss"], rel=1e-7)
+
+
+def test_the_student_nears_its_teacher(tmp_path):
+    teacher, rows = build_tiny_model("GPT2", seed=1), chunks(32)
+    with torch.no_grad():
+        teacher.lm_head.weight *= 20  # something to learn
+    section = {"alpha": 0.0, "temperature": 1.0}
+    trainer = make_trainer(tmp_path, rows, Ensemble([teacher], 1.0, "logits"), section, num_epochs=15,
+                           gradient_accumulation_steps=1)  # fmt: skip
+    weights = [p.detach().cpu().clone() for p in teacher.parameters()]
+    trainer.train()
+    parts = [
+        row["kd_loss"]
+        for row in map(json.loads, (tmp_path / "metrics.jsonl").open())
+        if "kd_loss" in row
+    ]
+    assert parts[-1] < 0.7 * parts[0]
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(weights, teacher.parameters(), strict=True))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+# ---- the cache ----------------------------------------------------------------------------------
+
+
+def facts_of(k: int, **changes) -> dict:
+    return {"data": "some text", "teachers": [{"path": "a", "sha256": "1"}, {"path": "b", "sha256": "2"}],
+            "temperature": 2.0, "average": "probabilities", "top_k": k, "dtype": "float32", **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_cached_and_uncached_training_agree_with_the_whole_vocabulary(tmp_path, average):
+    rows, folder, ensemble = chunks(9), tmp_path / "cache", two_teachers(average)
+    write_cache(
+        folder, facts_of(400, average=average), rows, ensemble, build_tiny_model("Llama"), 4
+    )
+    make_trainer(tmp_path / "whole", rows, ensemble).train()
+    make_trainer(tmp_path / "cached", CachedChunks(rows, folder), None).train()
+    a, b = (first_row(tmp_path / name) for name in ("whole", "cached"))
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    assert a["kd_loss"] == pytest.approx(b["kd_loss"], abs=1e-6)
+    about = json.loads((folder / "about.json").read_text())
+    assert about["dropped_mass"] < 1e-6
+    assert about["sample_kl"] == pytest.approx(about["sample_kl_cached"], abs=1e-6)
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason="nothing to compile with")
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_training_is_training(tmp_path, cached):
+    """Two full batches, which are compiled, and a last one of a single chunk, which is not."""
+    rows, folder, ensemble = chunks(7), tmp_path / "cache", two_teachers()
+    if cached:
+        write_cache(folder, facts_of(40), rows, ensemble, build_tiny_model("Llama"), 4)
+        rows, ensemble = CachedChunks(rows, folder), None
+    for name in ("as it is", "compiled"):
+        loss = NextTokenLoss(batch_size=3, compile=name == "compiled")
+        make_trainer(
+            tmp_path / name, rows, ensemble, loss=loss, batch_size=3, gradient_accumulation_steps=3
+        ).train()
+    plain, compiled = (first_row(tmp_path / name) for name in ("as it is", "compiled"))
+    for key in ("loss", "ce_loss", "kd_loss", "grad_norm"):
+        assert compiled[key] == pytest.approx(plain[key], rel=1e-4)
+
+
+def test_the_measured_error_sees_documents_as_the_loss_does(tmp_path):
+    """A student that is the teacher differs in nothing, documents apart or not."""
+    rows, model = chunks(3), build_tiny_model("Llama")
+    for row in rows:
+        row["input_ids"][[0, 9, 20]] = 1
+    for number, mask_from in enumerate((None, 1)):
+        ensemble = Ensemble([model], 2.0, "probabilities", mask_from)
+        write_cache(tmp_path / str(number), facts_of(400), rows, ensemble, model, 2)
+        about = json.loads((tmp_path / str(number) / "about.json").read_text())
+        assert about["sample_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_cache_holds_the_best_tokens_and_says_what_is_lost(tmp_path):
+    rows, folder = chunks(5), tmp_path / "cache"
+    student = build_tiny_model("Llama")
+    write_cache(folder, facts_of(20), rows, two_teachers(), student, 2)
+    cached, about = CachedChunks(rows, folder), json.loads((folder / "about.json").read_text())
+    dropped, gaps = [], []
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"].astype(np.int64))[None]
+        probs = two_teachers().targets(two_teachers().logits(ids)).probs[0].double()  # (T, V)
+        order = probs.argsort(-1, descending=True)[:, :20]
+        assert set(map(tuple, cached[i]["top_ids"])) == set(map(tuple, order.tolist()))
+        assert np.allclose(cached[i]["top_probs"], probs.gather(-1, order), atol=1e-7)
+        dropped += [
+            1 - sum(line[j] for j in best)
+            for line, best in zip(probs.tolist(), order.tolist(), strict=True)
+        ]
+        with torch.no_grad():
+            q = (student(input_ids=ids).logits[0].double() / 2).softmax(-1)
+        for line, mine, best in zip(probs.tolist(), q.tolist(), order.tolist(), strict=True):
+            rest = [j for j in range(400) if j not in best]
+            p_rest, q_rest = (sum(x[j] for j in rest) for x in (line, mine))
+            gaps.append(sum(line[j] * math.log(line[j] / p_rest / mine[j] * q_rest) for j in rest))
+    assert about["dropped_mass"] == pytest.approx(np.mean(dropped), rel=1e-5)
+    assert about["sample_chunks"] == 5
+    assert about["sample_kl"] - about["sample_kl_cached"] == pytest.approx(
+        np.mean(gaps), rel=1e-3, abs=2e-6
+    )
+    assert about["bytes"] == 5 * 32 * 20 * 6 == cached.ids.nbytes + cached.probs.nbytes
+
+
+def test_an_interrupted_cache_is_not_taken_for_whole(tmp_path):
+    class Tired(torch.nn.Module):
+        """A teacher whose second answer is Ctrl-C."""
+
+        device, answers = torch.device("cpu"), 0
+
+        def forward(self, **inputs):
+            self.answers += 1
+            if self.answers == 2:
+                raise KeyboardInterrupt
+            return build_tiny_model("Llama")(**inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(
+            tmp_path / "cache",
+            facts_of(8),
+            chunks(6),
+            Ensemble([Tired()], 2.0, "logits"),
+            build_tiny_model("Llama"),
+            3,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_it_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 999, 1))
+    with pytest.raises(
+        ValueError, match=r"8 best tokens for 6 chunks take 0.0 GB.*a smaller distillation.top_k"
+    ):
+        write_cache(
+            tmp_path / "cache", facts_of(8), chunks(6), two_teachers(), build_tiny_model("Llama"), 3
+        )
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    write_cache(
+        tmp_path / "cache", facts_of(8), chunks(6), two_teachers(), build_tiny_model("Llama"), 3
+    )
+    probs = tmp_path / "cache" / "top_probs.npy"
+    probs.write_bytes(probs.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cache: damaged .*delete it"):
+        CachedChunks(chunks(6), tmp_path / "cache")
+
+
+def test_the_key_is_content():
+    base = cache_folder(facts_of(8))
+    moved = [{"path": "elsewhere", "sha256": "2"}, {"path": "a", "sha256": "1"}]
+    assert cache_folder(facts_of(8, teachers=moved)) == base
+    retrained = [{"path": "a", "sha256": "9"}, {"path": "b", "sha256": "2"}]
+    changes = [{"teachers": retrained}, {"data": "other"}, {"temperature": 1.0}, {"average": "logits"},
+               {"dtype": "bfloat16"}]  # fmt: skip
+    assert (
+        len(
+            {
+                base,
+                cache_folder(facts_of(9)),
+                *(cache_folder(facts_of(8, **change)) for change in changes),
+            }
+        )
+        == 7
+    )
+
+
+# ---- from a YAML file ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory, tokenizer) -> list[str]:
+    """Two saved teachers of different architecture."""
+    root = tmp_path_factory.mktemp("teachers")
+    for kind, seed in (("GPT2", 5), ("Llama", 6)):
+        build_tiny_model(kind, seed=seed).save_pretrained(root / kind)
+        tokenizer.save_pretrained(root / kind)
+    return [str(root / "GPT2"), str(root / "Llama")]
+
+
+@pytest.fixture
+def config_file(tmp_path, tokenizer_file, corpus_dir, teachers, monkeypatch):
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
+
+    def write(distillation: dict | None = None, **changes) -> Path:
+        config = tiny_config(tmp_path, tokenizer_file, corpus_dir, **changes)
+        config["model"]["vocab_size"] = (
+            400  # the tokenizer has fewer tokens, the teachers score 400
+        )
+        config["distillation"] = {"teachers": teachers, **(distillation or {})}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+        return tmp_path / "tiny.yaml"
+
+    return write
+
+
+def caches(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").glob("teachers-*"))
+
+
+@pytest.mark.parametrize("cache", ["none", "top_k"])
+def test_resume_is_exact(cache, config_file, tmp_path, capsys):
+    path, run_dir = (
+        config_file({"cache": cache}, model__type="GPT2", model__resid_pdrop=0.1),
+        tmp_path / "models/tiny",
+    )
+    assert train.main(["--config", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "average of the teachers' probabilities (reduction mean" in out
+    assert ("dropped mass 0." in out) == (cache == "top_k")
+    weights, log = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)
+    back_to_checkpoint(run_dir)
+    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+
+    assert timeless(rows_of(run_dir)) == timeless(log)
+    card = (run_dir / "README.md").read_text()
+    assert "learned from the distributions of 2 teachers" in card
+    assert ": 0.5 x cross-entropy + 0.5 x 2^2 x KL" in card
+    assert len(json.loads((run_dir / "data_report.json").read_text())["teachers"]) == 2
+
+
+def test_alpha_one_is_training_without_teachers(config_file, tmp_path):
+    path = config_file({"alpha": 1.0}, training__num_epochs=1)
+    assert train.main(["--config", str(path), "--model-name", "with"]) == 0
+    config = yaml.safe_load(path.read_text())
+    del config["distillation"]
+    path.write_text(yaml.safe_dump(config))
+    assert train.main(["--config", str(path), "--model-name", "without"]) == 0
+    logs = [
+        (tmp_path / "models" / name / "metrics.jsonl").read_text().splitlines()
+        for name in ("with", "without")
+    ]
+    losses = [
+        [row[key] for row in map(json.loads, log) for key in ("loss", "eval_loss") if key in row]
+        for log in logs
+    ]
+    assert losses[0] == pytest.approx(
+        losses[1], abs=1e-4
+    )  # Adam makes much of a gradient that is rounding alone
+
+
+def test_a_second_run_needs_no_teacher(config_file, tmp_path, teachers, tokenizer):
+    own = [str(tmp_path / "own" / Path(t).name) for t in teachers]
+    shutil.copytree(Path(teachers[0]).parent, tmp_path / "own")
+    path = config_file({"teachers": own, "cache": "top_k", "top_k": 50}, training__num_epochs=1)
+    assert train.main(["--config", str(path)]) == 0
+    weights = (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes()
+    (cache,) = caches(tmp_path)
+    written = (cache / "top_probs.npy").stat().st_mtime_ns
+    shutil.rmtree(own[0])  # one is gone, one is still there
+    assert train.main(["--config", str(path), "--model-name", "second"]) == 0
+    shutil.rmtree(own[1])
+    assert train.main(["--config", str(path), "--overwrite"]) == 0
+    for name in ("second", "tiny"):
+        assert (tmp_path / "models" / name / "model.safetensors").read_bytes() == weights
+    assert caches(tmp_path) == [cache]
+    assert (cache / "top_probs.npy").stat().st_mtime_ns == written
+
+
+def test_what_the_cache_does_not_hold_needs_the_teacher(config_file, tmp_path, teachers, capsys):
+    shutil.copytree(Path(teachers[0]).parent, tmp_path / "own")
+    own = [str(tmp_path / "own" / Path(t).name) for t in teachers]
+    section = {"teachers": own, "cache": "top_k", "top_k": 50}
+    path = config_file(section, training__num_epochs=1)
+    assert train.main(["--config", str(path)]) == 0
+    build_tiny_model("GPT2", seed=77).save_pretrained(
+        own[0]
+    )  # trained anew: the cache is of another teacher
+    assert train.main(["--config", str(path), "--overwrite"]) == 0
+    assert len(caches(tmp_path)) == 2
+    build_tiny_model("GPT2", seed=78).save_pretrained(own[0])
+    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 2
+    assert "data: the text, the tokenizer or a teacher has changed" in errors_of(capsys)[0]
+    shutil.rmtree(own[0])  # two caches know this path, with different content
+    assert train.main(["--config", str(path), "--overwrite"]) == 2
+    assert f"{own[0]}: no trained model here" in errors_of(capsys)[0]
+    assert train.main(["--config", str(config_file({**section, "top_k": 51}))]) == 2
+    assert f"{own[0]}: no trained model here" in errors_of(capsys)[0]
+
+
+def test_changed_teachers_or_weights_are_not_resumed(config_file, tmp_path, teachers, capsys):
+    path = config_file(training__num_epochs=1)
+    assert train.main(["--config", str(path)]) == 0
+    assert train.main(["--config", str(path)]) == 0
+    assert "already trained" in capsys.readouterr().out
+    for section in ({"teachers": teachers[:1]}, {"alpha": 0.25}, {"cache": "top_k"}):
+        assert (
+            train.main(
+                ["--config", str(config_file(section)), "--resume_from_checkpoint", "latest"]
+            )
+            == 2
+        )
+        (key,) = section
+        assert f"distillation.{key}: was" in errors_of(capsys)[0]
+
+
+def test_dry_run_writes_nothing_and_says_who_teaches(config_file, tmp_path, teachers, capsys):
+    assert (
+        train.main(["--config", str(config_file({"cache": "top_k", "alpha": 0.2})), "--dry-run"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert all(teacher in out for teacher in teachers)
+    assert "0.2 x cross-entropy + 0.8 x 2^2 x KL at temperature 2" in out
+    assert not (tmp_path / "models").exists()
+    assert not caches(tmp_path)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_replace_its_own_teacher(config_file, tmp_path, capsys):
+    """Asked to learn from what stands in its own directory, it says so, and everything stays."""
+    assert train.main(["--config", str(config_file({"cache": "none"}))]) == 0
+    run_dir = next((tmp_path / "models").iterdir())
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for teacher in (run_dir, next(run_dir.glob("checkpoint-*"))):
+        path = config_file({"cache": "none", "teachers": [str(teacher)]})
+        assert train.main(["--config", str(path), "--overwrite"]) == 2
+        assert (
+            "a teacher (distillation.teachers) in the run's own directory" in errors_of(capsys)[0]
+        )
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_missing_teachers_name_the_command(config_file, tmp_path, capsys):
+    for flags in ([], ["--dry-run"]):
+        for cache in ("none", "top_k"):
+            section = {"teachers": ["models/gpt2-705M"], "cache": cache}
+            assert train.main(["--config", str(config_file(section)), *flags]) == 2
+            (line,) = errors_of(capsys)
+            assert "models/gpt2-705M: no trained model here (distillation.teachers)" in line
+            assert line.endswith("train it first: python train.py --config config/gpt2-705M.yaml")
+    assert train.main(["--config", str(config_file({"teachers": ["nowhere/at-all"]}))]) == 2
+    assert "needs config.json and .safetensors" in errors_of(capsys)[0]
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.fixture
+def own_teacher(tmp_path, teachers) -> Path:
+    shutil.copytree(teachers[1], tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_another_vocabulary_of_the_same_size_is_refused_before_the_text_is_read(
+    config_file, own_teacher, capsys
+):
+    """The ids of two tokens are swapped: nothing but the content differs."""
+    file = own_teacher / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(content))
+    path = config_file({"teachers": [str(own_teacher)]})
+    assert train.main(["--config", str(path)]) == 2
+    (line,) = errors_of(capsys)
+    assert (
+        f"teacher {own_teacher}: does not fit the student: another vocabulary: 2 tokens differ"
+        in line
+    )
+    assert f"the first is {a!r} (id 301 there, 300 here)" in line
+    assert not (path.parent / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_position_embeddings", 16, "its context is 16 tokens, less than data.seq_length (32)"),
+        ("eos_token_id", 7, "its eos token is 7, the student's is 2"),
+        ("vocab_size", 448, "it scores 448 tokens, the student 400: set model.vocab_size"),
+        ("model_type", "nonesuch", "its config.json cannot be read"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named(
+    config_file, own_teacher, capsys, key, value, message
+):
+    content = json.loads((own_teacher / "config.json").read_text())
+    (own_teacher / "config.json").write_text(json.dumps({**content, key: value}))
+    assert train.main(["--config", str(config_file({"teachers": [str(own_teacher)]}))]) == 2
+    (line,) = errors_of(capsys)
+    assert f"teacher {own_teacher}: " in line
+    assert message in line
+
+
+def test_other_special_tokens_are_refused(config_file, own_teacher, capsys):
+    content = json.loads((own_teacher / "tokenizer.json").read_text())
+    content["added_tokens"][2]["special"] = False
+    (own_teacher / "tokenizer.json").write_text(json.dumps(content))
+    assert train.main(["--config", str(config_file({"teachers": [str(own_teacher)]}))]) == 2
+    assert "its special tokens are" in errors_of(capsys)[0]
+
+
+def test_settings_that_exclude_each_other(config_file, capsys):
+    assert (
+        train.main(["--config", str(config_file({"cache": "top_k"}, data__random_offset=True))])
+        == 2
+    )
+    (line,) = errors_of(capsys)
+    assert (
+        "distillation.cache: top_k keeps the teachers' answers for fixed chunks, but data.random_offset"
+        in line
+    )
+    assert train.main(["--config", str(config_file({"cache": "top_k", "top_k": 401}))]) == 2
+    assert "top_k: 401 is more than the vocabulary's 400 tokens" in errors_of(capsys)[0]
+    assert train.main(["--config", str(config_file({"teachers": []}))]) == 2
+    assert (
+        "distillation.teachers: [] is not allowed; a list of 1 or more texts"
+        in errors_of(capsys)[0]
+    )
+
+
+def test_the_shipped_recipe_is_the_published_one():
+    config = train.load_config(Path(train.__file__).parent / "config" / "distill-58M.yaml")
+    section = config["distillation"]
+    assert (section["temperature"], section["alpha"], section["average"]) == (2.0, 0.5, "logits")
+    assert section["reduction"] == "batchmean"
+    for teacher in section["teachers"]:
+        with pytest.raises(FileNotFoundError, match=f"config/{Path(teacher).name}.yaml"):
+            require_teacher(teacher + "")
