@@ -29,19 +29,42 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN), as write_text does."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move it to `path` when the block ends without an error.
+
+    The block creates a file or a directory there. An existing file or directory at `path` is
+    replaced; if the block fails, what was written is deleted and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder, path.name)
+        yield draft
+        if draft.is_dir() and path.is_dir():
+            path.rename(Path(folder, "replaced"))
+        draft.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
+    """Write a text file atomically, as UTF-8 with Unix line ends, and flush it to disk."""
+    with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
+    """Raise ValueError if `path` exists and is not the script's own earlier output.
+
+    The one policy for existing output: a script replaces what it wrote itself and nothing else.
+    """
+    if path.exists() and not is_ours:
+        raise ValueError(f"{path} exists and was not written by this script; {remedy}")
 
 
 def check_results_file(file: Path, flag: str) -> None:
