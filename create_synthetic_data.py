@@ -1,39 +1,40 @@
-"""Make English-like text with a known floor: a seeded, unambiguous probabilistic grammar with number agreement.
+"""Make English-like text with a known entropy: a probabilistic grammar with number agreement.
 
-    python create_synthetic_data.py --num-tokens 1000000 --output-dir ./data/synthetic --complexity medium
+    python create_synthetic_data.py --num-tokens 1000000 --output-dir ./data/synthetic
     python create_synthetic_data.py --num-tokens 50000 --complexity simple --seed 7 --num-pairs 100
 
---num-tokens counts words between blanks of the training text, in whole documents; the held-out text gets a tenth of
-that on top. Into the output directory go
+--num-tokens counts the words of the training text, rounded up to complete documents. The held-out
+text gets a tenth of that on top. The output directory receives
 
-    train/synthetic.train, dev/synthetic.dev    one sentence a line, documents separated by two blank lines
-    minimal_pairs.jsonl                         BLiMP's fields; good and bad differ in the number of one word
-    grammar.json                                rules, seed, counts and the floor in bits per byte
+    train/synthetic.train, dev/synthetic.dev  one sentence a line, two blank lines between documents
+    minimal_pairs.jsonl                       BLiMP's fields; one word has the wrong number
+    grammar.json                              rules, seed, counts and the floor in bits per byte
 
-The floor. A document is one or more sentences joined by a newline, without one at the end; how many is geometric. No
-text has two derivations, so its entropy is that of its derivation, which solves a linear system over the nonterminals A
-with rules r of probability p_r (Grenander 1967; Chi 1999; Nederhof and Satta 2008):
+The floor. A document is one or more sentences joined by newlines, without one at the end; their
+number is geometric. No text has two derivations, so the entropy of the text is the entropy of its
+derivation, which solves a linear system over the nonterminals A with rules r of probability p_r
+(Grenander 1967; Chi 1999; Nederhof and Satta 2008):
 
     h(A) = sum_r p_r (-log2 p_r + sum of h(B) over the nonterminals B of r)
 
-Expected lengths solve the same system. The floor is h(DOCUMENT) / expected bytes of a document. Documents are
-independent, so no model's expected -log2 p of a document, its end included, over the expected bytes of its text is
-below that. On one finite text chance can put a model below the floor; what the grammar itself pays for that very text
-is therefore recorded too (true_bits_per_byte).
+Expected lengths solve the same system. The floor is h(DOCUMENT) / expected bytes of a document.
+Documents are independent, so no model's expected -log2 p of a document (its end included), divided
+by the expected bytes of its text, is below the floor. A finite text can fall below it by chance, so
+the cost of that very text under the grammar is recorded too (true_bits_per_byte).
 
-It does not imitate real English beyond agreement and word order: sentences of one document share no topic.
+It does not imitate English beyond agreement and word order: the sentences of a document share no
+topic.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import os
 import random
 import re
 import sys
-import tempfile
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
@@ -44,65 +45,55 @@ from math import log, log2
 from pathlib import Path
 from typing import NamedTuple
 
+from babyllama.cli import add_flag, run_script
 from babyllama.data.documents import find_files
-
-
-def grammar_floor(eval_path: str) -> float | None:
-    """The exact entropy of synthetic text, from the grammar.json that create_synthetic_data.py wrote beside it."""
-    text = Path(eval_path).resolve()
-    path = (text.parent if text.is_file() else text).parent / "grammar.json"
-    if not path.is_file() or [file.name for file in find_files(text, "dev")] != [
-        "synthetic.dev"
-    ]:  # or others besides
-        return None
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}: is not of create_synthetic_data.py; move it, or make the text anew"
-        ) from None
-
+from babyllama.files import atomic_write, check_replaceable
 
 COMPLEXITIES = ("simple", "medium", "complex")
 SENTENCES_PER_DOCUMENT = 10  # mean of the geometric distribution
-MAX_PAIRS = 10_000  # of one kind: the simple grammar does not hold many times more
+MAX_PAIRS = 10_000  # of one kind; the simple grammar does not hold many more
 
-# How many words simple, medium and complex take, and the words in falling frequency. Nouns (N) and verbs (V) get both
-# numbers. No form occurs twice, and no noun or adjective begins with a vowel: the grammar knows "a" but not "an".
-LEXICON = {
-    "N-being": (12, 24, 64, """dog cat girl boy child/children bird teacher farmer man/men woman/women mouse/mice
-        baby horse rabbit king queen friend brother sister mother father cow doctor bear wolf/wolves fox goat duck
-        goose/geese frog tiger lion monkey pony puppy kitten princess prince wizard pirate soldier sailor baker dancer
-        singer writer driver hunter gardener captain neighbor cousin daughter son student lady knight robot spider
-        butterfly turtle donkey dragon thief/thieves"""),
-    "N-thing": (0, 14, 40, """ball book box cake cup hat chair table lamp toy coat key bag letter boat basket
-        picture candle shoe pencil bottle spoon knife/knives plate pot kite drum bell flower blanket button ladder
-        bucket mirror clock coin pie loaf/loaves doll sandwich"""),
-    "N-place": (0, 10, 28, """house garden school river park farm road tree barn shop forest hill lake bridge
-        village castle tower field mountain beach kitchen market church gate wall cave library pond"""),
-    "V-self": (6, 10, 24, """sleep laugh sing jump swim smile dance play cry wait talk work rest dream eat shout
-        whisper sneeze listen yawn giggle snore wander complain"""),
-    "V-being": (6, 10, 24, """see like help chase hear follow love know visit meet call watch hug teach trust thank
-        greet scare tease remember forget protect admire invite"""),
-    "V-thing": (0, 8, 18, """carry want find hold buy make keep bring push drop wash fix throw catch pull lift sell
-        touch"""),
-    "V-go": (0, 4, 6, "go walk run hurry return travel"),
-    "V-say": (0, 0, 8, "say think hope believe feel claim guess pretend"),
-    "SIZE": (3, 5, 8, "big little small tall tiny huge large short"),
-    "QUALITY-being": (5, 8, 22, """happy young sad kind brave tired clever hungry quiet friendly lazy proud gentle
-        polite lonely cheerful nervous shy silly wise curious famous"""),
-    "QUALITY-thing": (0, 7, 17, """red new heavy blue broken green dirty yellow wooden white black soft round brown
-        shiny cheap pretty"""),
-    "QUALITY-place": (0, 3, 7, "dark beautiful cold peaceful lovely crowded warm"),
-    "PREP": (0, 3, 5, "near behind beside by around"),
-    "ADVERB": (0, 5, 10, "often never always sometimes quickly usually rarely happily quietly slowly"),
-    "NAME": (0, 6, 20, """Tom Mary Ben Anna Sam Lucy Max Emma Jack Alice Peter Clara Leo Nina Henry Julia David
-        Sarah Paul Laura"""),
-}  # fmt: skip
+# CATEGORY = sizes words: how many words the simple, medium and complex grammars take, and the words
+# from frequent to rare. Nouns (N) and verbs (V) get both numbers. No form occurs twice, and no noun
+# or adjective begins with a vowel: the grammar knows "a" but not "an".
+LEXICON = """
+    N-being = 12 24 64 dog cat girl boy child/children bird teacher farmer man/men woman/women
+        mouse/mice baby horse rabbit king queen friend brother sister mother father cow doctor
+        bear wolf/wolves fox goat duck goose/geese frog tiger lion monkey pony puppy kitten
+        princess prince wizard pirate soldier sailor baker dancer singer writer driver hunter
+        gardener captain neighbor cousin daughter son student lady knight robot spider
+        butterfly turtle donkey dragon thief/thieves
+    N-thing = 0 14 40 ball book box cake cup hat chair table lamp toy coat key bag letter boat
+        basket picture candle shoe pencil bottle spoon knife/knives plate pot kite drum bell
+        flower blanket button ladder bucket mirror clock coin pie loaf/loaves doll sandwich
+    N-place = 0 10 28 house garden school river park farm road tree barn shop forest hill lake
+        bridge village castle tower field mountain beach kitchen market church gate wall cave
+        library pond
+    V-self = 6 10 24 sleep laugh sing jump swim smile dance play cry wait talk work rest dream
+        eat shout whisper sneeze listen yawn giggle snore wander complain
+    V-being = 6 10 24 see like help chase hear follow love know visit meet call watch hug
+        teach trust thank greet scare tease remember forget protect admire invite
+    V-thing = 0 8 18 carry want find hold buy make keep bring push drop wash fix throw catch
+        pull lift sell touch
+    V-go = 0 4 6 go walk run hurry return travel
+    V-say = 0 0 8 say think hope believe feel claim guess pretend
+    SIZE = 3 5 8 big little small tall tiny huge large short
+    QUALITY-being = 5 8 22 happy young sad kind brave tired clever hungry quiet friendly lazy
+        proud gentle polite lonely cheerful nervous shy silly wise curious famous
+    QUALITY-thing = 0 7 17 red new heavy blue broken green dirty yellow wooden white black
+        soft round brown shiny cheap pretty
+    QUALITY-place = 0 3 7 dark beautiful cold peaceful lovely crowded warm
+    PREP = 0 3 5 near behind beside by around
+    ADVERB = 0 5 10 often never always sometimes quickly usually rarely happily quietly slowly
+    NAME = 0 6 20 Tom Mary Ben Anna Sam Lucy Max Emma Jack Alice Peter Clara Leo Nina Henry
+        Julia David Sarah Paul Laura
+"""
 
-# NONTERMINAL = weight symbols | weight symbols ...; {n} runs over sg and pl, {be} and {do} with it, {c} over being,
-# thing, place. Each complexity starts from the one before and replaces what it repeats. Nothing is ambiguous: a noun
-# takes at most one PP or relative clause, a verb takes no such PP, and "and" joins verbs only after a bare one.
+# NONTERMINAL = weight symbols | weight symbols ...
+# {n} runs over sg and pl, {be} and {do} agree with it, {c} runs over being, thing, place. Each
+# complexity starts from the one before and replaces the rules that it repeats. Nothing is
+# ambiguous: a noun takes at most one PP or relative clause, a verb takes no such PP, and "and"
+# joins verbs only after a bare one.
 RULES = {
     "simple": """
         SENTENCE      = 1 CLAUSE
@@ -120,8 +111,10 @@ RULES = {
         TIME          = 3 today | 2 at night | 1 in the morning | 1 in the evening
         CLAUSE        = 8 SUBJECT-sg VP-sg | 6 SUBJECT-pl VP-pl
                       | 1 MOD-thing-sg is STATE-thing | 1 MOD-thing-pl are STATE-thing
-        SUBJECT-sg    = 2 NAME | 1 he | 1 she | 8 NP-being-sg | 2 NP-being-sg PP | 2 NP-being-sg REL-being-sg
-        SUBJECT-pl    = 1 they | 1 we | 8 NP-being-pl | 2 NP-being-pl PP | 2 NP-being-pl REL-being-pl
+        SUBJECT-sg    = 2 NAME | 1 he | 1 she | 8 NP-being-sg | 2 NP-being-sg PP
+                      | 2 NP-being-sg REL-being-sg
+        SUBJECT-pl    = 1 they | 1 we | 8 NP-being-pl | 2 NP-being-pl PP
+                      | 2 NP-being-pl REL-being-pl
         MOD-{c}-{n}   = 12 NP-{c}-{n} | 1 NP-{c}-{n} PP
         PP            = 4 LOCATION | 1 with ANY-thing
         LOCATION      = 3 PREP ANY-place | 2 PREP ANY-being
@@ -135,32 +128,37 @@ RULES = {
                       | 3 V-thing-{n} ANY-thing | 2 V-go-{n} to ANY-place
         ANY-{c}       = 5 MOD-{c}-sg | 4 MOD-{c}-pl
         STATE-{c}     = 1 SIZE | 3 QUALITY-{c} | 1 LOCATION
-        NOM-{c}-{n}   = 16 N-{c}-{n} | 3 SIZE N-{c}-{n} | 4 QUALITY-{c} N-{c}-{n} | 1 SIZE QUALITY-{c} N-{c}-{n}
+        NOM-{c}-{n}   = 16 N-{c}-{n} | 3 SIZE N-{c}-{n} | 4 QUALITY-{c} N-{c}-{n}
+                      | 1 SIZE QUALITY-{c} N-{c}-{n}
         DET-pl        = 3 these | 3 some | 2 many | 1 two | 1 three
     """,
     "complex": """
-        SENTENCE      = 12 CLAUSE | 2 TIME , CLAUSE | 1 WHEN CLAUSE , CLAUSE | 1 CLAUSE , LINK CLAUSE
+        SENTENCE      = 12 CLAUSE | 2 TIME , CLAUSE | 1 WHEN CLAUSE , CLAUSE
+                      | 1 CLAUSE , LINK CLAUSE
         WHEN          = 3 when | 2 because | 1 while | 1 before | 1 after
         LINK          = 3 and | 2 but | 1 so
         MOD-{c}-{n}   = 12 NP-{c}-{n} | 1 NP-{c}-{n} PP | 1 NP-{c}-{n} REL-{c}-{n}
         PP            = 5 LOCATION | 1 with ANY-thing | 1 from ANY-place
         REL-being-{n} = 3 that VP-{n} | 1 that INNER-sg V-being-sg | 1 that INNER-pl V-being-pl
-        REL-thing-{n} = 1 that {be} STATE-thing | 1 that INNER-sg V-thing-sg | 1 that INNER-pl V-thing-pl
+        REL-thing-{n} = 1 that {be} STATE-thing | 1 that INNER-sg V-thing-sg
+                      | 1 that INNER-pl V-thing-pl
         REL-place-{n} = 1 that {be} STATE-place
-        ACT-{n}       = 4 V-self-{n} | 1 V-being-{n} NAME | 6 V-being-{n} ANY-being | 5 V-thing-{n} ANY-thing
-                      | 2 V-go-{n} to ANY-place | 2 V-say-{n} that CLAUSE | 1 V-self-{n} and ACT-{n}
+        ACT-{n}       = 4 V-self-{n} | 1 V-being-{n} NAME | 6 V-being-{n} ANY-being
+                      | 5 V-thing-{n} ANY-thing | 2 V-go-{n} to ANY-place | 2 V-say-{n} that CLAUSE
+                      | 1 V-self-{n} and ACT-{n}
         DET           = 12 the | 2 my | 2 her | 2 his | 1 our | 1 their
         DET-sg        = 6 a | 3 this | 1 every | 1 each
         DET-pl        = 3 these | 3 some | 2 many | 1 two | 1 three | 1 several | 1 most
     """,
-}  # fmt: skip
+}
+
 NUMBERS = {
     "sg": {"be": "is", "do": "does", "this": "this"},
     "pl": {"be": "are", "do": "do", "this": "these"},
 }
 
-# Minimal pairs: the first complexity that has them, and the sentence, where the word at * gets the wrong number.
-# {n} is the number that matters and {m} the other one, so that a noun in between pulls to the wrong side.
+# Minimal pairs: the first complexity that has them, and the sentence. The word at * gets the wrong
+# number. {n} is the number that matters and {m} the other one, so that a noun in between misleads.
 PAIRS = {
     "subject_verb_adjacent": (0, "NP-being-{n} *PLAIN-{n}"),
     "subject_verb_across_pp": (1, "NP-being-{n} PREP NP-being-{m} *PLAIN-{n}"),
@@ -187,20 +185,18 @@ PAIRS = {
     "determiner_before_noun": (0, "NP-being-{m} V-being-{m} *{this} N-being-{n}"),
 }
 
-
 Rule = tuple[float, tuple[str, ...]]  # probability (or weight), symbols
 
 
-class Document(NamedTuple):
-    text: str
-    bits: float  # -log2 of the text's probability
+# ---- the grammar --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """rules: nonterminal -> ((probability, symbols), ...); a symbol that is no key of it is a word, "," or a newline.
+    """Rules of a probabilistic context-free grammar with start symbol DOCUMENT.
 
-    twins: word -> its form in the other number.
+    rules: nonterminal -> ((probability, symbols), ...). A symbol without rules is a word, "," or a
+    newline. twins: word -> its form in the other number.
     """
 
     complexity: str
@@ -208,19 +204,17 @@ class Grammar:
     twins: dict[str, str]
 
     @cached_property
-    def tables(self) -> dict[str, tuple[list[float], list[tuple[float, tuple[str, ...]]]]]:
-        """For the sampler: nonterminal -> (cumulative probabilities but the last, [(bits, reversed symbols), ...])."""
-        return {
-            left: (
-                list(accumulate(p for p, _ in rules))[:-1],
-                [(-log2(p), right[::-1]) for p, right in rules],
-            )
-            for left, rules in self.rules.items()
-        }
+    def tables(self) -> dict[str, tuple[list[float], list[Rule]]]:
+        """Return, for the sampler, nonterminal -> (thresholds, [(bits, reversed symbols), ...])."""
+        tables = {}
+        for left, rules in self.rules.items():
+            thresholds = list(accumulate(p for p, _ in rules))[:-1]
+            tables[left] = (thresholds, [(-log2(p), right[::-1]) for p, right in rules])
+        return tables
 
 
 def add_s(word: str) -> str:
-    """A noun's regular plural, which is also how a verb's third person is spelt: box(es), pony (ponies), toy(s)."""
+    """Return a noun's regular plural, also the spelling of a verb's third person singular."""
     if word.endswith(("s", "sh", "ch", "x", "o")):
         return word + "es"
     if word.endswith("y") and word[-2] not in "aeiou":
@@ -228,97 +222,137 @@ def add_s(word: str) -> str:
     return word + "s"
 
 
-def _lexicon(level: int) -> tuple[dict[str, list[Rule]], dict[str, str]]:
-    """Weighted one-word rules of every category, and the twins; the k-th word weighs 1 / (k + 1), like Zipf's law."""
-    rules, pairs = {}, list(zip(NUMBERS["sg"].values(), NUMBERS["pl"].values(), strict=True))
-    for name, (*sizes, text) in LEXICON.items():
-        words = text.split()[: sizes[level]]
+def _definitions(text: str) -> Iterator[list[str]]:
+    """Yield [left, right] of each `left = right`; a line without " = " continues the one before."""
+    for line in re.sub(r"\n(?!.* = )", " ", text.strip()).splitlines():
+        yield line.strip().split(" = ")
+
+
+def read_lexicon(level: int) -> tuple[dict[str, list[Rule]], dict[str, str]]:
+    """Return the weighted one-word rules of every category, and the twins.
+
+    The k-th word weighs 1 / (k + 1), similar to Zipf's law.
+    """
+    rules = {}
+    twin_pairs = list(zip(NUMBERS["sg"].values(), NUMBERS["pl"].values(), strict=True))
+    for name, right in _definitions(LEXICON):
+        numbers_and_words = right.split()
+        words = numbers_and_words[3 : 3 + int(numbers_and_words[level])]
         forms = {name: words}
-        if name[:2] in ("N-", "V-"):
+        if name.startswith(("N-", "V-")):
             bare = [word.split("/")[0] for word in words]
-            other = [word.split("/")[1] if "/" in word else add_s(word) for word in words]
-            numbers = (
-                ("sg", "pl") if name[0] == "N" else ("pl", "sg")
-            )  # the bare form of a verb is its plural
-            forms = {
-                f"{name}-{n}": members for n, members in zip(numbers, (bare, other), strict=True)
-            }
-            pairs += zip(bare, other, strict=True)
+            inflected = [word.split("/")[1] if "/" in word else add_s(word) for word in words]
+            twin_pairs += zip(bare, inflected, strict=True)
+            # the bare form of a noun is its singular, the bare form of a verb is its plural
+            singular, plural = (bare, inflected) if name[0] == "N" else (inflected, bare)
+            forms = {f"{name}-sg": singular, f"{name}-pl": plural}
         for left, members in forms.items():
             rules[left] = [(1 / (k + 1), (word,)) for k, word in enumerate(members, 1)]
-    return rules, dict(pairs) | {b: a for a, b in pairs}
+    return rules, dict(twin_pairs) | {b: a for a, b in twin_pairs}
 
 
-def _read_rules(text: str) -> dict[str, list[Rule]]:
+def read_rules(text: str) -> dict[str, list[Rule]]:
+    """Return the weighted rules of a table in the notation of RULES."""
     rules = {}
-    for line in re.sub(r"\n *\|", " |", text).strip().splitlines():
-        for n, c in product(NUMBERS, ("being", "thing", "place")):
-            left, right = line.format(n=n, c=c, **NUMBERS[n]).split(" = ")
-            options = [option.split() for option in right.split(" | ")]
-            rules[left.strip()] = [(float(weight), tuple(symbols)) for weight, *symbols in options]
+    for left, right in _definitions(text):
+        for number, kind in product(NUMBERS, ("being", "thing", "place")):
+            names = {"n": number, "c": kind, **NUMBERS[number]}
+            options = [option.split() for option in right.format(**names).split(" | ")]
+            rules[left.format(**names).strip()] = [
+                (float(weight), tuple(symbols)) for weight, *symbols in options
+            ]
     return rules
 
 
 def build_grammar(complexity: str) -> Grammar:
-    """The grammar of "simple", "medium" or "complex", with start symbol DOCUMENT; ValueError for another complexity."""
+    """Return the grammar named "simple", "medium" or "complex"; ValueError for another name."""
     if complexity not in COMPLEXITIES:
-        raise ValueError(
-            f"complexity: {complexity!r} is unknown; known are {', '.join(COMPLEXITIES)}"
-        )
+        names = ", ".join(COMPLEXITIES)
+        raise ValueError(f"complexity: {complexity!r} is unknown; choose one of {names}")
     level = COMPLEXITIES.index(complexity)
-    weighted, twins = _lexicon(level)
+    weighted, twins = read_lexicon(level)
     for name in COMPLEXITIES[: level + 1]:
-        weighted |= _read_rules(RULES[name])
+        weighted |= read_rules(RULES[name])
     end = 1 / SENTENCES_PER_DOCUMENT
     weighted["DOCUMENT"] = [(end, ("SENTENCE",)), (1 - end, ("SENTENCE", "\n", "DOCUMENT"))]
-    rules, reachable = {}, ["DOCUMENT"]
+
+    # keep what DOCUMENT reaches, breadth first, and normalise the weights
+    rules = {}
+    reachable = ["DOCUMENT"]
     for left in reachable:
         total = sum(weight for weight, _ in weighted[left])
         rules[left] = tuple((weight / total, right) for weight, right in weighted[left])
-        symbols = dict.fromkeys(symbol for _, right in rules[left] for symbol in right)
-        reachable += [
-            symbol for symbol in symbols if symbol in weighted and symbol not in reachable
-        ]
+        for _, right in rules[left]:
+            for symbol in right:
+                if symbol in weighted and symbol not in reachable:
+                    reachable.append(symbol)
     return Grammar(complexity, rules, twins)
 
 
 def grammar_facts(grammar: Grammar) -> dict[str, float]:
-    """Exact entropy and expected lengths of a document and of a sentence (its full stop counted), as the module says.
+    """Return the exact entropy and expected lengths of a document and of a sentence.
 
-    bits_per_byte = bits_per_document / bytes_per_document; nats_per_word counts the ends of documents too.
+    Solves the system of the module's docstring. A sentence includes its full stop, nats_per_word
+    the ends of documents. bits_per_byte = bits_per_document / bytes_per_document.
     """
-    import numpy as np
+    import numpy as np  # --help needs none of it
 
     index = {left: i for i, left in enumerate(grammar.rules)}
-    children = np.zeros(
-        (len(index), len(index))
-    )  # expected number of each nonterminal in one expansion
-    own = np.zeros((len(index), 3))  # what one expansion itself adds: bits, bytes, words
+    children = np.zeros((len(index), len(index)))  # expected number of nonterminals in an expansion
+    increments = np.zeros((len(index), 3))  # what an expansion adds: bits, bytes, words
     for left, rules in grammar.rules.items():
         for p, right in rules:
             marks = [symbol for symbol in right if symbol in (",", "\n")]
             words = [symbol for symbol in right if symbol not in index and symbol not in marks]
-            size = sum(len(word) + 1 for word in words) + len(
-                marks
-            )  # after every word a blank or a full stop
-            own[index[left]] += p * np.array([-log2(p), size, len(words)])
+            n_bytes = sum(len(word) + 1 for word in words) + len(marks)  # a blank or stop per word
+            increments[index[left]] += p * np.array([-log2(p), n_bytes, len(words)])
             for symbol in right:
                 if symbol in index:
                     children[index[left], index[symbol]] += p
-    solution = np.linalg.solve(np.eye(len(index)) - children, own)
-    bits, size, words = solution[index["DOCUMENT"]].tolist()
-    facts = {"bits_per_byte": bits / size, "nats_per_word": bits * log(2) / words}
+    solution = np.linalg.solve(np.eye(len(index)) - children, increments)
+
+    bits, n_bytes, words = solution[index["DOCUMENT"]].tolist()
+    facts = {"bits_per_byte": bits / n_bytes, "nats_per_word": bits * log(2) / words}
     for unit in ("document", "sentence"):
-        values = zip(
-            ("bits", "bytes", "words"), solution[index[unit.upper()]].tolist(), strict=True
-        )
-        facts |= {f"{name}_per_{unit}": value for name, value in values}
+        values = solution[index[unit.upper()]].tolist()
+        for name, value in zip(("bits", "bytes", "words"), values, strict=True):
+            facts[f"{name}_per_{unit}"] = value
     return facts
 
 
+def grammar_floor(eval_path: str) -> float | None:
+    """Return the floor in bits per byte from the grammar.json beside synthetic text, else None."""
+    text = Path(eval_path).resolve()
+    folder = text.parent if text.is_file() else text
+    path = folder.parent / "grammar.json"
+    if not path.is_file():
+        return None
+    if [file.name for file in find_files(text, "dev")] != ["synthetic.dev"]:
+        return None  # there is other text besides
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: was not written by create_synthetic_data.py; move it, or run the script again"
+        ) from None
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """A sampled text and -log2 of its probability."""
+
+    text: str
+    bits: float
+
+
 def _derive(grammar: Grammar, symbols: list[str], rng: random.Random) -> tuple[list[str], float]:
-    """Words that the symbols expand to at random, and -log2 of the probability of that."""
-    tables, stack, words, bits = grammar.tables, symbols[::-1], [], 0.0
+    """Expand the symbols at random; return the words and -log2 of the probability."""
+    tables = grammar.tables
+    stack = symbols[::-1]
+    words = []
+    bits = 0.0
     while stack:
         symbol = stack.pop()
         if symbol not in tables:
@@ -331,127 +365,89 @@ def _derive(grammar: Grammar, symbols: list[str], rng: random.Random) -> tuple[l
     return words, bits
 
 
-def _write_out(words: list[str]) -> str:
-    """Words as they are written: commas attached, a capital first; without the full stop."""
+def spell(words: list[str]) -> str:
+    """Return words as text: commas attached, a capital first, no full stop."""
     text = " ".join(words).replace(" ,", ",")
     return text[0].upper() + text[1:]
 
 
 def sample_document(grammar: Grammar, rng: random.Random) -> Document:
-    """One document: its text (ASCII, sentences joined by a newline) and -log2 of its probability."""
+    """Return a random document: ASCII text, sentences joined by newlines."""
     words, bits = _derive(grammar, ["DOCUMENT"], rng)
     sentences = " ".join(words).split(" \n ")
-    return Document("\n".join(_write_out(sentence.split()) + "." for sentence in sentences), bits)
+    return Document("\n".join(spell(sentence.split()) + "." for sentence in sentences), bits)
 
 
 def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) -> Iterator[dict]:
-    """`number` different minimal pairs of a kind (a key of PAIRS), singular and plural in turn, with BLiMP's fields."""
-    seen: set[str] = set()
-    while len(seen) < number:
-        n, m = ("pl", "sg") if len(seen) % 2 else ("sg", "pl")
+    """Yield `number` different minimal pairs of a kind (a key of PAIRS), with BLiMP's fields.
+
+    Singular and plural alternate.
+    """
+    sentences: set[str] = set()
+    while len(sentences) < number:
+        n, m = ("pl", "sg") if len(sentences) % 2 else ("sg", "pl")
         parts = PAIRS[uid][1].format(n=n, m=m, **NUMBERS[n]).split("*")
         prefix, (word, *rest) = (_derive(grammar, part.split(), rng)[0] for part in parts)
-        versions = {"good": [*prefix, word], "bad": [*prefix, grammar.twins[word]]}
-        sentences = {
-            f"sentence_{k}": _write_out([*words, *rest]) + "." for k, words in versions.items()
-        }
-        if sentences["sentence_good"] in seen:
+        good = [*prefix, word]
+        bad = [*prefix, grammar.twins[word]]
+        sentence = spell([*good, *rest]) + "."
+        if sentence in sentences:
             continue
-        about_verb, one_prefix = "verb" in uid, not uid.startswith("determiner")
+        pair = {"sentence_good": sentence, "sentence_bad": spell([*bad, *rest]) + "."}
+
+        # BLiMP's two other ways to score a pair
+        one_prefix = not uid.startswith("determiner")
         if one_prefix:
-            method = {"one_prefix_prefix": _write_out(prefix)}
-            method |= {f"one_prefix_word_{k}": words[-1] for k, words in versions.items()}
+            pair["one_prefix_prefix"] = spell(prefix)
+            pair["one_prefix_word_good"] = good[-1]
+            pair["one_prefix_word_bad"] = bad[-1]
         else:
-            method = {f"two_prefix_prefix_{k}": _write_out(words) for k, words in versions.items()}
-            method["two_prefix_word"] = rest[0]
-        facts = {
+            pair["two_prefix_prefix_good"] = spell(good)
+            pair["two_prefix_prefix_bad"] = spell(bad)
+            pair["two_prefix_word"] = rest[0]
+
+        is_about_verb = "verb" in uid
+        term = "subject_verb_agreement" if is_about_verb else "determiner_noun_agreement"
+        yield pair | {
             "field": "morphology",
-            "linguistics_term": "subject_verb_agreement"
-            if about_verb
-            else "determiner_noun_agreement",
+            "linguistics_term": term,
             "UID": uid,
             "simple_LM_method": True,
             "one_prefix_method": one_prefix,
             "two_prefix_method": not one_prefix,
-            "lexically_identical": not about_verb,
-            "pairID": str(len(seen)),
+            "lexically_identical": not is_about_verb,
+            "pairID": str(len(sentences)),
         }
-        yield sentences | method | facts
-        seen.add(sentences["sentence_good"])
+        sentences.add(sentence)
 
 
-def _write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Random) -> dict:
-    """Write whole documents until there are num_words words; counts are of the documents' texts."""
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Random) -> dict:
+    """Write documents until there are num_words words; return counts of their text."""
     from tqdm import tqdm
 
-    count, bits = Counter(documents=0, sentences=0, words=0, bytes=0), 0.0
-    path.parent.mkdir()
+    counts = Counter(documents=0, sentences=0, words=0, bytes=0)
+    bits = 0.0
     progress = tqdm(total=num_words, desc=path.name, unit=" words", unit_scale=True, disable=None)
     with path.open("w", encoding="ascii", newline="\n") as file, progress:
-        while count["words"] < num_words:
+        while counts["words"] < num_words:
             text, cost = sample_document(grammar, rng)
-            file.write("\n\n\n" + text if count["documents"] else text)
+            file.write("\n\n\n" + text if counts["documents"] else text)
             sentences = text.count("\n") + 1
             words = text.count(" ") + sentences
-            count.update(documents=1, sentences=sentences, words=words, bytes=len(text))
+            counts.update(documents=1, sentences=sentences, words=words, bytes=len(text))
             bits += cost
             progress.update(words)
         file.write("\n")
-    return {**count, "true_bits_per_byte": round(bits / count["bytes"], 10)}
+    return {**counts, "true_bits_per_byte": round(bits / counts["bytes"], 10)}
 
 
-def _write_all(grammar: Grammar, folder: Path, num_tokens: int, seed: int, num_pairs: int) -> dict:
-    # each file has a generator of its own, so that none changes with the size of another
-    train, dev, pairs = (random.Random(f"{seed} {name}") for name in ("train", "dev", "pairs"))
-    train_file = folder / "train" / "synthetic.train"
-    text = {
-        "train": _write_corpus(grammar, train_file, num_tokens, train),
-        "dev": _write_corpus(
-            grammar, folder / "dev" / "synthetic.dev", math.ceil(num_tokens / 10), dev
-        ),
-    }
-    kinds = [
-        uid for uid, (first, _) in PAIRS.items() if first <= COMPLEXITIES.index(grammar.complexity)
-    ]
-    records = [record for uid in kinds for record in sample_pairs(grammar, uid, num_pairs, pairs)]
-    with (folder / "minimal_pairs.jsonl").open("w", encoding="ascii", newline="\n") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    with train_file.open(encoding="ascii") as file:
-        known = {record["sentence_good"] for record in records}.intersection(map(str.rstrip, file))
-    facts = {
-        "complexity": grammar.complexity,
-        "seed": seed,
-        "floor": {name: round(value, 10) for name, value in grammar_facts(grammar).items()},
-        "text": text,
-        "minimal_pairs": {
-            "kinds": kinds,
-            "pairs": len(records),
-            "good_sentences_in_train": len(known),
-        },
-        "definition": " ".join(
-            __doc__[__doc__.index("The floor. ") : __doc__.index("It does not")].split()
-        ),
-        "rules": {
-            left: {" ".join(right): p for p, right in rules}
-            for left, rules in grammar.rules.items()
-        },
-    }
-    (folder / "grammar.json").write_text(
-        json.dumps(facts, indent=1) + "\n", encoding="ascii", newline="\n"
-    )
-    return facts
-
-
-def _require_own(folder: Path) -> None:
-    """ValueError where a file would be replaced that this script did not write: grammar.json shows that it did."""
-    names = ("grammar.json", "train/synthetic.train", "dev/synthetic.dev", "minimal_pairs.jsonl")
-    there = [folder / name for name in names if (folder / name).exists()]
-    if there and not (
-        there[0].name == names[0] and b'"true_bits_per_byte"' in there[0].read_bytes()
-    ):
-        raise ValueError(
-            f"output-dir: {there[0]} is not of this script; move it away or give another directory"
-        )
+def _text_of_the_definition() -> str:
+    """Return the definition of the floor as it is in the module's docstring."""
+    start = __doc__.index("The floor. ")
+    return " ".join(__doc__[start : __doc__.index("It does not")].split())
 
 
 def create_synthetic_data(
@@ -461,80 +457,116 @@ def create_synthetic_data(
     seed: int = 42,
     num_pairs: int = 200,
 ) -> dict:
-    """Write the four files into output_dir and return what grammar.json says.
+    """Write the four files into output_dir and return the content of grammar.json.
 
-    num_tokens: words of the training text; num_pairs: minimal pairs of each kind. The same arguments give the same
-    files byte for byte. Files that it wrote before are replaced once all are complete; ValueError for those of others.
+    num_tokens: words of the training text. num_pairs: minimal pairs of each kind. The same
+    arguments give the same files byte for byte. Files of an earlier call are replaced once all four
+    are complete; ValueError if a file of that name is not from this script.
     """
-    grammar, output_dir = build_grammar(complexity), Path(output_dir)
+    grammar = build_grammar(complexity)
     if num_tokens < 1:
         raise ValueError(f"num-tokens: {num_tokens} words of training text; give 1 or more")
     if not 1 <= num_pairs <= MAX_PAIRS:
-        raise ValueError(
-            f"num-pairs: {num_pairs} minimal pairs of each kind; give 1 to {MAX_PAIRS}"
-        )
+        raise ValueError(f"num-pairs: {num_pairs} pairs of each kind; give 1 to {MAX_PAIRS}")
+    output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output-dir: {output_dir} is a file; give a directory")
-    _require_own(output_dir)
-    for split in ("train", "dev"):
-        (output_dir / split).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".unfinished-") as scratch:
-        facts = _write_all(grammar, Path(scratch), num_tokens, seed, num_pairs)
-        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
-        for path in sorted(
-            files, key=lambda path: path.name != "grammar.json"
-        ):  # which shows whose they are
-            os.replace(path, output_dir / path.relative_to(scratch))
+
+    # grammar.json shows that earlier files are ours
+    names = ("minimal_pairs.jsonl", "dev/synthetic.dev", "train/synthetic.train", "grammar.json")
+    files = [output_dir / name for name in names]
+    record = files[-1]
+    is_ours = record.is_file() and b'"true_bits_per_byte"' in record.read_bytes()
+    for file in files:
+        check_replaceable(file, is_ours, "move it away or give another --output-dir")
+
+    with contextlib.ExitStack() as stack:  # moves the last one, grammar.json, into place first
+        pairs_file, dev_file, train_file, record_file = (
+            stack.enter_context(atomic_write(file)) for file in files
+        )
+        # each file has its own generator, so that it does not depend on the size of the others
+        train_rng, dev_rng, pairs_rng = (
+            random.Random(f"{seed} {name}") for name in ("train", "dev", "pairs")
+        )
+        counts = {
+            "train": write_corpus(grammar, train_file, num_tokens, train_rng),
+            "dev": write_corpus(grammar, dev_file, math.ceil(num_tokens / 10), dev_rng),
+        }
+        level = COMPLEXITIES.index(complexity)
+        kinds = [uid for uid, (first_level, _) in PAIRS.items() if first_level <= level]
+        pairs = [pair for uid in kinds for pair in sample_pairs(grammar, uid, num_pairs, pairs_rng)]
+        with pairs_file.open("w", encoding="ascii", newline="\n") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+        good_sentences = {pair["sentence_good"] for pair in pairs}
+        with train_file.open(encoding="ascii") as file:
+            in_train = good_sentences.intersection(map(str.rstrip, file))
+        facts = {
+            "complexity": complexity,
+            "seed": seed,
+            "floor": {name: round(value, 10) for name, value in grammar_facts(grammar).items()},
+            "text": counts,
+            "minimal_pairs": {
+                "kinds": kinds,
+                "pairs": len(pairs),
+                "good_sentences_in_train": len(in_train),
+            },
+            "definition": _text_of_the_definition(),
+            "rules": {
+                left: {" ".join(right): p for p, right in rules}
+                for left, rules in grammar.rules.items()
+            },
+        }
+        record_file.write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii", newline="\n")
     return facts
 
 
+# ---- command line -------------------------------------------------------------------------------
+
+
 def make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    add = parser.add_argument
-    add(
-        "--num-tokens",
-        "--num_tokens",
-        type=int,
-        default=1_000_000,
-        help="words of the training text",
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add("--output-dir", "--output_dir", default="./data/synthetic", help="where the files go")
-    add("--complexity", default="medium", help=" or ".join(COMPLEXITIES))
-    add("--seed", type=int, default=42, help="the same seed gives the same files")
-    add("--num-pairs", "--num_pairs", type=int, default=200, help="minimal pairs of each kind")
+    add_flag(parser, "num-tokens", type=int, default=1_000_000, help="words of the training text")
+    add_flag(parser, "output-dir", default="./data/synthetic", help="directory of the files")
+    add_flag(parser, "complexity", default="medium", help=" or ".join(COMPLEXITIES))
+    add_flag(parser, "seed", type=int, default=42, help="the same seed gives the same files")
+    add_flag(parser, "num-pairs", type=int, default=200, help="minimal pairs of each kind")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    try:
-        facts = create_synthetic_data(**vars(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    for split, n in facts["text"].items():
-        print(f"{split:<6}{n['documents']:,} documents, {n['words']:,} words, {n['bytes']:,} bytes")
-    pairs, floor, own = (
-        facts["minimal_pairs"],
-        facts["floor"],
-        facts["text"]["dev"]["true_bits_per_byte"],
-    )
+def print_summary(facts: dict, output_dir: str) -> None:
+    """Print the sizes of the files, the floor and the next command."""
+    for split, counts in facts["text"].items():
+        print(
+            f"{split:<6}{counts['documents']:,} documents, {counts['words']:,} words, "
+            f"{counts['bytes']:,} bytes"
+        )
+    pairs = facts["minimal_pairs"]
+    floor = facts["floor"]["bits_per_byte"]
+    dev_bits = facts["text"]["dev"]["true_bits_per_byte"]
     print(f"pairs {pairs['pairs']:,} minimal pairs of {len(pairs['kinds'])} kinds")
+    print(f"floor {floor:.4f} bits per byte on average, {dev_bits:.4f} on this dev text")
     print(
-        f"floor {floor['bits_per_byte']:.4f} bits per byte on average; {own:.4f} on this very dev text"
+        f"files {output_dir}: train/synthetic.train dev/synthetic.dev minimal_pairs.jsonl "
+        "grammar.json"
     )
     print(
-        f"files {args.output_dir}: train/synthetic.train dev/synthetic.dev minimal_pairs.jsonl grammar.json"
+        f"next  python train_tokenizer.py --data-dir {Path(output_dir) / 'train'} --vocab-size 700 "
+        "--output models/quickstart-tokenizer.json"
     )
-    next_step = (
-        f"python train_tokenizer.py --data-dir {Path(args.output_dir) / 'train'} --vocab-size 700"
-    )
-    print(f"next  {next_step} --output models/quickstart-tokenizer.json")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit code."""
+    args = make_parser().parse_args(argv)
+
+    def body() -> int:
+        print_summary(create_synthetic_data(**vars(args)), args.output_dir)
+        return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""create_synthetic_data.py: the floor derived in other ways, unambiguity, agreement, minimal pairs, files, errors."""
+"""Check create_synthetic_data.py: the floor derived another way, agreement, pairs, files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -110,7 +111,7 @@ def standard_error(values: list[float]) -> float:
 # ---- the floor ----------------------------------------------------------------------------------
 
 
-def test_floor_of_a_worked_example():
+def test_floor_equals_a_worked_example():
     """Two sentences, "a." with 3/4 and "bb, a." with 1/4; a document ends after each sentence with 1/2."""
     rules = {
         "DOCUMENT": ((0.5, ("SENTENCE",)), (0.5, ("SENTENCE", "\n", "DOCUMENT"))),
@@ -131,7 +132,7 @@ def test_floor_of_a_worked_example():
     )
 
 
-def test_floor_by_enumeration():
+def test_floor_equals_an_enumeration_of_all_sentences():
     """The simple grammar with two words a category: every sentence written out, its entropy summed term by term."""
     full = GRAMMARS["simple"]
     rules = dict(full.rules)
@@ -154,9 +155,7 @@ def test_floor_by_enumeration():
             found += partial
         return found
 
-    probability = {
-        create_synthetic_data._write_out(words) + ".": p for p, words in language("SENTENCE")
-    }
+    probability = {create_synthetic_data.spell(words) + ".": p for p, words in language("SENTENCE")}
     assert len(probability) == len(language("SENTENCE")) > 10_000  # no text twice
     assert math.fsum(probability.values()) == pytest.approx(1)
     bits = math.fsum(-p * math.log2(p) for p in probability.values())
@@ -172,7 +171,7 @@ def test_floor_by_enumeration():
 
 
 @pytest.mark.parametrize("complexity", COMPLEXITIES)
-def test_floor_by_the_inside_algorithm(complexity):
+def test_floor_equals_the_mean_cost_by_the_inside_algorithm(complexity):
     """-log2 p of fresh documents, by a parser that sums over all derivations of the text, against the closed form."""
     grammar, inside, facts = (
         GRAMMARS[complexity],
@@ -237,7 +236,7 @@ class Trigram:
 
 
 @pytest.mark.parametrize("complexity", ["simple", "complex"])
-def test_no_model_goes_below_the_floor(complexity):
+def test_no_ngram_model_is_below_the_floor(complexity):
     grammar = GRAMMARS[complexity]
     floor = grammar_facts(grammar)["bits_per_byte"]
     train = [text for text, _ in documents(grammar, 3000, seed=21)]
@@ -275,13 +274,13 @@ def lr1_conflicts(rules: dict[str, list[tuple[str, ...]]], start: str) -> list:
 
     def closure(items):
         items = list(dict.fromkeys(items))
-        known = set(items)
+        queued = set(items)
         for _, right, dot, ahead in items:
             if dot < len(right) and right[dot] in rules:
                 for word in sorted(firsts(right[dot + 1]) if dot + 1 < len(right) else {ahead}):
                     new = [(right[dot], option, 0, word) for option in rules[right[dot]]]
-                    items += [item for item in new if item not in known]
-                    known.update(new)
+                    items += [item for item in new if item not in queued]
+                    queued.update(new)
         return frozenset(items)
 
     states, conflicts = [closure([("ROOT", (start,), 0, "$")])], []
@@ -300,7 +299,7 @@ def lr1_conflicts(rules: dict[str, list[tuple[str, ...]]], start: str) -> list:
     return conflicts
 
 
-def test_the_proof_notices_ambiguity():
+def test_the_lr1_check_detects_ambiguity():
     assert not lr1_conflicts({"S": [("x",), ("x", "and", "S")]}, "S")
     assert lr1_conflicts({"S": [("x",), ("S", "and", "S")]}, "S")
     assert lr1_conflicts({"S": [("A",), ("B",)], "A": [("x",)], "B": [("x",)]}, "S")
@@ -313,7 +312,7 @@ def test_the_proof_notices_ambiguity():
 
 
 @pytest.mark.parametrize("complexity", COMPLEXITIES)
-def test_no_text_has_two_derivations(complexity):
+def test_the_grammar_is_unambiguous(complexity):
     """A proof for all texts: words determine their category, the grammar of categories is LR(1), writing loses nothing."""
     grammar = GRAMMARS[complexity]
     places = Counter(
@@ -371,12 +370,9 @@ def test_lexicon(complexity, size):
     assert not [
         word for word in words_of(grammar, *after_a) if word[0] in "aeiou"
     ]  # the grammar has no "an"
-    for category, (*_, text) in create_synthetic_data.LEXICON.items():
-        assert (
-            len(text.split())
-            == create_synthetic_data.LEXICON[category][2]
-            == len(set(text.split()))
-        ), category
+    for category, right in create_synthetic_data._definitions(create_synthetic_data.LEXICON):
+        _, _, largest, *words = right.split()
+        assert len(words) == len(set(words)) == int(largest), category
 
 
 SINGULAR = {"a", "this", "every", "each"}
@@ -515,7 +511,7 @@ def contents(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_files_say_what_they_hold(tmp_path, capsys):
+def test_grammar_json_describes_the_files(tmp_path, capsys):
     assert (
         create_synthetic_data.main(
             ["--num-tokens", "5000", "--output-dir", str(tmp_path), "--num_pairs", "20"]
@@ -563,6 +559,22 @@ def test_files_say_what_they_hold(tmp_path, capsys):
     )
 
 
+PINNED = {
+    "simple": ("5bf2e53cac19164a", "22d7ec338cc4cdc4", "ffcd86a12b9b5e7f"),
+    "medium": ("f301a26971c9bb42", "9f05fba9c4223389", "172cf6811dcca4e4"),
+    "complex": ("bfc241b5fbc69cb9", "f8e42fb4aac9cfd2", "f58a0251b6476b1d"),
+}
+
+
+@pytest.mark.parametrize("complexity", COMPLEXITIES)
+def test_text_of_a_seed_never_changes(tmp_path, complexity):
+    """SHA-256 of the files of an earlier version: published figures name the seed, not the text."""
+    create_synthetic_data.create_synthetic_data(tmp_path, 20_000, complexity, seed=7, num_pairs=30)
+    files = contents(tmp_path)
+    digests = [hashlib.sha256(files[name]).hexdigest() for name in FILES[:3]]
+    assert tuple(digest[:16] for digest in digests) == PINNED[complexity]
+
+
 def test_same_seed_same_bytes(tmp_path):
     def make(name, **arguments):
         create_synthetic_data.create_synthetic_data(
@@ -591,7 +603,7 @@ def test_same_seed_same_bytes(tmp_path):
         (["--complexity", "hard"], ["complexity", "'hard'", "simple, medium, complex"]),
     ],
 )
-def test_wrong_values_get_one_line(arguments, words, tmp_path, capsys):
+def test_a_wrong_value_gets_one_error_line(arguments, words, tmp_path, capsys):
     assert create_synthetic_data.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert (
@@ -602,7 +614,7 @@ def test_wrong_values_get_one_line(arguments, words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_in_the_way_is_an_error_and_nothing_is_lost(tmp_path, capsys):
+def test_a_file_instead_of_a_directory_is_an_error_and_nothing_is_lost(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert (
         create_synthetic_data.main(["--num-tokens", "100", "--output-dir", str(tmp_path / "file")])
@@ -635,8 +647,8 @@ def test_a_file_in_the_way_is_an_error_and_nothing_is_lost(tmp_path, capsys):
     ]
 
 
-def test_an_interrupted_run_leaves_the_old_files(tmp_path):
-    """A run killed from outside while it writes: what was there is still there, whole."""
+def test_a_killed_run_leaves_the_old_files(tmp_path):
+    """A process killed while it writes leaves the files of the run before unchanged."""
     create_synthetic_data.create_synthetic_data(tmp_path, num_tokens=500, num_pairs=2)
     before = contents(tmp_path)
     command = [
@@ -652,7 +664,7 @@ def test_an_interrupted_run_leaves_the_old_files(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_help_needs_nothing_heavy():
+def test_help_imports_nothing_slow():
     code = ("import sys, create_synthetic_data as c; c.make_parser().format_help(); "
             "sys.exit(bool({'numpy', 'tqdm', 'torch'} & set(sys.modules)))")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -664,13 +676,13 @@ def test_help_needs_nothing_heavy():
     )
 
 
-def test_files_of_others_are_not_replaced(tmp_path, capsys):
+def test_files_of_other_programs_are_not_replaced(tmp_path, capsys):
     mine = tmp_path / "train" / "synthetic.train"
     mine.parent.mkdir()
     mine.write_text("mine")
     argv = ["--num-tokens", "100", "--num-pairs", "2", "--output-dir", str(tmp_path)]
     assert create_synthetic_data.main(argv) == 2 and mine.read_text() == "mine"
-    assert f"{mine} is not of this script" in capsys.readouterr().err
+    assert f"{mine} exists and was not written by this script" in capsys.readouterr().err
     (tmp_path / "grammar.json").write_text("{}")
     assert create_synthetic_data.main(argv) == 2 and mine.read_text() == "mine"
     mine.unlink()
