@@ -19,7 +19,7 @@ A file for --benchmark-config (paths are seen from the working directory; TASK: 
       blimp: {path: evaluation_data/full_eval/blimp_filtered}
 
 How figures are defined. Texts are scored with BOS in front (a tokenizer with neither BOS nor EOS leaves out the first
-token). tasks.score_items defines accuracies and their intervals, metrics.overall the overall score, of quality alone.
+token). grading.score_items defines accuracies and their intervals, grading.overall the overall score, of quality alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.evaluation import metrics, tasks
+from babyllama.evaluation import grading, metrics, tasks
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class BenchmarkSuite:
             "baselines": {
                 "same ending": {
                     "score": chance,
-                    **tasks.compare_means(np.array(scores) - controls, self.seed),
+                    **grading.compare_means(np.array(scores) - controls, self.seed),
                 }
             },
         }
@@ -190,12 +190,12 @@ class BenchmarkSuite:
         `babylm_macro_average` stands beside them where two or more tasks are BabyLM's (tasks.macro_average).
         """
         results = {name: self.run_task(name) for name in self.tasks}
-        average = tasks.macro_average(
+        average = grading.macro_average(
             {name: task.type for name, task in self.tasks.items()}, results
         )
         return {
             **results,
-            **metrics.overall(results, self.seed),
+            **grading.overall(results, self.seed),
             **({} if average is None else {"babylm_macro_average": average}),
         }
 
@@ -228,10 +228,10 @@ class BenchmarkSuite:
                 {"items": task.n, "float32_items": task.n},
             )
         self.scores[task.name] = scores
-        result = tasks.score_items(task.type, task.items, scores, self.seed) | {
+        result = grading.score_items(task.type, task.items, scores, self.seed) | {
             "precision": precision
         }
-        return result | minimal_pairs.compare_to_baselines(
+        return result | grading.compare_to_baselines(
             task.type, task.items, result, scores, others, self.seed
         )
 
@@ -326,7 +326,7 @@ def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
             home.mkdir(parents=True, exist_ok=True)
             write_json(
                 home / "predictions.json",
-                tasks.predictions(task.type, task.items, suite.scores[task.name]),
+                grading.predictions(task.type, task.items, suite.scores[task.name]),
             )
 
 

@@ -19,7 +19,7 @@ COLOURS = (
 )  # of models, those of the HTML page
 
 
-def _figure(rows: int, columns: int, width: float, height: float):
+def new_figure(rows: int, columns: int, width: float, height: float):
     """(figure, axes) drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def plot_training(
     held_out = [row for row in rows if "eval_loss" in row]
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-    figure, ((loss, rate, speed),) = _figure(1, 3, 13, 4)
+    figure, ((loss, rate, speed),) = new_figure(1, 3, 13, 4)
     for axis in (loss, rate, speed):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -91,29 +91,6 @@ def plot_training(
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(losses: dict[str, list[float]], path: Path) -> None:
-    """The training loss of several runs, a value for each step, over one another, and what sets each off the first."""
-    figure, ((axis, gap),) = _figure(1, 2, 11, 4)
-    first = next(iter(losses.values()))
-    for (name, values), colour in zip(losses.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
-        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.2, label=label(name))
-        if values is not first:
-            gap.plot(
-                range(1, len(values) + 1),
-                [a - b for a, b in zip(values, first, strict=True)],
-                color=colour,
-                lw=1.2,
-            )
-    axis.set(xlabel="step", ylabel="training loss (nats per token)")
-    axis.legend(frameon=False)
-    gap.set(
-        xlabel="step",
-        ylabel="difference (nats per token)",
-        title=f"minus {label(next(iter(losses)))}",
-    )
-    figure.savefig(path, dpi=120)
-
-
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
     """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
 
@@ -132,7 +109,7 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
             f"nothing to draw: the metrics hold none of {', '.join(EVALUATION_PANELS)}"
         )
     rows = -(-len(panels) // 2)
-    figure, axes = _figure(rows, min(2, len(panels)), 7 * min(2, len(panels)), 4.5 * rows)
+    figure, axes = new_figure(rows, min(2, len(panels)), 7 * min(2, len(panels)), 4.5 * rows)
     for draw, axis in zip(panels, axes.flat, strict=False):
         draw(axis, found)
     for axis in axes.flat[len(panels) :]:
@@ -260,7 +237,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (None for none), on a scale up to 1.
     """
     tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
-    figure, ((axis,),) = _figure(1, 1, max(6, 2 + len(tasks) * (1 + 0.25 * len(models))), 4.2)
+    figure, ((axis,),) = new_figure(1, 1, max(6, 2 + len(tasks) * (1 + 0.25 * len(models))), 4.2)
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
@@ -311,7 +288,7 @@ def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None
     A row has `name`, `values` (by key) and `eval_bits_per_byte`, or `error`, in which case it is left out.
     """
     done = [row for row in rows if "error" not in row]
-    figure, (axes,) = _figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
+    figure, (axes,) = new_figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
     for axis, key in zip(axes, keys, strict=True):
         _draw_sweep(axis, key, done, best)
     figure.savefig(path, dpi=120)
@@ -353,7 +330,7 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
     `curve` has `at` (million words seen, drawn on a log axis; steps where `words` is false), `lines` {phenomenon:
     accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
     """
-    figure, ((axis,),) = _figure(1, 1, 9.5, 5)
+    figure, ((axis,),) = new_figure(1, 1, 9.5, 5)
     from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter
 

@@ -67,7 +67,7 @@ def ours(
     way: str, model_path: str, data: str, every: int, device: str
 ) -> tuple[list[int], list[float], dict]:
     """The same with likelihood.score or likelihood.choose; third, the precision."""
-    from babyllama.evaluation import minimal_pairs, tasks
+    from babyllama.evaluation import grading, minimal_pairs, tasks
     from babyllama.evaluation.loading import load_model
 
     model, tokenizer = load_model(model_path, device)
@@ -77,7 +77,7 @@ def ours(
     else:
         scores, _, precision = minimal_pairs.score_choices(model, tokenizer, items)
     return (
-        tasks.grade(items, scores).choice.tolist(),
+        grading.grade(items, scores).choice.tolist(),
         (scores[::2] - scores[1::2]).tolist(),
         precision,
     )

@@ -155,11 +155,30 @@ def random_rows(config: dict, n: int, vocabulary: int) -> list[dict]:
     return [{"input_ids": row.tolist()} for row in ids]
 
 
+def plot_losses(losses: dict[str, list[float]], path: Path) -> None:
+    """Draw the training loss of each run against steps, and its difference from the first run."""
+    from babyllama.plots import BLUE, GREEN, GREY, ORANGE, label, new_figure
+
+    figure, ((loss_axis, difference_axis),) = new_figure(1, 2, 11, 4)
+    first_name = next(iter(losses))
+    for (name, values), colour in zip(losses.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
+        steps = range(1, len(values) + 1)
+        loss_axis.plot(steps, values, color=colour, lw=1.2, label=label(name))
+        if name != first_name:
+            differences = [a - b for a, b in zip(values, losses[first_name], strict=True)]
+            difference_axis.plot(steps, differences, color=colour, lw=1.2)
+    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)")
+    loss_axis.legend(frameon=False)
+    difference_axis.set(
+        xlabel="step", ylabel="difference (nats per token)", title=f"minus {label(first_name)}"
+    )
+    figure.savefig(path, dpi=120)
+
+
 def curves(
     config: dict, variants: dict[str, dict], tokenizer, n: int, folder: Path, picture: Path
 ) -> None:
     """Train each variant on the first n chunks of the configuration's text, and draw their losses."""
-    from babyllama.plots import plot_curves
     from train import prepare_datasets_modern
 
     rows = [
@@ -170,7 +189,7 @@ def curves(
         name: train_once(config, variant, tokenizer, rows, folder).losses
         for name, variant in variants.items()
     }
-    plot_curves(found, picture)
+    plot_losses(found, picture)
     names = list(found)
     gaps = [abs(a - b) for a, b in zip(found[names[0]], found[names[1]], strict=True)]
     last = {name: statistics.fmean(losses[-10:]) for name, losses in found.items()}

@@ -16,7 +16,7 @@ from conftest import build_tiny_model
 import benchmark
 from babyllama.config import ConfigError, read_yaml_file
 from babyllama.device import keep_freed_memory, peak_memory_gb, reset_peak_memory
-from babyllama.evaluation import metrics, minimal_pairs, tasks
+from babyllama.evaluation import grading, metrics, minimal_pairs, tasks
 from babyllama.evaluation.benchmark_config import BUILT_IN, TYPES, load_tasks
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.loading import load_model
@@ -147,14 +147,6 @@ def test_begins_with_wants_whole_words():
     assert not benchmark.begins_with(" dogs", "dog") and not benchmark.begins_with(" a dog", "dog")
 
 
-def test_word_overlap_by_hand():
-    assert metrics.word_overlap(["a", "b", "c"], ["b", "c", "d", "e", "e"]) == pytest.approx(
-        2 * 2 / 8
-    )
-    assert metrics.word_overlap(["a", "a"], ["a"]) == pytest.approx(2 / 3)
-    assert (metrics.word_overlap([], []), metrics.word_overlap(["a"], [])) == (1.0, 0.0)
-
-
 def test_consistency(suite, results):
     def words(prompt):
         return generate(suite.model, suite.tokenizer, [prompt], max_new_tokens=6, temperature=0)[0][
@@ -276,19 +268,19 @@ def test_overall_score_by_hand():
     for result in made.values():
         result[f"{result['metric']}_ci95"] = [result[result["metric"]]] * 2
     made["consistency"]["baselines"] = {"same ending": gap}
-    found = metrics.overall(made)
+    found = grading.overall(made)
     parts = {"completion": pytest.approx(0.6), "wug": -0.3, "consistency": pytest.approx(0.04)}
     assert found["overall_parts"] == {**parts, "one_minus_repetition": 0.8}
     assert found["overall_score"] == pytest.approx((0.6 - 0.3 + 0.04) / 3 * 0.8)
     assert found["overall_score_ci95"] == pytest.approx([found["overall_score"]] * 2)
     nothing = {"overall_score": None, "overall_score_ci95": None, "overall_parts": {}}
-    assert metrics.overall({"speed": made["speed"]}) == nothing
+    assert grading.overall({"speed": made["speed"]}) == nothing
 
 
 def test_interval_of_the_overall_score():
     """Two tasks far from 0: the mean of normals of known width, without repetition among the parts."""
     task = {"metric": "accuracy", "accuracy": 0.8, "chance": 0.5, "accuracy_ci95": [0.78, 0.82]}
-    found = metrics.overall({"a": task, "b": {**task, "accuracy_ci95": [0.76, 0.84]}})
+    found = grading.overall({"a": task, "b": {**task, "accuracy_ci95": [0.76, 0.84]}})
     half = math.hypot(0.02, 0.04) / 2 / 0.5  # of the mean of two, in units of the room above chance
     assert found["overall_score_ci95"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
     assert found["overall_parts"] == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
@@ -308,7 +300,7 @@ def test_models_at_chance_are_not_told_from_it():
                 "chance": 0.5,
                 "accuracy_ci95": ends,
             }
-        found = metrics.overall(made, seed)
+        found = grading.overall(made, seed)
         low, high = found["overall_score_ci95"]
         assert low <= found["overall_score"] <= high
         above += low > 0
@@ -489,7 +481,7 @@ def test_one_broken_model_does_not_lose_the_others(model_dirs, small_file, tmp_p
         np.array([naive_score(s, *pair) for item in items for pair in item.candidates])
         for s in suites
     )
-    expected = tasks.compare("blimp", items, second, first)
+    expected = grading.compare("blimp", items, second, first)
     found = document["comparison"]["differences"]["other/Llama"]["blimp"]
     assert found["difference"] == pytest.approx(expected["difference"])
     assert set(document["results"][names[0]]) == {

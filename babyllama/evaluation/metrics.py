@@ -108,51 +108,6 @@ def mean_over_groups(name: str, scores, seed: int) -> dict[str, Any]:
         }
 
 
-def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
-    """`overall_score` of quality, `overall_score_ci95` and `overall_parts` from the results of tasks by name.
-
-    The mean over tasks of how far each is above chance, (score - chance) / (1 - chance), times 1 - the mean repetition,
-    and at least 0. A task below chance counts against the others: did it count as 0, chance alone would score. Of
-    consistency it is score - chance: its chance is the model's own, and to divide by what is left would raise a model
-    that always says the same. Speed and reading times have no part in it. The interval takes those of the parts for
-    independent normal ones.
-    """
-    rng = np.random.default_rng(seed)
-
-    def drawn(
-        value: float, interval: Sequence[float]
-    ) -> np.ndarray:  # (1 + RESAMPLES,): the value, then others
-        return np.append(
-            value, value + (interval[1] - interval[0]) / (2 * Z95) * rng.standard_normal(RESAMPLES)
-        )
-
-    parts, repetition = {}, []
-    for name, result in results.items():
-        metric = result["metric"]
-        if metric == "avg_repetition_score":
-            repetition.append(drawn(result[metric], result[f"{metric}_ci95"]))
-        elif metric == "avg_consistency_score":
-            (gap,) = result["baselines"].values()
-            parts[name] = drawn(gap["difference"], gap["difference_ci95"])
-        elif metric in ("accuracy", "completion_accuracy", "spearman"):
-            above = drawn(result[metric], result[f"{metric}_ci95"]) - result["chance"]
-            parts[name] = above / max(1 - result["chance"], 1e-9)
-    shown = {name: float(values[0]) for name, values in parts.items()}
-    if repetition:
-        shown["one_minus_repetition"] = float(1 - np.mean(repetition, axis=0)[0])
-    if not parts:
-        return {"overall_score": None, "overall_score_ci95": None, "overall_parts": shown}
-    scores = np.mean(list(parts.values()), axis=0) * (
-        1 - np.mean(repetition, axis=0) if repetition else 1
-    )
-    scores = scores.clip(0, 1)
-    return {
-        "overall_score": float(scores[0]),
-        "overall_score_ci95": np.percentile(scores[1:], [2.5, 97.5]).tolist(),
-        "overall_parts": shown,
-    }
-
-
 def calibration(confidences, hits) -> tuple[list[dict[str, float]], float]:
     """(bins with mean confidence, accuracy, its interval and count; expected calibration error).
 

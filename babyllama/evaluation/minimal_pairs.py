@@ -147,34 +147,6 @@ def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | 
     return np.log(counts / counts.sum())
 
 
-def compare_to_baselines(
-    task: str,
-    items: Sequence[tasks.Item],
-    result: dict,
-    scores: np.ndarray,
-    others: dict[str, np.ndarray],
-    seed: int,
-) -> dict[str, Any]:
-    """Trivial baselines beside a result, and whether the model is better than each of them beyond noise.
-
-    `random` is chance, which the interval of the model's score must leave out; `others` are compared item by item.
-    """
-    metric, baselines = result["metric"], {}
-    low, high = result[f"{metric}_ci95"]
-    if metric != "eye_tracking_percent":  # which is above 0 for any numbers
-        chance = result["chance"]
-        baselines["random"] = {
-            "score": chance,
-            "difference": result[metric] - chance,
-            "noise": low <= chance <= high,
-        }
-    for name, values in others.items():
-        gap = tasks.compare(task, items, scores, values, seed)
-        baselines[name] = {"score": result[metric] - gap["difference"], **gap}
-    better = all(row["difference"] > 0 and not row["noise"] for row in baselines.values())
-    return {"baselines": baselines, "better_than_baselines": better}
-
-
 log = logging.getLogger(__name__)
 SAMPLE = 256  # items that are scored both ways before the others are decided
 SAFETY = 2.0  # a decision of the fast pass needs a margin of this many times the largest error seen

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.evaluation import tasks
+from babyllama.evaluation import grading, tasks
 
 UNIT_SCALE = (
     "accuracy", "completion_accuracy", "generation_accuracy", "spearman", "avg_consistency_score",
@@ -79,9 +79,9 @@ def differences(declared: dict, scores: dict, reference: dict, seed: int) -> dic
     for name, own in scores.items():
         task = declared[name]
         if task.items:
-            found[name] = tasks.compare(task.type, task.items, own, reference[name], seed)
+            found[name] = grading.compare(task.type, task.items, own, reference[name], seed)
         else:
-            found[name] = tasks.compare_means(own - reference[name], seed)
+            found[name] = grading.compare_means(own - reference[name], seed)
     return found
 
 

@@ -10,16 +10,9 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from babyllama.evaluation import metrics, tasks
-from babyllama.evaluation.tasks import (
-    Item,
-    compare,
-    decode_rows,
-    grade,
-    predictions,
-    read_items,
-    score_items,
-)
+from babyllama.evaluation import grading, metrics, tasks
+from babyllama.evaluation.grading import compare, grade, predictions, score_items
+from babyllama.evaluation.tasks import Item, decode_rows, read_items
 
 ROWS = {  # task: (file stem, row, subset, candidates as (prefix, completion), texts of predictions.json)
     "blimp": (
@@ -317,7 +310,7 @@ def test_micro_averages_resample_all_items():
     a, b = rng.normal(size=(2, 120))
     found = compare("multiple_choice", items, a, b)
     gain = grade(items, a).credit - grade(items, b).credit
-    assert found == tasks.compare_means(gain)
+    assert found == grading.compare_means(gain)
     assert found["difference_ci95"][0] < found["difference"] < found["difference_ci95"][1]
 
 
@@ -326,8 +319,10 @@ def test_few_items_say_nothing():
     for n, noise in ((1, True), (5, True), (6, False)):
         scores = np.tile([-1.0, -2.0], n)
         assert compare("blimp", [item() for _ in range(n)], scores, -scores)["noise"] is noise
-        assert tasks.compare_means(np.r_[np.full(n, 0.5), np.zeros(2)])["noise"] is (noise or n < 6)
-    assert tasks.compare_means(np.zeros(50)) == {
+        assert grading.compare_means(np.r_[np.full(n, 0.5), np.zeros(2)])["noise"] is (
+            noise or n < 6
+        )
+    assert grading.compare_means(np.zeros(50)) == {
         "difference": 0.0,
         "difference_ci95": [0.0, 0.0],
         "noise": True,
@@ -419,8 +414,8 @@ def test_macro_average_by_hand():
         "own": {"metric": "accuracy", "accuracy": 0.9, "accuracy_official": 0.9},
     }
     types = {"b": "blimp", "w": "wug_adj", "r": "reading", "own": "minimal_pairs"}
-    assert tasks.macro_average(types, results) == pytest.approx((75 - 20 + 4 + 1) / 4)
-    assert tasks.macro_average({"b": "blimp", "own": "minimal_pairs"}, results) is None
+    assert grading.macro_average(types, results) == pytest.approx((75 - 20 + 4 + 1) / 4)
+    assert grading.macro_average({"b": "blimp", "own": "minimal_pairs"}, results) is None
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
