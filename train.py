@@ -310,7 +310,8 @@ def setup_run(args: argparse.Namespace, held: contextlib.ExitStack) -> SimpleNam
         return None
     import transformers
 
-    from babyllama.training.plan import choose_precision_and_kernels, describe_run, print_plan
+    from babyllama.training.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.training.plan import describe_run, print_plan
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -322,7 +323,8 @@ def setup_run(args: argparse.Namespace, held: contextlib.ExitStack) -> SimpleNam
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, tokenizer)
     plan = describe_run(config, model, data_report["train"], len(train_data))
-    loss = choose_precision_and_kernels(config, model, plan, tokenizer.bos_token_id)
+    plan |= choose_precision_and_kernels(config, plan)
+    loss = build_loss(config, model, plan, tokenizer.bos_token_id)
     print_plan(config, plan, tokenizer.decode(train_data[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
     if args.dry_run:
@@ -518,7 +520,7 @@ def attempt(args: argparse.Namespace) -> tuple[int, Exception | None]:
                 f"lost another process: killed (out of memory?), or its own error is above ({why})"
             )
         from babyllama.device import is_out_of_memory
-        from babyllama.training.plan import memory_advice
+        from babyllama.training.kernels import memory_advice
 
         if not is_out_of_memory(error):
             raise

@@ -1,6 +1,6 @@
-"""What this machine can do: devices, number formats, compilation, the speed of matrix products, memory in use.
+"""Pick the device and probe what this machine can do: number formats, compiler, speed, memory.
 
-It looks at the machine only and knows no model; the one setting it changes is keep_freed_memory's.
+Knows nothing about models or configurations.
 """
 
 from __future__ import annotations
@@ -8,23 +8,33 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import logging
+import os
 import re
+import shutil
 import sys
+import sysconfig
+import time
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# options of glibc's mallopt, from malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
-@functools.cache  # so that the warning comes once
+# ---- devices and number formats -----------------------------------------------------------------
+
+
+@functools.cache  # so that it warns once
 def pick_device(device: str | None = None) -> torch.device:
-    """The device for None or "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" or "mps".
+    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" prefer CUDA.
 
-    CUDA asked for on a machine without it is said in one warning line, once, and answered with the CPU.
+    Falls back to the CPU with a warning if CUDA is requested but unavailable.
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,30 +42,35 @@ def pick_device(device: str | None = None) -> torch.device:
         raise ValueError(f'device "{device}" is unknown: use auto, cpu, cuda, cuda:N or mps')
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        log.warning("no CUDA device here: running on the CPU")
+        log.warning("CUDA is not available; using the CPU")
         return torch.device("cpu")
-    devices = {
+    available = {
         "cpu": 1,
         "mps": int(torch.backends.mps.is_available()),
         "cuda": torch.cuda.device_count(),
     }[chosen.type]
-    if (chosen.index or 0) >= devices:
-        raise ValueError(f"device {device} does not exist: this machine has {devices} of its kind")
+    if (chosen.index or 0) >= available:
+        raise ValueError(
+            f"device {device} does not exist: this machine has {available} of its kind"
+        )
     return chosen
 
 
 @functools.cache
 def cpu_has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX); read from /proc/cpuinfo."""
+    """Return True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX).
+
+    Reads /proc/cpuinfo, so it is False on systems other than Linux.
+    """
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return "avx512_bf16" in text or "amx_bf16" in text
+    return "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The number format in which this device multiplies matrices fastest: bfloat16 where it has units for it."""
+    """Return the dtype of the fastest matrix products: bfloat16 if in hardware, else float32."""
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -63,11 +78,56 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
-def keep_freed_memory() -> None:
-    """Let the process keep memory that it frees for what it needs next (glibc; elsewhere nothing happens).
+# ---- compiler and speed -------------------------------------------------------------------------
 
-    Left to itself glibc gives large blocks back at once, and the system hands each out again as fresh pages of zeros: a
-    quarter of the time of a training step on a CPU (docs/results.md). Older releases keep blocks up to 32 MB only.
+
+def compiler_missing() -> str | None:
+    """Return what torch.compile needs and this machine lacks, or None if it can compile."""
+    if torch.cuda.is_available():
+        if not importlib.util.find_spec("triton"):
+            return "the triton package"
+        requirement = "a C compiler (gcc or clang)"
+        compilers = [os.environ.get("CC", ""), "gcc", "clang"]
+    else:
+        requirement = "a C++ compiler (g++ or clang++)"
+        compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return requirement
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return f"Python's headers (python3-dev; there is no {header})"
+    return None
+
+
+def matmul_flops(precision: str) -> float:
+    """Return the operations per second of a large matrix product, measured: the best of five."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 8192 if on_gpu else 1024
+    # random numbers, as in training: a GPU multiplies constants with less power, so faster
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn((size, size), generator=generator, device=device).to(dtype)
+    b = torch.randn((size, size), generator=generator, device=device).to(dtype)
+    best_seconds = float("inf")
+    for _ in range(6):  # the first one warms up
+        started = time.perf_counter()
+        a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        best_seconds = min(best_seconds, time.perf_counter() - started)
+    return 2 * size**3 / best_seconds
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse the memory it frees instead of returning it to the system (glibc only).
+
+    By default glibc returns large blocks at once and the system hands each out again as fresh pages
+    of zeros, which takes a quarter of a training step on a CPU (docs/results.md). Python has no
+    other way to say so. Older releases of glibc keep blocks of up to 32 MB only.
     """
     if _call_glibc("mallopt", M_MMAP_THRESHOLD, 1 << 30) or _call_glibc(
         "mallopt", M_MMAP_THRESHOLD, 1 << 25
@@ -76,38 +136,37 @@ def keep_freed_memory() -> None:
 
 
 def _call_glibc(function: str, *args: int) -> int:
-    """What a function of the C library returns: 1 for done; 0 where there is no such function."""
-    with contextlib.suppress(
-        OSError, AttributeError, TypeError
-    ):  # other C libraries, other systems
+    """Call a function of the C library; returns 0 (failure) if there is no such function."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
         return getattr(ctypes.CDLL(None), function)(*args)
     return 0
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised this because a device, or the CPU, has no memory left."""
-    return any(
-        words in str(error).lower()
-        for words in ("out of memory", "can't allocate memory", "alloc_failed")
-    )
+    """Return True if torch raised this error because a device or the CPU ran out of memory."""
+    message = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")
+    return any(sign in message for sign in signs)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_gb` start anew, where that can be done: CUDA devices and Linux."""
+    """Restart the measurement of `peak_memory_gb` (CUDA and Linux; does nothing elsewhere)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        _call_glibc("malloc_trim", 0)  # what keep_freed_memory has kept
+        _call_glibc("malloc_trim", 0)  # return what keep_freed_memory has kept
         with contextlib.suppress(
             OSError
-        ):  # where it is not allowed the peak stays that of the process so far
-            Path("/proc/self/clear_refs").write_text(
-                "5", encoding="ascii"
-            )  # 5: the peak of the resident memory
+        ):  # not permitted: the peak since the process started stays
+            # 5 resets the peak of resident memory
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory (1e9 bytes) since `forget_peak_memory`: allocated on a CUDA device, else resident of the process."""
+    """Return the peak memory since `reset_peak_memory` in units of 1e9 bytes.
+
+    Allocated memory on a CUDA device, else the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -51,14 +51,16 @@ def one_turn(
 
     from babyllama.training.callbacks import RunLog
     from babyllama.training.distillation import make_trainer
-    from babyllama.training.plan import choose_precision_and_kernels, describe_run
+    from babyllama.training.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.training.plan import describe_run
     from babyllama.training.trainer import training_arguments
     from train import create_model
 
     transformers.set_seed(0)
     model = create_model(config, tokenizer)
     plan = describe_run(config, model, {"words": 0, "tokens": 1}, len(chunks))
-    loss = choose_precision_and_kernels(config, model, plan, tokenizer.bos_token_id)
+    plan |= choose_precision_and_kernels(config, plan)
+    loss = build_loss(config, model, plan, tokenizer.bos_token_id)
     arguments = training_arguments(config, folder, plan["precision"])
     arguments.save_strategy = arguments.eval_strategy = "no"
     arguments.num_train_epochs = arguments.logging_steps = 1

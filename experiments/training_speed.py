@@ -290,7 +290,8 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict[str, float]]]) ->
     """Print a row for each variant: its speed, against the best plain one and against products of matrices."""
     import torch
 
-    from babyllama.training.plan import describe_run, matmul_flops
+    from babyllama.device import matmul_flops
+    from babyllama.training.plan import describe_run
     from train import create_model
 
     with torch.device("meta"):  # only its shapes are wanted

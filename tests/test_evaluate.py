@@ -442,7 +442,7 @@ def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "cpu\n" and done.stderr == "no CUDA device here: running on the CPU\n"
+    assert done.stdout == "cpu\n" and done.stderr == "CUDA is not available; using the CPU\n"
 
 
 # ---- the name trap --------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ import train
 from babyllama.config import check_config, read_yaml_file, unusual_values
 from babyllama.files import exclusive_folder, is_model
 from babyllama.training.callbacks import RunLog
+from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.plan import memory_advice, pick_precision
 from babyllama.training.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
@@ -329,8 +329,8 @@ def test_fp16_without_cuda_is_replaced_and_said():
     training = check_config(tiny_config(Path(), Path(), Path()))["training"]
     precision, reason = pick_precision({**training, "fp16": True, "precision": "auto"})
     assert precision in ("bf16", "fp32")
-    assert reason.startswith("fp16 asked for, but it needs CUDA")
-    assert pick_precision({**training, "precision": "fp32"}) == ("fp32", "as asked")
+    assert reason.startswith("fp16 needs CUDA")
+    assert pick_precision({**training, "precision": "fp32"}) == ("fp32", "as requested")
     assert pick_precision({**training, "precision": "auto"})[0] == precision
 
 
@@ -605,7 +605,7 @@ def test_a_warm_up_longer_than_the_run_is_pointed_out(config_file, caplog):
 
 def test_more_steps_than_the_epochs_have_are_pointed_out(config_file, caplog):
     assert train.main(["--config", str(config_file(training__max_steps=900)), "--dry-run"]) == 0
-    assert "training.max_steps: 900, but the run's epochs are over after" in caplog.text
+    assert "training.max_steps: 900, but 2 epochs have only 16 steps" in caplog.text
 
 
 def test_fsdp_in_one_process_is_pointed_out(config_file, caplog):
@@ -927,7 +927,7 @@ def test_out_of_memory_says_what_helps(config_file, capsys):
     less, further = line.split("less with ")[1].split("; ")
     flags = [
         *less.replace("(or --bf16)", "").split(),
-        *further.removesuffix(" take less still").replace(" and ", " ").split(),
+        *further.removesuffix(" save more").replace(" and ", " ").split(),
     ]
     assert flags[-4:] == [
         "--set",

@@ -36,6 +36,7 @@ from babyllama.data.tokenizer import load_tokenizer, vocabulary_difference
 from babyllama.evaluation.loading import context_length, load_model
 from babyllama.files import default_cache_dir, is_model, weights_sha256, write_json
 from babyllama.training import distributed
+from babyllama.training.kernels import eager_is_faster, pick_precision
 from babyllama.training.loss import (
     chunks_are_whole,
     document_mask,
@@ -43,7 +44,6 @@ from babyllama.training.loss import (
     next_token_nll,
     slice_nll,
 )
-from babyllama.training.plan import eager_is_faster, pick_precision
 from babyllama.training.run_dir import require_teacher
 from babyllama.training.trainer import LMTrainer, collate_chunks
 

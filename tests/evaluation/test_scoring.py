@@ -560,7 +560,7 @@ def test_pick_device(caplog, monkeypatch):
         assert (
             pick_device("cuda") == pick_device("cuda") == pick_device(None) == torch.device("cpu")
         )
-    assert caplog.messages == ["no CUDA device here: running on the CPU"]
+    assert caplog.messages == ["CUDA is not available; using the CPU"]
     with pytest.raises(ValueError, match="mps"):
         pick_device("mps")
 

@@ -14,7 +14,7 @@ from conftest import build_tiny_model, tiny_config
 from babyllama.config import check_config
 from babyllama.evaluation import minimal_pairs
 from babyllama.evaluation.generation import generate
-from babyllama.training import plan
+from babyllama.training import kernels
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import make_optimizer
 from babyllama.training.trainer import LMTrainer, training_arguments
@@ -61,7 +61,7 @@ def train(
         tiny_config(*[folder] * 3, training__num_epochs=1, **{"training__logging_steps": 1, **keys})
     )
     config["model"]["type"], training = kind, config["training"]
-    recorded, _ = plan.pick_cuda_graphs(config, training["precision"], compiled)
+    recorded, _ = kernels.pick_cuda_graphs(config, training["precision"], compiled)
     arguments = training_arguments(config, folder, training["precision"])
     arguments.save_strategy = arguments.eval_strategy = "no"
     batch = training["batch_size"]

@@ -14,7 +14,7 @@ from test_train import back_to_checkpoint, chunks, errors_of
 
 import train
 from babyllama.config import check_config
-from babyllama.device import pick_device
+from babyllama.device import compiler_missing, pick_device
 from babyllama.training.callbacks import RunLog
 from babyllama.training.distillation import (
     CachedChunks,
@@ -29,7 +29,6 @@ from babyllama.training.distillation import (
     write_cache,
 )
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.plan import compiler_missing
 from babyllama.training.run_dir import require_teacher
 from babyllama.training.trainer import evaluate_chunks, training_arguments
 

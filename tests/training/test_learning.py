@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import train
 from babyllama.config import check_config
-from babyllama.device import fast_dtype, peak_memory_gb, pick_device
-from babyllama.training import loss, optimizers, plan
+from babyllama.device import compiler_missing, fast_dtype, matmul_flops, peak_memory_gb, pick_device
+from babyllama.training import kernels, loss, optimizers, plan
+from babyllama.training.kernels import expected_mfu, pick_compile
 from babyllama.training.loss import (
     NextTokenLoss,
     chunks_are_whole,
@@ -26,7 +27,6 @@ from babyllama.training.loss import (
     slice_nll,
 )
 from babyllama.training.optimizers import MuonAdamW, make_optimizer, orthogonal, schedule
-from babyllama.training.plan import compiler_missing, expected_mfu, matmul_flops, pick_compile
 from babyllama.training.run_dir import RESULTS, checkpoints
 from babyllama.training.trainer import ShiftedChunks
 
@@ -331,7 +331,7 @@ def test_the_operations_of_an_optimisers_step(defaults, kind):
 
 
 def test_the_plan_counts_the_optimiser_in_every_process(defaults, monkeypatch):
-    monkeypatch.setattr(plan, "matmul_flops", lambda precision: 1e6)
+    monkeypatch.setattr(kernels, "matmul_flops", lambda precision: 1e6)
     model, seconds = build_tiny_model("Llama"), {}
     for optimizer in ("adamw", "muon"):
         training = {
@@ -348,7 +348,7 @@ def test_the_plan_counts_the_optimiser_in_every_process(defaults, monkeypatch):
             found = plan.describe_run(
                 config, model, {"words": 1, "tokens": 1}, 4 * training["batch_size"] * 6
             )
-            plan.choose_precision_and_kernels(config, model, found, bos_token_id=1)
+            found |= kernels.choose_precision_and_kernels(config, found)
             seconds[optimizer, processes] = found["expected_seconds"], found["steps"]
     own = optimizers.flops_per_step(model, training) / 1e6 / expected_mfu(
         "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32", False)  # fmt: skip
@@ -553,16 +553,16 @@ def test_compile_auto_looks_at_the_length_of_the_run(defaults, monkeypatch):
     def pick(seconds: float, precision: str = "bf16", **keys) -> tuple[bool, str]:
         return pick_compile({**defaults, **keys}, seconds, precision)
 
-    monkeypatch.setattr(plan, "compiler_missing", lambda: None)
+    monkeypatch.setattr(kernels, "compiler_missing", lambda: None)
     assert [pick(seconds)[0] for seconds in (10, 600, 10_000)] == [False, True, True]
     slower = torch.cuda.is_available()  # on a CPU float32 gains less, so a run has to be longer
     assert [pick(seconds, "fp32")[0] for seconds in (10, 600, 10_000)] == [False, slower, True]
-    assert pick(10, compile=True) == (True, "as asked")
-    assert pick(1e6, torch_compile=False) == (False, "as asked")
+    assert pick(10, compile=True) == (True, "as requested")
+    assert pick(1e6, torch_compile=False) == (False, "as requested")
     assert pick(1, compile=False, torch_compile=True)[0] is True
-    monkeypatch.setattr(plan, "compiler_missing", lambda: "a C++ compiler")
+    monkeypatch.setattr(kernels, "compiler_missing", lambda: "a C++ compiler")
     assert pick(10_000)[0] is False
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, not found here"):
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, which was not found"):
         pick(1, compile=True)
 
 
@@ -632,7 +632,7 @@ def test_angles_come_from_a_table():
         ({}, "bf16", False, "one call"),
         ({}, "fp32", True, "one call"),
         ({}, "fp16", True, "fp16"),
-        ({"training__cuda_graphs": False}, "bf16", True, "as asked"),
+        ({"training__cuda_graphs": False}, "bf16", True, "as requested"),
         ({"training__gradient_checkpointing": True}, "bf16", True, "gradient_checkpointing"),
         ({"model__type": "GPTJ"}, "bf16", False, "GPT-J"),
         ({"model__type": "GPTJ"}, "bf16", True, "one call"),
@@ -640,9 +640,9 @@ def test_angles_come_from_a_table():
 )
 def test_batches_are_recorded_where_they_can_be(change, precision, compiled, word):
     config = check_config(tiny_config(*[ROOT] * 3, **change))
-    recorded, why = plan.pick_cuda_graphs(config, precision, compiled)
+    recorded, why = kernels.pick_cuda_graphs(config, precision, compiled)
     assert recorded == (word == "one call") and word in why
-    with_teachers, why = plan.pick_cuda_graphs(config | {"distillation": {}}, precision, compiled)
+    with_teachers, why = kernels.pick_cuda_graphs(config | {"distillation": {}}, precision, compiled)
     assert not with_teachers and (recorded is False or "teachers" in why)
 
 

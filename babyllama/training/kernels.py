@@ -1,0 +1,201 @@
+"""Choose how this machine computes a training step: number format, attention kernel, compilation.
+
+Every choice is printed with its reason before step 0, and a key of the `training` section overrides
+it. Knows no data and no Trainer.
+
+    plan |= choose_precision_and_kernels(config, plan)   # the choices, their reasons, the time
+    loss = build_loss(config, model, plan, tokenizer.bos_token_id)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from babyllama.device import (
+    compiler_missing,
+    fast_dtype,
+    keep_freed_memory,
+    matmul_flops,
+    pick_device,
+)
+from babyllama.training import distributed
+from babyllama.training.loss import NextTokenLoss
+
+# Compiling takes 20 to 60 s. In float32 on a CPU matrix products take most of a step either way, so
+# it saves less there. All figures are measured (docs/results.md).
+MIN_SECONDS_TO_COMPILE = 300
+MIN_SECONDS_TO_COMPILE_FP32_CPU = 1200
+# expected share of the machine's matrix product speed: (not compiled, compiled)
+EXPECTED_MFU = (0.25, 0.5)
+EXPECTED_MFU_FP32_CPU = (0.5, 0.6)
+
+
+# ---- the choices --------------------------------------------------------------------------------
+
+
+def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
+    """Return ("fp32", "bf16" or "fp16", reason) for a training section on this machine."""
+    if training["fp16"]:
+        requested = "fp16"
+    elif training["bf16"]:
+        requested = "bf16"
+    else:
+        requested = training["precision"]
+
+    # what this machine is fastest with
+    cuda = torch.cuda.is_available()
+    has_bf16 = fast_dtype(pick_device()) == torch.bfloat16
+    best = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
+    name = torch.cuda.get_device_name() if cuda else "this CPU"
+    units = f"{name} has {'' if has_bf16 else 'no '}units for bf16"
+
+    if requested == "auto":
+        return best, units if cuda else f"no CUDA; {units}"
+    if requested == "fp16" and not cuda:
+        return best, f"fp16 needs CUDA; {units}"
+    if requested == "bf16" and not has_bf16:
+        if cuda:
+            return "fp16", f"bf16 was requested, but {units}"
+        return "bf16", f"as requested, although {units}"
+    return requested, "as requested"
+
+
+def eager_is_faster(precision: str, seq_length: int) -> bool:
+    """Return True if plain attention beats the CPU's flash kernel here (docs/results.md)."""
+    return precision == "bf16" and not torch.cuda.is_available() and seq_length <= 512
+
+
+def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tuple[bool, str]:
+    """Return (compile or not, reason) for a run that takes so many `seconds` without compilation.
+
+    Raises ValueError if the section requires compilation and this machine cannot compile.
+    """
+    requested = training["torch_compile"]
+    if requested is None:
+        requested = training["compile"]
+    missing = compiler_missing()
+    if requested is True and missing:
+        raise ValueError(
+            f"training.compile: true needs {missing}, which was not found; install it or use auto"
+        )
+    if requested != "auto":
+        return requested, "as requested"
+    if training["fsdp"]:
+        return False, "not with training.fsdp"
+    if missing:
+        return False, f"torch.compile needs {missing}, which was not found"
+    if _is_fp32_on_cpu(precision):
+        min_seconds = MIN_SECONDS_TO_COMPILE_FP32_CPU
+    else:
+        min_seconds = MIN_SECONDS_TO_COMPILE
+    if seconds < min_seconds:
+        return False, "the run is too short to win back the time to compile"
+    return True, "the run is long enough to win back the time to compile"
+
+
+def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool, str]:
+    """Return (record a batch's passes as a CUDA graph or not, reason); see cuda_graphs.py."""
+    training = config["training"]
+    if not training["cuda_graphs"]:
+        return False, "as requested"
+    if distributed.world_size() > 1:
+        return False, "not with several processes"
+    if precision == "fp16":
+        return False, "not with fp16, whose loss scale changes"
+    if training["gradient_checkpointing"]:
+        return False, "not with training.gradient_checkpointing"
+    if "distillation" in config:
+        return False, "not with teachers"
+    if config["model"]["type"] == "GPTJ" and not compiled:
+        return False, "not for GPT-J without compilation"
+    return True, "one call starts all kernels of a batch"
+
+
+def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return the choices for a run with the numbers `plan` (describe_run), and the time they take.
+
+    `matmul_flops` is the measured speed of all processes together.
+    """
+    training = config["training"]
+    precision, precision_reason = pick_precision(training)
+    flops_per_second = matmul_flops(precision) * distributed.world_size()
+    ideal_seconds = plan["tokens"] * plan["flops_per_token"] / flops_per_second
+    uncompiled_seconds = ideal_seconds / expected_mfu(precision, False)
+    compiled, compile_reason = pick_compile(training, uncompiled_seconds, precision)
+    cuda_graphs, cuda_graphs_reason = False, "no CUDA"
+    if torch.cuda.is_available():
+        cuda_graphs, cuda_graphs_reason = pick_cuda_graphs(config, precision, compiled)
+    seconds = ideal_seconds / expected_mfu(precision, compiled)
+    return {
+        "precision": precision,
+        "precision_reason": precision_reason,
+        "compile": compiled,
+        "compile_reason": compile_reason,
+        "matmul_flops": flops_per_second,
+        "expected_seconds": seconds + optimizer_seconds(plan),
+        "cuda_graphs": cuda_graphs,
+        "cuda_graphs_reason": cuda_graphs_reason,
+    }
+
+
+def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> NextTokenLoss:
+    """Apply the choices in `plan` to the model and this process; returns the loss to train with."""
+    training = config["training"]
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        keep_freed_memory()
+    if eager_is_faster(plan["precision"], config["data"]["seq_length"]):
+        model.set_attn_implementation("eager")
+    chunked = training["chunked_loss"]
+    if chunked == "auto":
+        chunked = not on_gpu
+    return NextTokenLoss(
+        dtype=torch.bfloat16 if plan["precision"] == "bf16" else torch.float32,
+        batch_size=training["batch_size"],
+        compile=plan["compile"],
+        chunked=chunked,
+        mask_from=bos_token_id if config["data"]["document_mask"] else None,
+        recorded=plan["cuda_graphs"],
+    )
+
+
+# ---- what they cost -----------------------------------------------------------------------------
+
+
+def _is_fp32_on_cpu(precision: str) -> bool:
+    return precision == "fp32" and not torch.cuda.is_available()
+
+
+def expected_mfu(precision: str, compiled: bool) -> float:
+    """Return the share of the speed of matrix products that training reaches on this machine."""
+    shares = EXPECTED_MFU_FP32_CPU if _is_fp32_on_cpu(precision) else EXPECTED_MFU
+    return shares[compiled]
+
+
+def optimizer_seconds(plan: dict[str, Any]) -> float:
+    """Return the time of a run's optimizer steps: every process computes all of Muon's products."""
+    if not plan["optimizer_flops_per_step"]:
+        return 0.0
+    # Muon has its number format, whatever the precision of the run
+    precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
+    flops = plan["steps"] * plan["optimizer_flops_per_step"]
+    return flops / matmul_flops(precision) / expected_mfu(precision, False)
+
+
+def memory_advice(training: dict[str, Any]) -> str:
+    """Return advice on how to fit a step of this training section into less memory."""
+    batch_size = training["batch_size"]
+    accumulation = training["gradient_accumulation_steps"]
+    half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
+    keys = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true"
+    if torch.cuda.is_available():
+        keys = f"--set training.cuda_graphs=false, {keys}"
+    if batch_size == 1:
+        shorter = "a smaller model and a shorter data.seq_length"
+        return f"{keys} save memory; so do{half and half + ','} {shorter}"
+    smaller_batch = (
+        f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
+    )
+    return f"the same step fits in less with {smaller_batch}{half} --overwrite; {keys} save more"
