@@ -169,7 +169,7 @@ def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
         ["cat dog", "bird"], max_length=4, num_return_sequences=2
     )
     assert made["num_generations"] == 4
-    with pytest.raises(ValueError, match="a prompt a token"):
+    with pytest.raises(ValueError, match="no BOS to start from"):
         evaluator.evaluate_generation_quality([""])
 
 

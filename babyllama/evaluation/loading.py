@@ -1,15 +1,16 @@
-"""Load a trained causal language model, and turn text into the token ids that it reads.
+"""Open a trained model for evaluation: weights, tokenizer, context length and the text of its run.
 
     model, tokenizer = load_model("models/quickstart")
-    encode(tokenizer, ["Once upon a time"])    # [[1, ...]]: BOS in front
+    encode(tokenizer, ["Once upon a time"])    # [[1, ...]]: BOS first
 
-Opens local directories only: no remote code, no pickles.
+Opens local directories only. Runs no code from them and unpickles nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,37 +21,71 @@ from babyllama.files import ROOT
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_CONTEXT = 2048  # of a model whose config states no limit
+
 
 def training_text_of(model_path: str | Path, key: str) -> Path | None:
-    """data.`key` of the run that made a model or checkpoint; None where its directory holds no training_config.yaml.
+    """Return data.`key` of the run that trained a model or checkpoint, None if nothing records it.
 
-    The path is seen from the working directory, else from the project's.
+    A relative path is looked up in the working directory, then in the project.
     """
-    folders = [Path(model_path), Path(model_path).parent]
-    config = next(
-        (file for file in (p / "training_config.yaml" for p in folders) if file.is_file()), None
-    )
-    if config is None:
+    folders = (Path(model_path), Path(model_path).parent)
+    config_files = [folder / "training_config.yaml" for folder in folders]
+    config_file = next((file for file in config_files if file.is_file()), None)
+    if config_file is None:
         return None
     try:
-        named = Path(read_yaml_file(config)["data"][key])
+        recorded = Path(read_yaml_file(config_file)["data"][key])
     except (KeyError, TypeError):
-        raise ValueError(f"{config} has no data.{key}") from None
-    return next((p for p in (named, ROOT / named) if p.exists()), named)
+        raise ValueError(f"{config_file} has no data.{key}") from None
+    for path in (recorded, ROOT / recorded):
+        if path.exists():
+            return path
+    return recorded
 
 
 def load_model(path: str | Path, device: str | None = "auto", dtype: str = "float32"):
-    """(model in eval mode, tokenizer) from a local Hugging Face model directory, ours or not.
+    """Load (model in eval mode, tokenizer) from a local Hugging Face model directory.
 
-    Raises FileNotFoundError where there is no model, or its weights are pickles only, and ValueError where it cannot be
-    read, lacks weights that the architecture needs, or lets tokens look at later ones.
+    Raises FileNotFoundError if the directory, its .safetensors weights or its tokenizer are
+    missing. Raises ValueError if they cannot be read, if the weights do not fit config.json, or if
+    the model is not causal.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
     path = Path(path)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f'dtype "{dtype}" is unknown: use float32, bfloat16 or float16')
+    _check_model_dir(path, dtype)
+    target = pick_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()
+
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+                **local,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, **local)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a Rust panic over a corrupted tokenizer.json is no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+    _check_loaded_weights(path, info)
+    model = model.to(target).eval()
+    _check_causal(path, model, tolerance=1e-5 if dtype == "float32" else 1e-2)
+    return model, tokenizer
+
+
+def _check_model_dir(path: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype "{dtype}" is unknown: use {", ".join(DTYPES)}')
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"no model at {path}: expected a directory with config.json, weights, tokenizer.json"
@@ -60,97 +95,89 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
             f"{path} has no .safetensors weights (pickled .bin files are not opened)"
         )
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(
-            f"{path} has no tokenizer.json: the tokenizer belongs beside the weights"
-        )
-    if (target := pick_device(device)).type == "cpu":
-        keep_freed_memory()
-    loudness, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()  # else a table of all weights before the line that says what is wrong with them
+        raise FileNotFoundError(f"{path} has no tokenizer.json; copy it next to the weights")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide progress bars and the table of all weights that precedes a line of our error."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    shows_bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        options = {
-            "dtype": getattr(torch, dtype),
-            "use_safetensors": True,
-            "output_loading_info": True,
-        }
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, ignore_mismatched_sizes=True, **options, **local
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, **local)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a damaged tokenizer.json panics in Rust, which is no Exception
-        raise ValueError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        yield
     finally:
-        hf_logging.set_verbosity(loudness)
-        (hf_logging.enable_progress_bar if bars else hf_logging.disable_progress_bar)()
-    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        hf_logging.set_verbosity(verbosity)
+        if shows_bars:
+            hf_logging.enable_progress_bar()
+
+
+def _check_loaded_weights(path: Path, info: dict) -> None:
+    if info["mismatched_keys"]:
+        name, shape, expected = min(info["mismatched_keys"])
         raise ValueError(
-            f"{path}: the weights {name} are {list(found)}, by config.json {list(wanted)}"
+            f"{path}: weights {name} have shape {list(shape)}, config.json expects {list(expected)}"
         )
     if info["missing_keys"]:
-        raise ValueError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
-    if more := sorted(info["unexpected_keys"]):
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{path} lacks weights that config.json expects: {names}")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
         log.warning(
-            "%s: %d weights without a place by config.json are left out: %s",
+            "%s: ignoring %d weights that config.json does not expect: %s",
             path,
-            len(more),
-            more[:3],
+            len(unexpected),
+            unexpected[:3],
         )
-    model = model.to(target).eval()
-    with torch.no_grad():  # the first token's logits in two texts that differ in the second
-        a, b, *_ = (
-            i for i in range(3) if i != getattr(model.config, "pad_token_id", None)
-        )  # padding is warned of
-        ids = torch.tensor([[a, a], [a, b]], device=target)
-        first, other = model(input_ids=ids, use_cache=False).logits[:, 0].float()
-    if (first - other).abs().max() > (1e-5 if dtype == "float32" else 1e-2) * first.abs().max():
+
+
+def _check_causal(path: Path, model, tolerance: float) -> None:
+    """Raise ValueError if the logits of the first token depend on the second one."""
+    # transformers warns about padding tokens in the input, so do not use them
+    a, b = [token for token in range(3) if token != getattr(model.config, "pad_token_id", None)][:2]
+    ids = torch.tensor([[a, a], [a, b]], device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, 0].float()  # (2, V)
+    if (logits[0] - logits[1]).abs().max() > tolerance * logits[0].abs().max():
         raise ValueError(
             f"{path}: {type(model).__name__} looks at later tokens: not a causal language model"
         )
-    return model, tokenizer
 
 
 def context_length(model) -> int:
-    """Tokens that the model can look at together, from its config; 2048 where the config states no limit."""
-    limits = (
-        getattr(model.config, name, None)
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-    )
-    return next((limit for limit in limits if limit), 2048)
+    """Return how many tokens the model can attend to, from its config."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        limit = getattr(model.config, name, None)
+        if limit:
+            return limit
+    return DEFAULT_CONTEXT
 
 
 def encode(
     tokenizer, texts: Sequence[str | Sequence[int]], bos: bool | None = True
 ) -> list[list[int]]:
-    """Token ids of each text (a list of ids passes through), with BOS in front exactly once where `bos`.
+    """Return the token ids of each text, with BOS first if `bos`; a list of ids passes through.
 
-    Nothing is appended. A tokenizer without BOS uses its EOS; with neither, True is an error and None adds nothing.
+    BOS is added once even if the ids already start with it. Nothing is appended. A tokenizer
+    without BOS uses its EOS; if it has neither, bos=True raises ValueError and bos=None adds
+    nothing.
     """
-    strings = [
-        text for text in texts if isinstance(text, str)
-    ]  # in bulk: the tokenizer works in parallel
-    try:
-        "".join(strings).encode()
-    except UnicodeEncodeError as error:
-        where = repr(error.object[: error.end][-20:])
-        raise ValueError(
-            f"a text holds half of a surrogate pair, which is no character: ...{where}"
-        ) from None
-    if rust := getattr(tokenizer, "backend_tokenizer", None):  # alone: more than twice as fast
-        rust.no_truncation(), rust.no_padding()
-        encoded = (
-            encoding.ids for encoding in rust.encode_batch_fast(strings, add_special_tokens=False)
-        )
-    else:
-        encoded = iter(
-            tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
-            if strings
-            else ()
-        )
+    # encode all strings in one call, because the tokenizer works in parallel
+    strings = [text for text in texts if isinstance(text, str)]
+    _check_encodable(strings)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend:  # without transformers' wrapper it is more than twice as fast
+        backend.no_truncation()
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(strings, add_special_tokens=False)
+        encoded = iter([encoding.ids for encoding in encodings])
+    elif strings:
+        encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
     sequences = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
+
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is False or (bos is None and start is None):
         return sequences
@@ -159,11 +186,22 @@ def encode(
     return [ids if ids[:1] == [start] else [start, *ids] for ids in sequences]
 
 
+def _check_encodable(strings: Sequence[str]) -> None:
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError as error:
+        excerpt = repr(error.object[: error.end][-20:])
+        raise ValueError(
+            f"a text contains half of a surrogate pair, which is not a character: ...{excerpt}"
+        ) from None
+
+
 def check_ids(model, sequences: Sequence[Sequence[int]]) -> None:
-    """ValueError for a token id that the model has no embedding of (a GPU would only say that it failed)."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    """Raise ValueError for a token id outside the vocabulary, which crashes a GPU."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     for index, ids in enumerate(sequences):
-        if len(ids) and not 0 <= min(ids) <= max(ids) < rows:
+        if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ValueError(
-                f"text {index}: token ids {min(ids)}..{max(ids)}, the model knows 0..{rows - 1}"
+                f"text {index}: token ids {min(ids)}..{max(ids)} are outside the model's"
+                f" vocabulary, 0..{vocab_size - 1}"
             )

@@ -26,7 +26,7 @@ from babyllama.evaluation.loading import check_ids, context_length, encode
 from babyllama.evaluation.scoring import (
     CPU_BATCH_TOKENS,
     GPU_BATCH_TOKENS,
-    HEAD_ELEMENTS,
+    MAX_LOGITS,
     float32_inference,
     ids_logprobs,
 )
@@ -406,7 +406,7 @@ def _logprobs(
     states = states[used]
     level = F.linear(states[:8], small, bias.to(small.dtype)).float().logsumexp(-1).mean().round()
     bias = (bias - level).to(small.dtype)
-    rows, columns = max(1, HEAD_ELEMENTS // len(small)), len(small)
+    rows, columns = max(1, MAX_LOGITS // len(small)), len(small)
     if states.device.type == "cpu":
         rows, columns = CPU_HEAD_TILE
     sums = torch.zeros(len(states), device=states.device)

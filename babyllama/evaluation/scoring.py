@@ -1,18 +1,16 @@
-"""Everything done with a trained causal model: load it, score text with it, generate text from it.
+"""Compute log-probabilities of tokens: the one kernel behind every reported number.
 
-The only place that samples (`generate`), and the one that computes log-probabilities (`token_logprobs`; minimal_pairs.py has
-a fast pass for where only the best counts). It opens local model directories only, no remote code and no pickles.
+    for scores in token_logprobs(model, tokenizer, ["Once upon a time", "The end"]):
+        print(scores.logprobs.sum())
 
-    from inference import generate, load_model, token_logprobs
-    model, tokenizer = load_model("models/quickstart")
-    generate(model, tokenizer, ["Once upon a time"], max_new_tokens=40, seed=1)[0][0]
+Perplexity, bits per byte, entropy and the scores of minimal pairs are sums over its output. Logits
+are float32, a text longer than the context is scored in overlapping windows, and each token counts
+once.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,135 +22,145 @@ from tqdm import tqdm
 
 from babyllama.evaluation.loading import check_ids, context_length, encode
 
-log = logging.getLogger(__name__)
-
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768  # in one forward pass, padding included
-HEAD_ELEMENTS = 2**23  # logits held at a time: 32 MB in float32
+CPU_BATCH_TOKENS = 2048  # in one forward pass, including padding
+GPU_BATCH_TOKENS = 32768
+MAX_LOGITS = 2**23  # in memory at a time: 32 MB in float32
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The scored tokens of one text, in order: arrays of the same length (float64 values of float32 precision)."""
+    """The scored tokens of one text, in order: arrays of equal length and float32 precision."""
 
-    ids: np.ndarray  # the tokens, without the one(s) that only serve as context
-    logprobs: np.ndarray  # natural log of p(token | tokens before it)
-    top_probs: np.ndarray | None = None  # the highest probability at that place
-    entropies: np.ndarray | None = None  # of the whole distribution, in nats
-    ranks: np.ndarray | None = (
-        None  # of the token, 1 is the best; equal logits share the mean of their ranks
-    )
-    hits: np.ndarray | None = (
-        None  # 1 where the token has the highest logit, 1/k where k tokens share it
-    )
+    ids: np.ndarray  # without the tokens that are only context
+    logprobs: np.ndarray  # log p(token | tokens before it), in nats
+    top_probs: np.ndarray | None = None  # highest probability of any token at this place
+    entropies: np.ndarray | None = None  # of the predicted distribution, in nats
+    ranks: np.ndarray | None = None  # of the token, 1 is best; equal logits share their mean rank
+    hits: np.ndarray | None = None  # 1 if the token has the highest logit, 1/k if k tokens share it
 
 
 def token_logprobs(
     model, tokenizer, texts: Sequence, *, bos: bool = True, **options
 ) -> list[TokenScores]:
-    """Log-probabilities of every token of each text (or list of ids), in the order given.
+    """Score every token of each text (or list of token ids), in the order given.
 
-    With `bos` the text's first token is scored given BOS; without it the first token is context only and has no score.
-    `options` are those of `ids_logprobs`.
+    With `bos` the first token is scored after BOS. Without it the first token is context only and
+    has no score. `options` are those of `ids_logprobs`.
     """
     return ids_logprobs(model, encode(tokenizer, texts, bos), **options)
 
 
 def ids_logprobs(
-    model, sequences: Sequence[Sequence[int]], *, starts: Sequence[int] | None = None, context: int | None = None,
-    stride: int | None = None, batch_tokens: int | None = None, stats: bool = False,
-) -> list[TokenScores]:  # fmt: skip
-    """log p(ids[i] | ids[:i]) for i from `starts` (default 1) on, for each sequence of ids, as TokenScores.
+    model,
+    sequences: Sequence[Sequence[int]],
+    *,
+    starts: Sequence[int] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int | None = None,
+    stats: bool = False,
+) -> list[TokenScores]:
+    """Score ids[i] given ids[:i], for every i from `starts` (default 1) on, of each sequence.
 
-    A sequence longer than `context` (default and limit: the model's) is scored in windows that move by `stride`
-    (default half the context). Each token counts once, in the first window that reaches it, so it has at least
-    context - stride + 1 tokens before it; the last window is a full one. `batch_tokens` bounds a forward pass and
-    changes nothing else. Logits are float32 products also where the weights are bfloat16 (except what an architecture
-    with a head of its own returns). `stats` fills the optional arrays. Equal sequences share their arrays.
+    A sequence longer than `context` (default and maximum: the model's) is scored in windows that
+    move by `stride` (default: half the context). Each token is scored in the first window that
+    reaches it, so it sees at least context - stride + 1 tokens; the last window is a full one.
+
+    `batch_tokens` limits a forward pass and does not change the scores. `stats` fills the optional
+    arrays. Identical sequences are scored once. Logits are float32 products even if the weights are
+    bfloat16, except for architectures whose head is not a single linear layer.
     """
     context = context_length(model) if context is None else context
     stride = max(1, context // 2) if stride is None else stride
     sequences = [np.asarray(ids, dtype=np.int64) for ids in sequences]
     starts = [1] * len(sequences) if starts is None else starts
-    _check(model, sequences, starts, context, stride)
-    windows, places, known, total = [], [], {}, 0
+    _check_request(model, sequences, starts, context, stride)
+
+    # lay out the scores of all distinct requests in one array, and cut each request into windows
+    windows: list[_Window] = []
+    offsets = []  # of the scores of each sequence
+    offset_of_request = {}
+    total = 0
     for ids, start in zip(sequences, starts, strict=True):
-        key = (ids.tobytes(), start)
-        if key not in known:  # identical requests are scored once
-            known[key] = total
+        request = (ids.tobytes(), start)
+        if request not in offset_of_request:
+            offset_of_request[request] = total
             windows += _windows(ids, start, context, stride, total)
             total += len(ids[start:])
-        places.append(known[key])
-    columns = np.empty((5 if stats else 1, total))
-    windows.sort(
-        key=lambda w: w.begin - w.end
-    )  # longest first: a batch too large for the memory fails at once
+        offsets.append(offset_of_request[request])
+
+    # score the longest windows first: a batch that does not fit into memory fails at once
+    windows.sort(key=lambda window: -len(window.inputs))
+    scores = np.empty((5 if stats else 1, total))
     if windows:
-        batch_tokens = batch_tokens or (
-            CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
-        )
+        default = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
+        batches = list(_batches(windows, batch_tokens or default))
         with float32_inference(model):
-            body, head = _split_head(model, windows[0].ids[:16])
-            for batch in tqdm(
-                list(_batches(windows, batch_tokens)), desc="scoring", disable=None, delay=5
-            ):
-                for window, values in zip(
-                    batch, _score(body, head, model, batch, stats), strict=True
-                ):
-                    columns[:, window.at : window.at + values.shape[1]] = values
-    return [
-        TokenScores(ids[start:], *columns[:, at : at + len(ids[start:])])
-        for ids, start, at in zip(sequences, starts, places, strict=True)
-    ]
+            body, head = _split_model(model, windows[0].inputs[:16])
+            for batch in tqdm(batches, desc="scoring", disable=None, delay=5):
+                batch_scores = _score_batch(model, body, head, batch, stats)
+                for window, values in zip(batch, batch_scores, strict=True):
+                    scores[:, window.offset : window.offset + len(window.targets)] = values
+
+    results = []
+    for ids, start, offset in zip(sequences, starts, offsets, strict=True):
+        targets = ids[start:]
+        results.append(TokenScores(targets, *scores[:, offset : offset + len(targets)]))
+    return results
 
 
-def _check(
+def _check_request(
     model, sequences: Sequence[np.ndarray], starts: Sequence[int], context: int, stride: int
 ) -> None:
-    longest = context_length(model)
-    if not 1 <= context <= longest:
-        raise ValueError(f"context {context} is outside 1..{longest}, what the model can look at")
+    limit = context_length(model)
+    if not 1 <= context <= limit:
+        raise ValueError(f"context {context} is outside 1..{limit}, the model's context length")
     if not 1 <= stride <= context:
-        raise ValueError(
-            f"stride {stride} is outside 1..{context}, the context: tokens would be left out"
-        )
-    if (low := min(starts, default=1)) < 1:
-        where = f"starts[{list(starts).index(low)}] is {low}"
-        raise ValueError(f"{where}: the token at 0 has nothing before it, so use 1 or more")
+        raise ValueError(f"stride {stride} is outside 1..{context}: windows would skip tokens")
+    for index, start in enumerate(starts):
+        if start < 1:
+            raise ValueError(
+                f"starts[{index}] is {start}: nothing precedes token 0, so use 1 or more"
+            )
     check_ids(model, sequences)
 
 
 class _Window(NamedTuple):
-    ids: np.ndarray  # of the whole sequence
-    begin: int  # inputs are ids[begin : end - 1]
-    first: int  # tokens scored are ids[first : end]
-    end: int
-    at: int  # where the scores go in the columns of all results
+    """One forward pass over part of a sequence, whose last len(targets) predictions are scored."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    offset: int  # of these scores in the array of all scores
 
 
-def _windows(ids: np.ndarray, start: int, context: int, stride: int, at: int) -> Iterator[_Window]:
-    """The windows that score ids[start:], each token in exactly one; inputs are at most `context` tokens."""
-    first, end = 1, min(len(ids), context + 1)
+def _windows(
+    ids: np.ndarray, start: int, context: int, stride: int, offset: int
+) -> Iterator[_Window]:
+    """Yield the windows that together score ids[start:], each token once."""
+    first = 1  # target that the window reaches first
+    end = min(len(ids), context + 1)
     while first < end:
         scored_from = max(first, start)
         if scored_from < end:
-            yield _Window(
-                ids, max(0, end - 1 - context), scored_from, end, at + scored_from - start
-            )
-        first, end = end, min(len(ids), end + stride)
+            inputs = ids[max(0, end - 1 - context) : end - 1]
+            yield _Window(inputs, ids[scored_from:end], offset + scored_from - start)
+        first = end
+        end = min(len(ids), end + stride)
 
 
 def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[Sequence[_Window]]:
-    """Runs of windows (sorted by length, longest first) whose padded size stays within `batch_tokens`."""
+    """Yield runs of windows (longest first) whose padded size is at most `batch_tokens`."""
     while windows:
-        rows = max(1, batch_tokens // (windows[0].end - 1 - windows[0].begin))
+        rows = max(1, batch_tokens // len(windows[0].inputs))
         yield windows[:rows]
         windows = windows[rows:]
 
 
 @contextmanager
 def float32_inference(model) -> Iterator[None]:
-    """No dropout, no gradients, no reduced-precision matrix products; what was set before comes back."""
-    training, precision = model.training, torch.get_float32_matmul_precision()
+    """Switch off dropout, gradients and TF32-like products; restore the settings afterwards."""
+    training = model.training
+    precision = torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -163,67 +171,64 @@ def float32_inference(model) -> Iterator[None]:
         model.train(training)
 
 
-def _split_head(model, probe: np.ndarray):
-    """(body, head): body(input_ids) gives states (B, T, D), head(states) float32 logits (N, V).
+def _split_model(model, probe: np.ndarray) -> tuple[Callable, Callable]:
+    """Return (body, head): ids (B, T) -> states (B, T, D), and states (N, D) -> logits (N, V).
 
-    The head is applied by us, to the rows and in the pieces we want, where it is a linear layer on the last hidden
-    state; that is tried on `probe`. Where it is not (logits scaled or capped), the body returns the model's own logits.
+    Applying the head ourselves gives float32 logits of only those places that are scored. That is
+    possible if the head is a linear layer on the last hidden state, which is tried on the ids
+    `probe`. Otherwise (for example with scaled or capped logits) the body returns the model's
+    logits.
     """
     linear = model.get_output_embeddings()
     if isinstance(linear, torch.nn.Linear) and model.base_model is not model:
-        ids = torch.as_tensor(probe, device=model.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        if torch.allclose(
-            linear(hidden).float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True
-        ):
-            weight, bias = (
-                linear.weight.float(),
-                None if linear.bias is None else linear.bias.float(),
-            )
-            body = functools.partial(model.base_model, use_cache=False)
-            return lambda ids: body(ids).last_hidden_state, lambda states: F.linear(
-                states.float(), weight, bias
+        ids = torch.as_tensor(probe, device=model.device)[None]  # (1, T)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        states = model.base_model(ids, use_cache=False).last_hidden_state
+        if torch.allclose(linear(states).float(), logits, rtol=1e-5, atol=1e-6, equal_nan=True):
+            weight = linear.weight.float()
+            bias = None if linear.bias is None else linear.bias.float()
+            return (
+                lambda ids: model.base_model(ids, use_cache=False).last_hidden_state,
+                lambda states: F.linear(states.float(), weight, bias),
             )
     return lambda ids: model(input_ids=ids, use_cache=False).logits, torch.Tensor.float
 
 
-def _score(body, head, model, batch: Sequence[_Window], stats: bool) -> list[np.ndarray]:
-    """For each window an array (1, n) of log-probabilities, or (5, n) with the statistics in TokenScores' order."""
-    width, device = max(window.end - 1 - window.begin for window in batch), model.device
-    # Padding on the right, without a mask: a causal model cannot look at it, and its rows are left out below.
-    inputs = np.full((len(batch), width), batch[0].ids[0])  # (B, T)
-    for row, window in zip(inputs, batch, strict=True):
-        row[: window.end - 1 - window.begin] = window.ids[window.begin : window.end - 1]
-    places = [
-        np.arange(w.first - 1 - w.begin, w.end - 1 - w.begin) + i * width
-        for i, w in enumerate(batch)
-    ]
-    targets = torch.as_tensor(
-        np.concatenate([w.ids[w.first : w.end] for w in batch]), device=device
-    )  # (N,)
-    states = body(torch.as_tensor(inputs, device=device)).flatten(0, 1)  # (B*T, D)
-    states = states[torch.as_tensor(np.concatenate(places), device=device)]  # (N, D)
-    rows = max(1, HEAD_ELEMENTS // model.get_input_embeddings().weight.shape[0])
-    pairs = zip(states.split(rows), targets.split(rows), strict=True)
-    values = (
-        torch.cat([_reduce(head(some), gold, stats) for some, gold in pairs], dim=1).cpu().numpy()
-    )
-    return np.split(values, np.cumsum([w.end - w.first for w in batch])[:-1], axis=1)
+def _score_batch(
+    model, body: Callable, head: Callable, batch: Sequence[_Window], stats: bool
+) -> list[np.ndarray]:
+    """Return an array (1, n) of log-probabilities for each window, or (5, n) with statistics."""
+    # pad on the right, without a mask: a causal model cannot look at what comes later
+    width = len(batch[0].inputs)  # the longest
+    inputs = np.full((len(batch), width), batch[0].inputs[0])  # (B, T)
+    places = []  # of the scored predictions among all B*T
+    for row, window in enumerate(batch):
+        inputs[row, : len(window.inputs)] = window.inputs
+        end = row * width + len(window.inputs)
+        places.append(np.arange(end - len(window.targets), end))
+    places = torch.as_tensor(np.concatenate(places), device=model.device)  # (N,)
+    targets = np.concatenate([window.targets for window in batch])
+    targets = torch.as_tensor(targets, device=model.device)  # (N,)
+
+    states = body(torch.as_tensor(inputs, device=model.device)).flatten(0, 1)[places]  # (N, D)
+    rows = max(1, MAX_LOGITS // model.get_input_embeddings().weight.shape[0])
+    slices = zip(states.split(rows), targets.split(rows), strict=True)
+    scores = torch.cat([_score_logits(head(some), ids, stats) for some, ids in slices], dim=1)
+    ends = np.cumsum([len(window.targets) for window in batch])
+    return np.split(scores.cpu().numpy(), ends[:-1], axis=1)
 
 
-def _reduce(logits: torch.Tensor, gold: torch.Tensor, stats: bool) -> torch.Tensor:
-    """Logits (N, V) and targets (N,) to (1, N) log-probabilities or (5, N) with the statistics."""
+def _score_logits(logits: torch.Tensor, targets: torch.Tensor, stats: bool) -> torch.Tensor:
+    """Return log-probabilities (1, N) of targets (N,) by logits (N, V); (5, N) with `stats`."""
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
     if not stats:
-        return -F.cross_entropy(logits, gold, reduction="none")[None]
-    probs, own = logits.softmax(-1), logits.gather(1, gold[:, None])  # (N, V) and (N, 1)
-    above, equal = (logits > own).sum(1), (logits == own).sum(1)
-    ranks, hits = 1 + above + (equal - 1) / 2, (above == 0) / equal
-    logprobs, entropies = (
-        -F.cross_entropy(logits, gold, reduction="none"),
-        -torch.xlogy(probs, probs).sum(1),
-    )
-    values = torch.stack([logprobs, probs.amax(1), entropies, ranks, hits])
-    return torch.where(
-        logprobs.isnan(), logprobs, values
-    )  # NaN compares as false: no rank comes from it
+        return logprobs[None]
+    probs = logits.softmax(-1)  # (N, V)
+    entropies = -torch.xlogy(probs, probs).sum(1)
+    target_logits = logits.gather(1, targets[:, None])  # (N, 1)
+    higher = (logits > target_logits).sum(1)
+    equal = (logits == target_logits).sum(1)  # the target included
+    ranks = 1 + higher + (equal - 1) / 2
+    hits = (higher == 0) / equal
+    scores = torch.stack([logprobs, probs.amax(1), entropies, ranks, hits])
+    return torch.where(logprobs.isnan(), logprobs, scores)  # NaN logits would give a rank

@@ -114,7 +114,7 @@ def test_beyond_the_context_all_terms_count():
     assert scores == pytest.approx(
         np.array([s.logprobs.sum() for s in ids_logprobs(model, texts)]), rel=1e-6
     )
-    with pytest.raises(ValueError, match=r"token ids 1\.\.400, the model knows 0\.\.399"):
+    with pytest.raises(ValueError, match=r"token ids 1\.\.400 are outside"):
         minimal_pairs.relative_scores(model, [[1, 400], [1, 5]], [1, 1], [2])
 
 
