@@ -30,11 +30,11 @@ def optimizers_of(model, training: dict) -> dict:
     from babyllama.training import optimizers
 
     muon = optimizers.make_optimizer(model, {**training, "optimizer": "muon"})
-    group = muon.parts[0].param_groups[0]
+    group = muon.parts["muon"].param_groups[0]
     own = torch.optim.Muon(group["params"], lr=group["lr"], adjust_lr_fn=group["adjust_lr_fn"])
     return {
         "adamw": optimizers.make_optimizer(model, {**training, "optimizer": "adamw"}),
-        "torch": optimizers.MuonAdamW(own, muon.parts[1]),
+        "torch": optimizers.MuonAdamW(own, muon.parts["adamw"]),
         "muon": muon,
     }
 

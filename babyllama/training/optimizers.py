@@ -1,202 +1,232 @@
-"""What moves the weights: AdamW or Muon, the course of the learning rate, and an average of the weights.
+"""Update the weights: AdamW or Muon, the learning-rate schedule, a moving average of the weights.
+
+Reads the keys of the `training` section; knows no Trainer.
 
     optimizer = make_optimizer(model, config["training"])
-    factor = schedule(config["training"], total_steps=1000)     # factor(step) x lr is the learning rate
-
-It knows the keys of the `training` section and no Trainer.
+    factor = schedule(config["training"], total_steps=1000)  # learning rate = lr x factor(step)
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from babyllama.device import fast_dtype
 
-WSD_DECAY = (
-    0.2  # share of the steps in which wsd falls: Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
-)
-ITERATIONS = 5  # of Newton and Schulz: torch's default
-STACK_ELEMENTS = (
-    2**23
-)  # of matrices that are orthogonalised together; in float32 that takes 170 MB at its peak
+# share of all steps in which wsd decays; Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
+WSD_DECAY = 0.2
+NEWTON_SCHULZ_STEPS = 5  # torch's default
+# Muon orthogonalizes at most this many weights together: 170 MB at the peak in float32
+STACK_ELEMENTS = 2**23
 
 
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
-    """The learning rate at each step (0, 1, ...) as a fraction of `lr`: linear warm-up, then lr_scheduler to min_lr.
+    """Return a function from the step (0, 1, ...) to the learning rate as a fraction of `lr`.
 
-    wsd (warm-up, stable, decay) stays at `lr` and falls linearly over the last fifth of all steps.
+    A linear warm-up is followed by `lr_scheduler` down to `min_lr`. wsd (warm-up, stable, decay)
+    stays at `lr` and decays linearly over the last fifth of all steps.
     """
     warmup = training["warmup_steps"] or math.ceil((training["warmup_ratio"] or 0) * total_steps)
-    kind, low = training["lr_scheduler"], training["min_lr"] / training["lr"]
+    kind = training["lr_scheduler"]
+    floor = training["min_lr"] / training["lr"]
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if kind == "cosine":
-            high = 0.5 * (1 + math.cos(math.pi * done))
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
         elif kind == "linear":
-            high = 1 - done
+            decay = 1 - progress
         elif kind == "wsd":
-            high = min(1.0, max(0, total_steps - step) / max(1, WSD_DECAY * total_steps))
-        else:
+            decay = min(1.0, max(0, total_steps - step) / max(1, WSD_DECAY * total_steps))
+        else:  # constant
             return 1.0
-        return low + (1 - low) * high
+        return floor + (1 - floor) * decay
 
     return factor
 
 
-def orthogonal(
+# ---- Muon ---------------------------------------------------------------------------------------
+
+
+def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-):
-    """Each matrix (n, A, B) with its singular values near 1: a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+) -> torch.Tensor:
+    """Move all singular values of each matrix (n, A, B) near 1, and keep the singular vectors.
+
+    A quintic Newton-Schulz iteration, x <- a x + (b x x' + c (x x')^2) x (Jordan et al. 2024).
+    """
     a, b, c = coefficients
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]  # no singular value is above 1
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices  # (n, A, B) with A <= B: the smaller gram matrix
+    # the Frobenius norm is an upper bound of the largest singular value
+    norms = x.flatten(1).norm(dim=1).clamp(min=eps)  # (n,)
+    x = x / norms[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT  # (n, A, A)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (n, A, A)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # (n, A, B)
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, taking all matrices of a shape together, in the number format that the machine has units for.
+    """Compute torch's Muon step for all matrices of a shape together, in the machine's fast dtype.
 
-    torch's own takes each by itself, always in bfloat16: many small products on a GPU, slow ones on a CPU without units
-    for it (docs/results.md). The step is scaled to the size of AdamW's (match_rms_adamw, Liu et al. 2025), so that
-    both take the same `lr`.
+    torch multiplies one matrix at a time, always in bfloat16. For llama-10M its step takes 5,985 ms
+    on a CPU without bfloat16 units, where ours takes 361 ms and both passes of a batch 3,745 ms.
+    With such units it takes 82 ms, ours 39 ms (docs/results.md). State and settings are torch's.
+
+    An update is as large as AdamW's (match_rms_adamw, Liu et al. 2025), so both take the same `lr`.
     """
 
     def __init__(self, params, lr: float, weight_decay: float):
         super().__init__(
-            params, lr, weight_decay, ns_steps=ITERATIONS, adjust_lr_fn="match_rms_adamw"
+            params, lr, weight_decay, ns_steps=NEWTON_SCHULZ_STEPS, adjust_lr_fn="match_rms_adamw"
         )
 
     @torch.no_grad()
-    def step(self, closure=None):
-        assert closure is None, "the gradients are there already"
+    def step(self, closure=None) -> None:
+        assert closure is None, "gradients are computed before the step"
         for group in self.param_groups:
-            alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, own in alike.items():
-                at_once = max(1, STACK_ELEMENTS // shape.numel())
-                for at in range(0, len(own), at_once):
-                    self._move(group, own[at : at + at_once])
+            for weights in _stacks(group["params"]):
+                self._update(group, weights)
 
-    def _move(self, group: dict[str, Any], weights: list[torch.nn.Parameter]) -> None:
-        """One step for matrices of one shape (A, B): momentum, Nesterov's, orthogonalised; weight decay."""
+    def _update(self, group: dict[str, Any], weights: list[torch.nn.Parameter]) -> None:
+        """Update n matrices of one shape (A, B)."""
+        gradients = [p.grad for p in weights]
         for p in weights:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        lr, decay, momentum = (float(group[key]) for key in ("lr", "weight_decay", "momentum"))
-        gradients, momenta = (
-            [p.grad for p in weights],
-            [self.state[p]["momentum_buffer"] for p in weights],
-        )
+        momenta = [self.state[p]["momentum_buffer"] for p in weights]
+
+        # Nesterov momentum
+        momentum = group["momentum"]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        stack = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # (n, A, B)
-        stack = stack.to(fast_dtype(stack.device))
-        made = orthogonal(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(
-            weights[0].dtype
-        )
-        torch._foreach_mul_(weights, 1 - lr * decay)
-        torch._foreach_add_(
-            weights, list(made.unbind()), alpha=-lr * 0.2 * math.sqrt(max(stack.shape[1:]))
-        )
+        directions = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # (n, A, B)
+
+        directions = orthogonalize(
+            directions.to(fast_dtype(directions.device)),
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+        ).to(weights[0].dtype)
+
+        # decoupled weight decay, then the step
+        lr = float(group["lr"])
+        step_size = 0.2 * lr * math.sqrt(max(weights[0].shape))
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, list(directions.unbind()), alpha=-step_size)
+
+
+def _stacks(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Yield the parameters that have a gradient, in lists of one shape and bounded size."""
+    by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_shape.setdefault(p.shape, []).append(p)
+    for shape, weights in by_shape.items():
+        n = max(1, STACK_ELEMENTS // shape.numel())
+        for start in range(0, len(weights), n):
+            yield weights[start : start + n]
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) on matrices, AdamW on the rest, as one optimizer with the groups of both."""
+    """Combine Muon for some parameters and AdamW for others into one optimizer."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
-        self.parts = (muon, adamw)
+        self.parts = {"muon": muon, "adamw": adamw}
         super().__init__(muon.param_groups + adamw.param_groups, {})
-        self._share()
+        self._share_groups()
 
-    def _share(self) -> None:
-        """One list of groups, the same objects as the parts', so that a learning rate set here is set there."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+    def _share_groups(self) -> None:
+        """Make our groups the same objects as the parts', so that a scheduler changes both."""
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure=None):
-        for part in self.parts:
+    def step(self, closure=None) -> None:
+        for part in self.parts.values():
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+        for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
-        self._share()
+        self._share_groups()
 
 
-class WeightAverage:
-    """An exponential moving average of a model's weights, in a copy of it: `module`. The first update copies.
-
-    torch's AveragedModel does the same, but keeps its count on the CPU and so waits for the GPU at each step.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.module, self.decay, self.begun = copy.deepcopy(model), decay, False
-
-    @torch.no_grad()
-    def update(self, model: torch.nn.Module) -> None:
-        """Let the present weights in."""
-        own, new = list(self.module.parameters()), list(model.parameters())
-        torch._foreach_lerp_(own, new, 1 - self.decay if self.begun else 1.0)
-        self.begun = True
+# ---- which weights get which optimizer ----------------------------------------------------------
 
 
-def _kinds(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], ...]:
-    """(matrices of the layers, embeddings and output layer, vectors) of a model."""
-    tables = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
-    }
-    tables.add(id(model.get_output_embeddings().weight))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in weights if p.ndim >= 2]
-    inner, outer = (
-        [p for p in matrices if id(p) not in tables],
-        [p for p in matrices if id(p) in tables],
-    )
-    return inner, outer, [p for p in weights if p.ndim < 2]
-
-
-def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
-    """Floating-point operations of the matrix products of an optimiser's step: three for each of Muon's iterations."""
-    if training["optimizer"] != "muon":
-        return 0
-    sizes = [sorted(p.shape) for p in _kinds(model)[0]]
-    return ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
+def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], ...]:
+    """Return (matrices inside the layers, embeddings and output layer, vectors) of a model."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    outer_ids = {id(weight) for weight in [*embeddings, model.get_output_embeddings().weight]}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    inner = [p for p in trainable if p.ndim >= 2 and id(p) not in outer_ids]
+    outer = [p for p in trainable if p.ndim >= 2 and id(p) in outer_ids]
+    vectors = [p for p in trainable if p.ndim < 2]
+    return inner, outer, vectors
 
 
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW over all weights, or Muon over the matrices of the layers and AdamW over embeddings, head and vectors.
+    """Return AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
 
-    Matrices decay by training.weight_decay, vectors (norms, biases) do not.
+    Matrices and embeddings decay by `weight_decay`; vectors (norms, biases) do not.
     """
-    inner, outer, vectors = _kinds(model)
+    inner, outer, vectors = _split_parameters(model)
     common = {"lr": training["lr"], "weight_decay": training["weight_decay"]}
-    betas = training["adam_beta1"], training["adam_beta2"]
-    adamw = {**common, "betas": betas, "eps": training["adam_epsilon"], "fused": True}
-    if training["optimizer"] == "adamw":
-        matrices = [
-            p for p in model.parameters() if p.requires_grad and p.ndim >= 2
-        ]  # in one order, for resuming
-        return torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **adamw
-        )
-    muon = Muon(inner, **common)
-    return MuonAdamW(
-        muon,
-        torch.optim.AdamW([{"params": outer}, {"params": vectors, "weight_decay": 0.0}], **adamw),
+    is_muon = training["optimizer"] == "muon"
+    if is_muon:
+        decayed = outer
+    else:  # in the model's order, which resuming an older checkpoint needs
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(training["adam_beta1"], training["adam_beta2"]),
+        eps=training["adam_epsilon"],
+        fused=True,
+        **common,
     )
+    return MuonAdamW(Muon(inner, **common), adamw) if is_muon else adamw
+
+
+def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
+    """Return the floating-point operations of the matrix products in an optimizer step.
+
+    Each Newton-Schulz step for (m, n), m <= n, has two products m x m x n and one m x m x m.
+    """
+    if training["optimizer"] != "muon":
+        return 0
+    shapes = [sorted(p.shape) for p in _split_parameters(model)[0]]
+    return NEWTON_SCHULZ_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
+
+
+# ---- average of the weights ---------------------------------------------------------------------
+
+
+class WeightAverage:
+    """Keep an exponential moving average of a model's weights in a copy of the model, `module`.
+
+    torch's AveragedModel counts its updates in a tensor, which makes the CPU wait for the GPU at
+    every step.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.begun = False  # the first update copies the weights
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Update the average with the current weights."""
+        averages = list(self.module.parameters())
+        weights = list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - self.decay if self.begun else 1.0)
+        self.begun = True

@@ -26,7 +26,7 @@ from babyllama.training.loss import (
     head_nll,
     slice_nll,
 )
-from babyllama.training.optimizers import MuonAdamW, make_optimizer, orthogonal, schedule
+from babyllama.training.optimizers import MuonAdamW, make_optimizer, orthogonalize, schedule
 from babyllama.training.run_dir import RESULTS, checkpoints
 from babyllama.training.trainer import ShiftedChunks
 
@@ -269,14 +269,14 @@ def one_step(model, optimizer):
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (1, 40, 16)])
-def test_orthogonal_is_the_iteration_written_out(shape):
+def test_orthogonalize_maps_singular_values_by_the_published_polynomial(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     a, b, c = (
         3.4445,
         -4.7750,
         2.0315,
     )  # published coefficients: singular values end near 1, not at it
-    made = orthogonal(matrices, (a, b, c), 5, 1e-7)
+    made = orthogonalize(matrices, (a, b, c), 5, 1e-7)
     for one, own in zip(matrices, made, strict=True):
         u, singular, v = np.linalg.svd(one.double().numpy(), full_matrices=False)
         singular = singular / np.linalg.norm(
@@ -292,7 +292,7 @@ def test_orthogonal_is_the_iteration_written_out(shape):
 
 @pytest.mark.parametrize("at_once", [2**23, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_is_torchs(monkeypatch, dtype, at_once):
+def test_muon_equals_torchs_muon(monkeypatch, dtype, at_once):
     monkeypatch.setattr(optimizers, "fast_dtype", lambda device: dtype)
     monkeypatch.setattr(optimizers, "STACK_ELEMENTS", at_once)
     random = torch.Generator().manual_seed(0)
@@ -317,7 +317,7 @@ def test_muon_is_torchs(monkeypatch, dtype, at_once):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
-def test_the_operations_of_an_optimisers_step(defaults, kind):
+def test_optimizer_flops_equal_the_counted_ones(defaults, kind):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = build_tiny_model(kind)
@@ -330,7 +330,7 @@ def test_the_operations_of_an_optimisers_step(defaults, kind):
         assert counter.get_total_flops() == optimizers.flops_per_step(model, keys)
 
 
-def test_the_plan_counts_the_optimiser_in_every_process(defaults, monkeypatch):
+def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
     monkeypatch.setattr(kernels, "matmul_flops", lambda precision: 1e6)
     model, seconds = build_tiny_model("Llama"), {}
     for optimizer in ("adamw", "muon"):
@@ -383,7 +383,7 @@ def test_muon_moves_matrices_and_adamw_the_rest(defaults, kind):
     again = make_optimizer(model, keys)
     again.load_state_dict(optimizer.state_dict())
     again.param_groups[0]["lr"] = 0.123  # what a scheduler does
-    assert again.parts[0].param_groups[0]["lr"] == 0.123
+    assert again.parts["muon"].param_groups[0]["lr"] == 0.123
     assert torch.equal(
         again.state_dict()["muon"]["state"][0]["momentum_buffer"],
         optimizer.state_dict()["muon"]["state"][0]["momentum_buffer"],
@@ -549,7 +549,7 @@ def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
 # ---- the machine --------------------------------------------------------------------------------
 
 
-def test_compile_auto_looks_at_the_length_of_the_run(defaults, monkeypatch):
+def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
     def pick(seconds: float, precision: str = "bf16", **keys) -> tuple[bool, str]:
         return pick_compile({**defaults, **keys}, seconds, precision)
 
@@ -566,7 +566,7 @@ def test_compile_auto_looks_at_the_length_of_the_run(defaults, monkeypatch):
         pick(1, compile=True)
 
 
-def test_measuring_the_machine_leaves_the_seed_alone():
+def test_measuring_speed_keeps_the_random_state():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -638,7 +638,7 @@ def test_angles_come_from_a_table():
         ({"model__type": "GPTJ"}, "bf16", True, "one call"),
     ],
 )
-def test_batches_are_recorded_where_they_can_be(change, precision, compiled, word):
+def test_cuda_graphs_are_used_if_possible(change, precision, compiled, word):
     config = check_config(tiny_config(*[ROOT] * 3, **change))
     recorded, why = kernels.pick_cuda_graphs(config, precision, compiled)
     assert recorded == (word == "one call") and word in why
@@ -647,7 +647,7 @@ def test_batches_are_recorded_where_they_can_be(change, precision, compiled, wor
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
-def test_freed_memory_is_kept_for_what_comes_next():
+def test_freed_memory_is_reused_without_page_faults():
     """Counted in page faults, of a process that makes and drops the same large tensor again and again."""
     code = """
 import resource, sys, torch
