@@ -19,7 +19,7 @@ A file for --benchmark-config (paths are seen from the working directory; TASK: 
       blimp: {path: evaluation_data/full_eval/blimp_filtered}
 
 How figures are defined. Texts are scored with BOS in front (a tokenizer with neither BOS nor EOS leaves out the first
-token). grading.score_items defines accuracies and their intervals, grading.overall the overall score, of quality alone.
+token). grading.score_items defines accuracies and their intervals, grading.overall_score the overall score, of quality alone.
 """
 
 from __future__ import annotations
@@ -190,12 +190,12 @@ class BenchmarkSuite:
         `babylm_macro_average` stands beside them where two or more tasks are BabyLM's (tasks.macro_average).
         """
         results = {name: self.run_task(name) for name in self.tasks}
-        average = grading.macro_average(
+        average = grading.babylm_macro_average(
             {name: task.type for name, task in self.tasks.items()}, results
         )
         return {
             **results,
-            **grading.overall(results, self.seed),
+            **grading.overall_score(results, self.seed),
             **({} if average is None else {"babylm_macro_average": average}),
         }
 
@@ -326,7 +326,7 @@ def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
             home.mkdir(parents=True, exist_ok=True)
             write_json(
                 home / "predictions.json",
-                grading.predictions(task.type, task.items, suite.scores[task.name]),
+                grading.official_predictions(task.type, task.items, suite.scores[task.name]),
             )
 
 

@@ -128,11 +128,7 @@ class ModelEvaluator:
             [[-s.logprobs.sum(), len(s.ids), len(t.encode()), len(t.split())] for t, s in scored]
         )
         rows = rows.reshape(-1, 4)  # nats, tokens, bytes, words of each text
-        figures = {
-            key: float(value) for key, value in metrics.perplexity_metrics(rows.sum(0)).items()
-        }
-        whole = metrics.sums_by(rows, owners)  # of each document
-        resampled = metrics.perplexity_metrics(metrics.resample(whole, self.seed).T)
+        figures = metrics.perplexity_metrics(rows, owners, self.seed)
         losses = rows[:, 0] / rows[:, 1]
         spread = (
             {"std_loss": losses.std(), "min_loss": losses.min(), "max_loss": losses.max()}
@@ -141,17 +137,13 @@ class ModelEvaluator:
         )
         return {
             **figures,
-            **{
-                f"{key}_ci95": metrics.interval(values, len(whole))
-                for key, values in resampled.items()
-            },
             "average_loss": figures["nats_per_token"],
             **{
                 key: float(spread.get(key, math.nan))
                 for key in ("std_loss", "min_loss", "max_loss")
             },
             "num_sequences": len(scored),
-            "num_documents": len(whole),
+            "num_documents": len(set(owners)),
             "num_empty": len(texts) - len(scored),
             "total_tokens": int(rows[:, 1].sum()),
             "total_bytes": int(rows[:, 2].sum()),

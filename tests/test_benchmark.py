@@ -251,62 +251,6 @@ def test_ties_count_one_half(results):
     assert (same["accuracy"], same["accuracy_official"], same["ties"]) == (0.5, 1.0, 1)
 
 
-def test_overall_score_by_hand():
-    gap = {"difference": 0.04, "difference_ci95": [0.04, 0.04], "noise": False}
-    made = {
-        "completion": {"metric": "completion_accuracy", "completion_accuracy": 0.7, "chance": 0.25},
-        "wug": {"metric": "spearman", "spearman": -0.3, "chance": 0.0},
-        "consistency": {
-            "metric": "avg_consistency_score",
-            "avg_consistency_score": 0.98,
-            "chance": 0.94,
-        },
-        "repetition": {"metric": "avg_repetition_score", "avg_repetition_score": 0.2},
-        "speed": {"metric": "tokens_per_second", "tokens_per_second": 1e6},
-        "reading": {"metric": "eye_tracking_percent", "eye_tracking_percent": 3.0},
-    }
-    for result in made.values():
-        result[f"{result['metric']}_ci95"] = [result[result["metric"]]] * 2
-    made["consistency"]["baselines"] = {"same ending": gap}
-    found = grading.overall(made)
-    parts = {"completion": pytest.approx(0.6), "wug": -0.3, "consistency": pytest.approx(0.04)}
-    assert found["overall_parts"] == {**parts, "one_minus_repetition": 0.8}
-    assert found["overall_score"] == pytest.approx((0.6 - 0.3 + 0.04) / 3 * 0.8)
-    assert found["overall_score_ci95"] == pytest.approx([found["overall_score"]] * 2)
-    nothing = {"overall_score": None, "overall_score_ci95": None, "overall_parts": {}}
-    assert grading.overall({"speed": made["speed"]}) == nothing
-
-
-def test_interval_of_the_overall_score():
-    """Two tasks far from 0: the mean of normals of known width, without repetition among the parts."""
-    task = {"metric": "accuracy", "accuracy": 0.8, "chance": 0.5, "accuracy_ci95": [0.78, 0.82]}
-    found = grading.overall({"a": task, "b": {**task, "accuracy_ci95": [0.76, 0.84]}})
-    half = math.hypot(0.02, 0.04) / 2 / 0.5  # of the mean of two, in units of the room above chance
-    assert found["overall_score_ci95"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
-    assert found["overall_parts"] == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
-
-
-def test_models_at_chance_are_not_told_from_it():
-    """Of coin-flipping models on eight tasks about one in forty may have an interval above 0."""
-    rng, above = np.random.default_rng(0), 0
-    for seed in range(100):
-        made = {}
-        for name in "abcdefgh":
-            share = rng.binomial(200, 0.5) / 200
-            ends = metrics.wilson(share, 200)
-            made[name] = {
-                "metric": "accuracy",
-                "accuracy": share,
-                "chance": 0.5,
-                "accuracy_ci95": ends,
-            }
-        found = grading.overall(made, seed)
-        low, high = found["overall_score_ci95"]
-        assert low <= found["overall_score"] <= high
-        above += low > 0
-    assert above <= 8
-
-
 def test_a_suite_can_be_subclassed(model_dirs):
     class CustomBenchmarkSuite(BenchmarkSuite):
         def run_domain_specific_benchmark(self):

@@ -1,4 +1,13 @@
-"""Turn the scores of candidates into the results of tasks: accuracies, comparisons, the overall score."""
+"""Grade the candidates of tasks: turn their scores into results, and compare results.
+
+Knows no model and reads no file. The score of a candidate is its summed log-probability; the
+candidate with the highest score is the model's choice. Averages are those of BabyLM's evaluation
+pipeline of 2025.
+
+    from babyllama.evaluation.grading import score_items
+    items = read_items("blimp", "data/blimp_filtered")
+    score_items("blimp", items, scores)["accuracy"]  # scores: all candidates of all items in order
+"""
 
 from __future__ import annotations
 
@@ -10,240 +19,261 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.evaluation.metrics import (
-    RESAMPLES,
-    Z95,
-    bootstrap_macro_mean,
-    explained_percent,
-    spearman,
-    wilson,
-)
+from babyllama.evaluation import metrics
 from babyllama.evaluation.tasks import EYE_TRACKING, TASKS, Item, Task
 
-TIE_TOLERANCE = 1e-5  # nats; two sums that differ by less are equal as far as float32 can tell
-CI95 = (2.5, 97.5)  # percentiles of a 95 % interval
-SLOW_RESAMPLES = 400  # of the bootstrap of a statistic that is computed anew for each
-MIN_DIFFERING = 6  # items that differ; with fewer not even all of one sign are significant (sign test: 2 x 0.5^5 = 0.06)
+TIE_TOLERANCE = 1e-5  # nats; float32 sums that differ by less are equal
+SLOW_RESAMPLES = 400  # for statistics that are recomputed from every sample
+# Fewer differing items cannot be significant: five of one sign have p = 2 x 0.5^5 = 0.06.
+MIN_DIFFERING = 6
+FIGURES = {  # of the tasks without right answers
+    "spearman": ("spearman",),
+    "eye_tracking_percent": ("eye_tracking_percent", "self_paced_reading_percent"),
+}
+
+
+# ---- items --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grades:
-    """What became of each item: arrays of length n."""
+    """The grade of each item, as arrays (n,)."""
 
-    credit: np.ndarray  # 1 if right, 1/k if it shares the highest score with k - 1 others, else 0
-    official: (
-        np.ndarray
-    )  # 1 if right when a tie goes to the first candidate, as BabyLM's pipeline has it
-    tied: np.ndarray  # whether candidates share the highest score
-    choice: np.ndarray  # the candidate chosen (the first of those that tie)
+    credit: np.ndarray  # 1 if right, 1/k if the right candidate ties with k - 1 others, else 0
+    official: np.ndarray  # 1 or 0; a tie goes to the first candidate, as in BabyLM's pipeline
+    tied: np.ndarray  # True if several candidates have the highest score
+    choice: np.ndarray  # index of the first candidate with the highest score
 
 
 def grade(items: Sequence[Item], scores: np.ndarray) -> Grades:
-    """Compare each item's candidates; `scores` holds all candidates of all items in order."""
+    """Compare the candidates of each item; `scores` holds all candidates of all items in order."""
     counts = np.array([len(item.completions) for item in items])
     starts = np.cumsum(counts) - counts
-    best = np.maximum.reduceat(scores, starts)
-    top = scores >= np.repeat(best, counts) - TIE_TOLERANCE
-    shared = np.add.reduceat(top.astype(np.int64), starts)
+    item_of = np.repeat(np.arange(len(items)), counts)
     gold = np.array([item.gold for item in items])
-    owner = np.repeat(np.arange(len(items)), counts)
-    tops = np.flatnonzero(top)
-    choice = tops[np.unique(owner[tops], return_index=True)[1]] - starts
-    return Grades(top[starts + gold] / shared, (choice == gold).astype(float), shared > 1, choice)
 
-
-def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
-    """What each subset's accuracy counts in the average of a task; `subsets` names the subset of every item."""
-    names, counts = np.unique(np.asarray(subsets), return_counts=True)
-    if average == "micro":
-        return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
-    if average == "macro":
-        return dict.fromkeys(names.tolist(), 1 / len(names))
-    splits = [re.sub(r"_\d+_ops$", "", name) for name in names.tolist()]
-    return {
-        n: 1 / len(set(splits)) / splits.count(s)
-        for n, s in zip(names.tolist(), splits, strict=True)
-    }
-
-
-def _accuracy(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
-    grades = grade(items, scores)
-    names = np.array([item.subset for item in items])
-    weights = subset_weights(spec.average, names)
-    chances = np.array([1 / len(item.completions) for item in items])
-    shares, rows = (
-        {"accuracy": grades.credit, "accuracy_official": grades.official, "chance": chances},
-        {},
+    best = np.maximum.reduceat(scores, starts)
+    is_best = scores >= best[item_of] - TIE_TOLERANCE
+    best_count = np.add.reduceat(is_best.astype(np.int64), starts)
+    best_places = np.flatnonzero(is_best)
+    first_of_item = np.unique(item_of[best_places], return_index=True)[1]
+    choice = best_places[first_of_item] - starts
+    return Grades(
+        credit=is_best[starts + gold] / best_count,
+        official=(choice == gold).astype(float),
+        tied=best_count > 1,
+        choice=choice,
     )
-    for name in weights:
-        own = names == name
-        rows[name] = {key: float(values[own].mean()) for key, values in shares.items()}
-        rows[name] |= {"n": int(own.sum()), "ties": int(grades.tied[own].sum())}
-        rows[name]["accuracy_ci95"] = wilson(rows[name]["accuracy"], rows[name]["n"])
-    mean = {
-        key: min(1.0, math.fsum(w * rows[name][key] for name, w in weights.items()))
-        for key in shares
-    }
-    effective = 1 / sum(
-        w * w / rows[name]["n"] for name, w in weights.items()
-    )  # n, were subsets equal in size
-    return {
-        **mean, "accuracy_ci95": wilson(mean["accuracy"], effective), "n": len(items), "ties": int(grades.tied.sum()),
-        "correct": float(grades.credit.sum()), "average": spec.average, "interval": "Wilson", "subsets": rows,
-    }  # fmt: skip
 
 
-def _statistic(
-    spec: Task, items: Sequence[Item], scores: np.ndarray
-) -> Callable[[np.ndarray], dict[str, float]]:
-    """The figures of a task that has no right answers, as a function of the items (indices) that count."""
-    column = {name: np.array([item.facts[name] for item in items]) for name in items[0].facts}
-    counts = np.array([len(item.completions) for item in items])
-    starts = np.cumsum(counts) - counts
-    if spec.metric == "spearman":
-        ratio = _share(scores[starts] - scores[starts + 1])
-        return lambda some: {"spearman": spearman(ratio[some], column["ratio"][some])}
-    before = np.where(counts > 1, -scores[np.minimum(starts + 1, len(scores) - 1)], np.nan)
-    surprisal = -scores[starts]
-
-    def reading(some: np.ndarray) -> dict[str, float]:
-        word = [column[name][some] for name in ("Subtlex_log10", "length", "context_length")]
-        spill = [*word, column["prev_length"][some], before[some]]
-        eyes = [
-            explained_percent(column[name][some], word, surprisal[some]) for name in EYE_TRACKING
-        ]
-        pace = explained_percent(column["self_paced_reading_time"][some], spill, surprisal[some])
-        return {"eye_tracking_percent": float(np.mean(eyes)), "self_paced_reading_percent": pace}
-
-    return reading
-
-
-def _share(margin: np.ndarray) -> np.ndarray:
-    """softmax([a, b])[0] from the margin a - b."""
+def first_form_probability(margin: np.ndarray) -> np.ndarray:
+    """Return softmax([a, b])[0] from the margin a - b of two scores."""
     return 1 / (1 + np.exp(np.clip(-margin, -700, 700)))
+
+
+def official_predictions(task: str, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
+    """Return the content of predictions.json as BabyLM's evaluation pipeline writes it."""
+    spec = TASKS[task]
+    scores = np.asarray(scores, dtype=np.float64)
+    ends = np.cumsum([len(item.completions) for item in items])
+    item_scores = np.split(scores, ends[:-1])
+    if spec.metric == "eye_tracking_percent":
+        rows = []
+        for number, word_scores in enumerate(item_scores):
+            surprisals = [float(-score) for score in word_scores]
+            before = surprisals[1] if len(surprisals) > 1 else None
+            rows.append({"id": number, "pred": surprisals[0], "prev_pred": before})
+        return {"reading": {"predictions": rows}}
+
+    predictions: dict[str, Any] = {}
+    choices = grade(items, scores).choice.tolist()
+    for item, candidates, choice in zip(items, item_scores, choices, strict=True):
+        rows = predictions.setdefault(item.subset, {"predictions": []})["predictions"]
+        row = {"id": f"{item.subset}_{len(rows)}", "pred": item.answer(choice)}
+        if spec.metric == "spearman":
+            row["prob"] = float(first_form_probability(candidates[0] - candidates[1]))
+        rows.append(row)
+    return predictions
+
+
+# ---- tasks --------------------------------------------------------------------------------------
 
 
 def score_items(
     task: str, items: Sequence[Item], scores: Sequence[float], seed: int = 0
 ) -> dict[str, Any]:
-    """The figures of a task from the summed log-probability of each candidate of each item, all in order.
+    """Return the figures of a task from the scores of all candidates of all items in order.
 
-    Accuracies are fractions; a tie of k counts 1/k (`accuracy`) or goes to the first (`accuracy_official`). Their
-    interval is Wilson's for n = 1 / sum of weight^2 / n over subsets, a little wide; others bootstrap the items.
+    Accuracies are fractions; a tie of k counts 1/k (`accuracy`) or goes to the first candidate
+    (`accuracy_official`). Their interval is Wilson's at the effective number of items. Other
+    figures have a bootstrap interval by item.
     """
-    spec, scores = TASKS[task], np.asarray(scores, dtype=np.float64)
+    spec = TASKS[task]
+    scores = np.asarray(scores, dtype=np.float64)
     if len(scores) != sum(len(item.completions) for item in items):
         raise ValueError(
-            f"{task}: {len(scores)} scores do not fit the candidates of {len(items)} items"
+            f"{task}: {len(scores)} scores do not match the candidates of {len(items)} items"
         )
-    if np.isnan(scores).any():
+    nan_count = int(np.isnan(scores).sum())
+    if nan_count:
         raise ValueError(
-            f"{task}: {int(np.isnan(scores).sum())} of {len(scores)} scores are NaN: the model is broken"
+            f"{task}: {nan_count} of {len(scores)} scores are NaN: the model's weights are broken"
         )
     if spec.metric == "accuracy":
-        return {"metric": "accuracy"} | _accuracy(spec, items, scores)
-    statistic, n = _statistic(spec, items, scores), len(items)
-    values, rng = statistic(np.arange(n)), np.random.default_rng(seed)
-    draws = [statistic(rng.integers(n, size=n)) for _ in range(SLOW_RESAMPLES)]
-    intervals = {key: np.percentile([draw[key] for draw in draws], CI95).tolist() for key in values}
-    if (
-        spec.metric == "eye_tracking_percent"
-    ):  # never below 0, so draws are too high: the basic bootstrap's interval
-        ends = {
-            key: [2 * values[key] - end for end in reversed(own)] for key, own in intervals.items()
-        }
-        intervals = {
-            key: [max(0.0, low), max(values[key], high)] for key, (low, high) in ends.items()
-        }
-    intervals = {f"{key}_ci95": own for key, own in intervals.items()}
+        return {"metric": "accuracy"} | _accuracies(spec, items, scores)
+    if len(items) < 2:
+        raise ValueError(f"{task}: needs two or more items")
+
+    # correlation or explained variance
+    statistic = _statistic(spec, items, scores)
+    values = statistic(np.arange(len(items)))
+    interval = metrics.bootstrap_interval(statistic, len(items), seed, SLOW_RESAMPLES)
+    if spec.metric == "eye_tracking_percent":
+        # Explained variance is never below 0, so resampling raises it. The basic bootstrap mirrors
+        # the interval at the value.
+        low, high = 2 * values - interval[::-1]
+        interval = np.array([np.maximum(0, low), np.maximum(values, high)])
+    names = FIGURES[spec.metric]
+    result = {"metric": spec.metric} | dict(zip(names, values.tolist(), strict=True))
+    for name, ends in zip(names, interval.T.tolist(), strict=True):
+        result[f"{name}_ci95"] = ends
+    return result | {"n": len(items), "chance": 0.0, "interval": "bootstrap by item"}
+
+
+def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
+    """Return the weight of each subset's accuracy in the task's; `subsets` names each item's."""
+    names, counts = np.unique(np.asarray(subsets), return_counts=True)
+    names = names.tolist()
+    if average == "micro":  # every item counts the same
+        return dict(zip(names, (counts / counts.sum()).tolist(), strict=True))
+    if average == "macro":  # every subset counts the same
+        return dict.fromkeys(names, 1 / len(names))
+    # every split counts the same: the subset regular_2_ops is a cell of the split regular
+    splits = [re.sub(r"_\d+_ops$", "", name) for name in names]
+    weight_of_split = 1 / len(set(splits))
     return {
-        "metric": spec.metric,
-        **values,
-        **intervals,
-        "n": n,
-        "chance": 0.0,
-        "interval": "bootstrap by item",
+        name: weight_of_split / splits.count(split)
+        for name, split in zip(names, splits, strict=True)
     }
 
 
-def macro_average(types: dict[str, str], results: dict[str, dict]) -> float | None:
-    """BabyLM's one figure: the mean over its columns of 100 x the official accuracy, 100 x rank correlation, and both
-    figures of reading times. `types` names the task of each result; None where fewer than two are BabyLM's."""
-    columns = []
-    for result in (
-        results[n] for n, kind in types.items() if kind in TASKS and TASKS[kind].official
-    ):
-        if result["metric"] == "eye_tracking_percent":
-            columns += [result["eye_tracking_percent"], result["self_paced_reading_percent"]]
-        else:
-            columns.append(
-                100
-                * result[
-                    "accuracy_official" if result["metric"] == "accuracy" else result["metric"]
-                ]
+def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
+    grades = grade(items, scores)
+    subset_of = np.array([item.subset for item in items])
+    weights = subset_weights(spec.average, subset_of)
+    item_values = {
+        "accuracy": grades.credit,
+        "accuracy_official": grades.official,
+        "chance": np.array([1 / len(item.completions) for item in items]),
+    }
+
+    subsets = {}
+    for name in weights:
+        members = subset_of == name
+        row: dict[str, Any] = {
+            key: float(values[members].mean()) for key, values in item_values.items()
+        }
+        row["n"] = int(members.sum())
+        row["ties"] = int(grades.tied[members].sum())
+        row["accuracy_ci95"] = metrics.wilson(row["accuracy"], row["n"])
+        subsets[name] = row
+
+    means = {}
+    for key in item_values:
+        weighted = [weight * subsets[name][key] for name, weight in weights.items()]
+        means[key] = min(1.0, math.fsum(weighted))
+    # the variance of the weighted mean is that of this many items with equal weights
+    effective_n = 1 / sum(weight**2 / subsets[name]["n"] for name, weight in weights.items())
+    return {
+        **means,
+        "accuracy_ci95": metrics.wilson(means["accuracy"], effective_n),
+        "n": len(items),
+        "ties": int(grades.tied.sum()),
+        "correct": float(grades.credit.sum()),
+        "average": spec.average,
+        "interval": "Wilson",
+        "subsets": subsets,
+    }
+
+
+def _statistic(
+    spec: Task, items: Sequence[Item], scores: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from the indices of items to the task's FIGURES on these items."""
+    columns = {name: np.array([item.facts[name] for item in items]) for name in items[0].facts}
+    counts = np.array([len(item.completions) for item in items])
+    starts = np.cumsum(counts) - counts
+    if spec.metric == "spearman":
+        probability = first_form_probability(scores[starts] - scores[starts + 1])
+
+        def correlation(drawn: np.ndarray) -> np.ndarray:
+            return np.array([metrics.spearman(probability[drawn], columns["ratio"][drawn])])
+
+        return correlation
+
+    surprisal = -scores[starts]
+    second = np.minimum(starts + 1, len(scores) - 1)
+    columns["previous_surprisal"] = np.where(counts > 1, -scores[second], np.nan)
+
+    def explained_variance(drawn: np.ndarray) -> np.ndarray:
+        def explained(measure: str, *predictors: str) -> float:
+            return metrics.explained_percent(
+                columns[measure][drawn],
+                [columns[name][drawn] for name in predictors],
+                surprisal[drawn],
             )
-    return math.fsum(columns) / len(columns) if len(columns) > 1 else None
+
+        word = ("Subtlex_log10", "length", "context_length")
+        eyes = [explained(measure, *word) for measure in EYE_TRACKING]
+        # a reader who presses a key for each word is still busy with the word before
+        spill_over = ("prev_length", "previous_surprisal")
+        pace = explained("self_paced_reading_time", *word, *spill_over)
+        return np.array([np.mean(eyes), pace])
+
+    return explained_variance
+
+
+# ---- comparisons --------------------------------------------------------------------------------
 
 
 def compare(
-    task: str, items: Sequence[Item], a: np.ndarray, b: np.ndarray, seed: int = 0
+    task: str, items: Sequence[Item], scores: np.ndarray, other_scores: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """How much better the scores `a` do than the scores `b` of the same items: paired bootstrap by item."""
+    """Return how much better `scores` do than `other_scores`: paired bootstrap by item."""
     spec = TASKS[task]
     if spec.metric == "accuracy":
-        gain = grade(items, a).credit - grade(items, b).credit
-        if spec.average == "micro":  # each item counts the same, whatever its subset
-            return compare_means(gain, seed)
-        names = np.array([item.subset for item in items])
-        weights = subset_weights(spec.average, names)
-        value = sum(weight * gain[names == name].mean() for name, weight in weights.items())
-        return difference(
-            float(value), bootstrap_macro_mean(gain, names, weights, seed), np.count_nonzero(gain)
-        )
-    of_a, of_b, rng = (
-        _statistic(spec, items, a),
-        _statistic(spec, items, b),
-        np.random.default_rng(seed),
-    )
-    samples = [
-        np.arange(len(items)),
-        *(rng.integers(len(items), size=len(items)) for _ in range(SLOW_RESAMPLES)),
-    ]
-    gains = [of_a(some)[spec.metric] - of_b(some)[spec.metric] for some in samples]
-    return difference(gains[0], gains[1:], len(items))
+        gains = grade(items, scores).credit - grade(items, other_scores).credit
+        if spec.average == "micro":  # subsets do not matter
+            return compare_means(gains, seed)
+        subset_of = np.array([item.subset for item in items])
+        weights = subset_weights(spec.average, subset_of)
+        value = sum(weight * gains[subset_of == name].mean() for name, weight in weights.items())
+        samples = metrics.bootstrap_macro_mean(gains, subset_of, weights, seed)
+        return _difference(value, np.percentile(samples, metrics.CI95), np.count_nonzero(gains))
+
+    statistic = _statistic(spec, items, scores)
+    other_statistic = _statistic(spec, items, other_scores)
+
+    def gain(drawn: np.ndarray) -> float:
+        return statistic(drawn)[0] - other_statistic(drawn)[0]
+
+    interval = metrics.bootstrap_interval(gain, len(items), seed, SLOW_RESAMPLES)
+    return _difference(gain(np.arange(len(items))), interval, len(items))
 
 
 def compare_means(gains: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """The mean of paired differences: bootstrap over the pairs."""
-    draws = bootstrap_macro_mean(gains, np.full(len(gains), ""), {"": 1.0}, seed)
-    return difference(float(gains.mean()), draws, np.count_nonzero(gains))
+    """Return the mean of paired differences (n,) with a bootstrap interval over the pairs."""
+    one_group = np.full(len(gains), "")
+    samples = metrics.bootstrap_macro_mean(gains, one_group, {"": 1.0}, seed)
+    interval = np.percentile(samples, metrics.CI95)
+    return _difference(gains.mean(), interval, np.count_nonzero(gains))
 
 
-def difference(value: float, draws: Sequence[float], differing: int) -> dict[str, Any]:
-    """A difference with the 95 % interval of its bootstrap draws; `noise` where that holds 0 or under LEAST differ."""
-    low, high = np.percentile(draws, CI95).tolist()
-    noise = bool(low <= 0 <= high or differing < MIN_DIFFERING)
-    return {"difference": value, "difference_ci95": [low, high], "noise": noise}
-
-
-def predictions(task: str, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
-    """The content of predictions.json in the layout of BabyLM's pipeline."""
-    spec, scores = TASKS[task], np.asarray(scores, dtype=np.float64)
-    ends = np.cumsum([len(item.completions) for item in items])
-    parts = np.split(scores, ends[:-1])
-    if spec.metric == "eye_tracking_percent":
-        two = [[float(-score) for score in own] + [None] * (2 - len(own)) for own in parts]
-        rows = [
-            {"id": i, "pred": pred, "prev_pred": before} for i, (pred, before) in enumerate(two)
-        ]
-        return {"reading": {"predictions": rows}}
-    made: dict[str, Any] = {}
-    for item, own, choice in zip(items, parts, grade(items, scores).choice.tolist(), strict=True):
-        rows = made.setdefault(item.subset, {"predictions": []})["predictions"]
-        rows.append({"id": f"{item.subset}_{len(rows)}", "pred": item.answer(choice)})
-        if spec.metric == "spearman":
-            rows[-1]["prob"] = float(_share(own[0] - own[1]))
-    return made
+def _difference(value: float, interval: np.ndarray, differing: int) -> dict[str, Any]:
+    """Return a difference; it may be noise if 0 is in the interval or too few items differ."""
+    low, high = interval.tolist()
+    is_noise = bool(low <= 0 <= high or differing < MIN_DIFFERING)
+    return {"difference": float(value), "difference_ci95": [low, high], "noise": is_noise}
 
 
 def compare_to_baselines(
@@ -251,69 +281,95 @@ def compare_to_baselines(
     items: Sequence[Item],
     result: dict,
     scores: np.ndarray,
-    others: dict[str, np.ndarray],
+    baseline_scores: dict[str, np.ndarray],
     seed: int,
 ) -> dict[str, Any]:
-    """Trivial baselines beside a result, and whether the model is better than each of them beyond noise.
+    """Return trivial baselines of a result, and whether the model clearly beats all of them.
 
-    `random` is chance, which the interval of the model's score must leave out; `others` are compared item by item.
+    `random` is chance: the model beats it if the interval of its figure is above. The baselines
+    in `baseline_scores` are compared item by item.
     """
-    metric, baselines = result["metric"], {}
-    low, high = result[f"{metric}_ci95"]
-    if metric != "eye_tracking_percent":  # which is above 0 for any numbers
+    metric = result["metric"]
+    baselines = {}
+    if metric != "eye_tracking_percent":  # above 0 for any surprisal
         chance = result["chance"]
+        low, high = result[f"{metric}_ci95"]
         baselines["random"] = {
             "score": chance,
             "difference": result[metric] - chance,
             "noise": low <= chance <= high,
         }
-    for name, values in others.items():
-        gap = compare(task, items, scores, values, seed)
+    for name, other_scores in baseline_scores.items():
+        gap = compare(task, items, scores, other_scores, seed)
         baselines[name] = {"score": result[metric] - gap["difference"], **gap}
-    better = all(row["difference"] > 0 and not row["noise"] for row in baselines.values())
-    return {"baselines": baselines, "better_than_baselines": better}
+    is_better = all(row["difference"] > 0 and not row["noise"] for row in baselines.values())
+    return {"baselines": baselines, "better_than_baselines": is_better}
 
 
-def overall(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
-    """`overall_score` of quality, `overall_score_ci95` and `overall_parts` from the results of tasks by name.
+# ---- several tasks ------------------------------------------------------------------------------
 
-    The mean over tasks of how far each is above chance, (score - chance) / (1 - chance), times 1 - the mean repetition,
-    and at least 0. A task below chance counts against the others: did it count as 0, chance alone would score. Of
-    consistency it is score - chance: its chance is the model's own, and to divide by what is left would raise a model
-    that always says the same. Speed and reading times have no part in it. The interval takes those of the parts for
-    independent normal ones.
+
+def babylm_macro_average(types: dict[str, str], results: dict[str, dict]) -> float | None:
+    """Return BabyLM's single figure: the mean over the columns that BabyLM's tasks give.
+
+    A column is 100 x the official accuracy, 100 x a rank correlation, or one of the two figures of
+    reading times. `types` names the task of each result; None for fewer than two columns.
+    """
+    columns = []
+    for name, task in types.items():
+        if task not in TASKS or not TASKS[task].official:
+            continue
+        result = results[name]
+        if result["metric"] == "accuracy":
+            columns.append(100 * result["accuracy_official"])
+        elif result["metric"] == "spearman":
+            columns.append(100 * result["spearman"])
+        else:
+            columns += [result[figure] for figure in FIGURES["eye_tracking_percent"]]
+    return math.fsum(columns) / len(columns) if len(columns) > 1 else None
+
+
+def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
+    """Return `overall_score`, its interval and its parts from the results of tasks by name.
+
+    The score is of quality alone: the mean over tasks of (score - chance) / (1 - chance), times
+    1 - mean repetition, and at least 0. A task below chance counts against the others: if it
+    counted as 0, guessing would score above 0. For consistency the part is score - chance: chance
+    is the model's own, and dividing by 1 - chance would reward a model that always writes the same.
+    Speed and reading times have no part. The interval treats the parts as independent and normal.
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(
-        value: float, interval: Sequence[float]
-    ) -> np.ndarray:  # (1 + RESAMPLES,): the value, then others
-        return np.append(
-            value, value + (interval[1] - interval[0]) / (2 * Z95) * rng.standard_normal(RESAMPLES)
-        )
+    def value_and_samples(value: float, interval: Sequence[float]) -> np.ndarray:
+        standard_error = (interval[1] - interval[0]) / (2 * metrics.Z95)
+        samples = value + standard_error * rng.standard_normal(metrics.RESAMPLES)
+        return np.append(value, samples)  # (1 + RESAMPLES,)
 
-    parts, repetition = {}, []
+    # collect the parts
+    parts = {}
+    repetitions = []
     for name, result in results.items():
         metric = result["metric"]
         if metric == "avg_repetition_score":
-            repetition.append(drawn(result[metric], result[f"{metric}_ci95"]))
+            repetitions.append(value_and_samples(result[metric], result[f"{metric}_ci95"]))
         elif metric == "avg_consistency_score":
             (gap,) = result["baselines"].values()
-            parts[name] = drawn(gap["difference"], gap["difference_ci95"])
+            parts[name] = value_and_samples(gap["difference"], gap["difference_ci95"])
         elif metric in ("accuracy", "completion_accuracy", "spearman"):
-            above = drawn(result[metric], result[f"{metric}_ci95"]) - result["chance"]
-            parts[name] = above / max(1 - result["chance"], 1e-9)
-    shown = {name: float(values[0]) for name, values in parts.items()}
-    if repetition:
-        shown["one_minus_repetition"] = float(1 - np.mean(repetition, axis=0)[0])
+            values = value_and_samples(result[metric], result[f"{metric}_ci95"])
+            room = max(1 - result["chance"], 1e-9)
+            parts[name] = (values - result["chance"]) / room
+
+    # combine them
+    overall_parts = {name: float(values[0]) for name, values in parts.items()}
+    factor = 1 - np.mean(repetitions, axis=0) if repetitions else np.ones(1 + metrics.RESAMPLES)
+    if repetitions:
+        overall_parts["one_minus_repetition"] = float(factor[0])
     if not parts:
-        return {"overall_score": None, "overall_score_ci95": None, "overall_parts": shown}
-    scores = np.mean(list(parts.values()), axis=0) * (
-        1 - np.mean(repetition, axis=0) if repetition else 1
-    )
-    scores = scores.clip(0, 1)
+        return {"overall_score": None, "overall_score_ci95": None, "overall_parts": overall_parts}
+    scores = (np.mean(list(parts.values()), axis=0) * factor).clip(0, 1)
     return {
         "overall_score": float(scores[0]),
-        "overall_score_ci95": np.percentile(scores[1:], [2.5, 97.5]).tolist(),
-        "overall_parts": shown,
+        "overall_score_ci95": np.percentile(scores[1:], metrics.CI95).tolist(),
+        "overall_parts": overall_parts,
     }
