@@ -57,11 +57,17 @@ def rolling_logprobs(path: str, texts: list[str]) -> list[float]:
     return other.loglikelihood_rolling(requests, disable_tqdm=True)
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", required=True, metavar="FILE")
-    args = parser.parse_args()
+    parser.add_argument("model", help="model directory")
+    parser.add_argument("--text", required=True, metavar="FILE", help="text to score")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison and return the exit code."""
+    args = make_parser().parse_args(argv)
     model, tokenizer = load_model(args.model, "cpu")
     texts = [piece.text.strip() for piece in read_documents(args.text) if piece.text.strip()]
     context = context_length(model)

@@ -1,4 +1,4 @@
-"""The documents are under test: every command, flag, key, file, link and figure that they name exists, examples run."""
+"""The documents are under test: what they name exists, their commands parse, their examples run."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,11 +18,24 @@ from train import create_model, load_config
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCS}
 ALL = "\n".join(TEXTS.values())
+README = TEXTS[ROOT / "README.md"]
 SCRIPTS = sorted(
     p.stem for p in ROOT.glob("*.py") if "def make_parser" in p.read_text(encoding="utf-8")
 )
-OTHER_COMMANDS = {"python3", "source"}
+EXPERIMENTS = sorted(
+    p.stem
+    for p in (ROOT / "experiments").glob("*.py")
+    if "def make_parser" in p.read_text(encoding="utf-8")
+)
+OTHER_COMMANDS = {"python3", "source", "pip"}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def experiments_on_path():
+    sys.path.append(str(ROOT / "experiments"))
+    yield
+    sys.path.remove(str(ROOT / "experiments"))
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -33,29 +47,29 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Every shell command of a document: lines of bash blocks, continuations joined, and `python ...` in a sentence."""
+    """Return the shell commands of a document: lines of bash blocks, `python ...` in sentences."""
     lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     inline = [
-        " ".join(found.split())
-        for found in re.findall(r"`(python [a-z_/]+\.py[^`]*|make [a-z]+)`", text)
+        " ".join(command.split())
+        for command in re.findall(r"`(python [a-z_/]+\.py[^`]*|make [a-z]+)`", text)
     ]
     return [line for line in [*lines, *inline] if line.strip()]
 
 
 def launchers() -> dict[str, argparse.ArgumentParser]:
-    """The command lines of other programs that start ours."""
+    """Return the parsers of the programs that start ours."""
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
     return {"torchrun": get_args_parser(), "accelerate": launch_command_parser()}
 
 
-def parse_ours(script: str, arguments: list[str]) -> None:
-    assert (ROOT / script).is_file(), script
-    if script.removesuffix(".py") in SCRIPTS and "..." not in arguments:
-        parser_of(script.removesuffix(".py")).parse_args(
-            arguments
-        )  # exits, so fails, on an unknown flag
+def parse_ours(path: str, arguments: list[str]) -> None:
+    """Parse a command line of a script or an experiment; exits, so fails, on an unknown flag."""
+    assert (ROOT / path).is_file(), path
+    name = Path(path).stem
+    if name in (*SCRIPTS, *EXPERIMENTS) and "..." not in arguments:
+        parser_of(name).parse_args(arguments)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=ids)
@@ -73,7 +87,53 @@ def test_commands_parse(path):
             assert (ROOT / words[0]).is_file(), command
             parse_ours("train.py", words[1:])
         else:
-            assert program in OTHER_COMMANDS, f"{path.name}: what is {command!r}?"
+            assert program in OTHER_COMMANDS, f"{path.name}: unknown program in {command!r}"
+
+
+def test_readme_fits_on_a_page():
+    lines = README.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 100
+
+
+def test_readme_lists_every_script():
+    rows = re.findall(r"^\| `([a-z_]+\.py)` \| \w+", README, re.M)
+    assert sorted(rows) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_readme_lists_the_folders_of_the_package():
+    rows = set(re.findall(r"^\| `(babyllama/[a-z/]*)` \|", README, re.M))
+    folders = {path.parent for path in (ROOT / "babyllama").rglob("*.py")}
+    assert rows == {f"{folder.relative_to(ROOT)}/" for folder in folders}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_pictures_exist_and_are_small(path):
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXTS[path]):
+        picture = path.parent / name
+        assert picture.read_bytes().startswith(b"\x89PNG"), name
+        assert picture.stat().st_size < 60_000, name
+
+
+def test_architecture_names_every_module_of_the_package():
+    tables = TEXTS[ROOT / "docs" / "architecture.md"].split("## Modules", 1)[1]
+    rows = re.findall(r"^\| `(babyllama/[\w/]+\.py)` \|", tables, re.M)
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "babyllama").rglob("*.py")]
+    assert sorted(rows) == sorted(name for name in modules if not name.endswith("__init__.py"))
+
+
+def test_messages_of_the_troubleshooting_table_are_in_the_code():
+    """Compare word for word; numbers and `...` stand for what the code fills in."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("babyllama/**/*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\n\s*f?"', "", code)  # strings that continue on the next line
+    guide = TEXTS[ROOT / "TRAINING_GUIDE.md"]
+    table = guide.split("## Troubleshooting", 1)[1].split("\n## ", 1)[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    assert len(messages) > 10
+    for message in messages:
+        for part in re.split(r"\.\.\.|[\d,]*\d|[()]", message):
+            assert part.strip() in code, message
 
 
 def test_the_sweep_of_the_guide(tmp_path):
@@ -91,7 +151,7 @@ def test_the_sweep_of_the_guide(tmp_path):
 
 
 def test_the_batch_script_for_slurm():
-    """bash reads it, and its torchrun line is right once the variables that SLURM sets are there."""
+    """Check the syntax, and the torchrun line with the variables that SLURM sets."""
     path = ROOT / "docs" / "train.sbatch"
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     line = path.read_text(encoding="utf-8").replace("\\\n", " ").split("torchrun ")[-1]
@@ -120,12 +180,10 @@ def flags_of(script: str) -> set[str]:
 
 
 def test_every_flag_in_the_documents_exists():
-    known = {"--help", "--no-deps", "--check"}.union(*(flags_of(script) for script in SCRIPTS))
+    flags = {"--help", "--check"}.union(*(flags_of(name) for name in (*SCRIPTS, *EXPERIMENTS)))
     for parser in launchers().values():
-        known |= {option for action in parser._actions for option in action.option_strings}
-    for path in (ROOT / "experiments").glob("*.py"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= known
+        flags |= {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -141,15 +199,15 @@ def test_every_flag_is_in_the_reference(script):
 
 
 def test_keys_in_the_documents_exist():
-    known = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+    keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
     named = set(
         re.findall(
             r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])",
             ALL,
         )
     )
-    assert named - known <= {"model.safetensors"}
-    assert known <= named, "the key table of the guide is incomplete"
+    assert named - keys <= {"model.safetensors"}
+    assert keys <= named, "the key table is incomplete"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=ids)
@@ -177,15 +235,6 @@ def test_files_named_in_the_documents_exist():
     assert not missing
 
 
-def test_the_tree_of_the_readme_is_the_tree():
-    tree = TEXTS[ROOT / "README.md"].split("## What is where", 1)[1].split("```")[1]
-    listed = {
-        word for line in tree.strip().splitlines() for word in re.split(r"  +", line)[0].split()
-    }
-    assert {p.name for p in ROOT.glob("*.py")} == {name for name in listed if name.endswith(".py")}
-    assert all((ROOT / name).exists() for name in listed)
-
-
 def test_the_models_of_the_readme_have_these_parameters():
     import torch
 
@@ -198,9 +247,7 @@ def test_the_models_of_the_readme_have_these_parameters():
         def __len__(self):
             return self.size
 
-    rows = re.findall(
-        r"^\| `config/([\w.-]+\.yaml)` \| ([\w-]+) \| ([\d.]+)M \|", TEXTS[ROOT / "README.md"], re.M
-    )
+    rows = re.findall(r"^\| `config/([\w.-]+\.yaml)` \| ([\w-]+) \| ([\d.]+)M \|", README, re.M)
     shipped = {
         p.name for p in (ROOT / "config").glob("*.yaml") if not p.stem.startswith("benchmark")
     }
@@ -214,7 +261,7 @@ def test_the_models_of_the_readme_have_these_parameters():
 
 
 def test_python_examples_run(workshop):
-    """All Python blocks of the API reference, in order, in one process, as a notebook at the root would run them."""
+    """Run the Python blocks of the API reference in one process, as a notebook at the root would."""
     code = "\n".join(blocks(TEXTS[ROOT / "API_REFERENCE.md"], "python"))
     env = {
         **os.environ,
@@ -249,7 +296,7 @@ def test_the_guide_splits_a_file(tmp_path):
 
 
 def test_names_of_the_reference_exist():
-    """`module.name` and `module.Class.name` of ours, wherever a document says them; not keys, not files."""
+    """Check `module.name` and `module.Class.name` of our modules in all documents."""
     modules = {
         path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in [*ROOT.glob("*.py"), *ROOT.glob("babyllama/**/*.py")]
@@ -257,7 +304,7 @@ def test_names_of_the_reference_exist():
     ours = modules.keys()
     no_names = {"py", "yaml", "json", "jsonl", "txt", "png"}
     no_names |= {key for name in ours & SECTIONS.keys() for key in SECTIONS[name].model_fields}
-    named = [found.split(".") for found in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)(?=[(`])", ALL)]
+    named = [name.split(".") for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)(?=[(`])", ALL)]
     named = [parts for parts in named if parts[0] in ours and parts[1] not in no_names]
     assert named
     for module, *names in named:
@@ -278,8 +325,7 @@ def test_figures_name_the_commit_that_gave_them():
     assert all(re.search(r"`[0-9a-f]{7,40}`", part) for part in sections)
 
 
-def test_no_word_of_other_places():
-    """The project speaks of itself alone."""
+def test_no_tracked_file_names_a_path_of_one_machine():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -287,9 +333,7 @@ def test_no_word_of_other_places():
         path = ROOT / name
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file():
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), (
-                name
-            )  # a path of one machine
+            assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), name
 
 
 def test_every_key_of_a_result_is_in_the_reference(model_dirs):
@@ -303,15 +347,15 @@ def test_every_key_of_a_result_is_in_the_reference(model_dirs):
         for name in ("evaluate", "benchmark")
     }
     evaluator = ModelEvaluator(model_dirs["GPT2"], "cpu")
-    found = [
+    results_of_evaluate = [
         evaluator.calculate_perplexity(["The cat.", "A dog."]),
         evaluator.evaluate_token_probabilities(["The cat."]),
     ]
-    found += [
+    results_of_evaluate += [
         evaluator.evaluate_generation_quality(["The"], max_length=5),
-        found[1]["reliability"][0],
+        results_of_evaluate[1]["reliability"][0],
     ]
-    keys = {"evaluate": set().union(*found)}
+    keys = {"evaluate": set().union(*results_of_evaluate)}
     items = [{"prompt": "The cat", "answer": "sees", "wrong": ["the"]}]
     prompts = {
         "groups": [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2,
