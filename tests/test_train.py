@@ -613,7 +613,7 @@ def test_fsdp_in_one_process_is_pointed_out(config_file, caplog):
         train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"])
         == 0
     )
-    assert "training.fsdp: true shares nothing out in one process" in caplog.text
+    assert "training.fsdp: true has no effect in one process" in caplog.text
 
 
 def test_a_directory_with_other_things_is_left_alone(config_file, tmp_path, capsys):

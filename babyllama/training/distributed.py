@@ -1,12 +1,12 @@
-"""More than one process (torchrun, accelerate launch): who goes first, who says what, and which chunks each one gets.
+"""Coordinate several processes (torchrun, accelerate launch), each with its share of every step.
 
-Rank 0 prepares the data, writes and talks; the others wait, then do the same work on their own chunks. In one process
-everything here does nothing. It knows neither configurations nor models.
+Rank 0 prepares the data, writes files and prints; the others wait, then train on their chunks. In
+one process everything here does nothing. Knows neither configurations nor models.
 
-    ranks.start()                 # after the command line is parsed
-    with ranks.main_first():      # rank 0 runs the block, then the others; a mistake of one ends all
+    distributed.start()                # after the command line is parsed
+    with distributed.main_first():     # rank 0 runs the block, then the others; one error ends all
         dataset = prepare()
-    if ranks.is_main():
+    if distributed.is_main():
         write()
 """
 
@@ -22,75 +22,85 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 
-_group = {
-    "store": None,
-    "block": 0,
-}  # the key-value store of the launcher, and how many main_first blocks there were
+from babyllama import cli
+
+# the launcher's key-value store, and how many main_first blocks have begun
+_group = SimpleNamespace(store=None, block=0)
 
 
 class OtherRankError(ValueError):
-    """What another process said when it failed; every process raises it, so rank 0 alone prints it."""
+    """An error that every process raises, because one of them failed in a main_first block."""
 
     on_all_ranks = True
 
 
+# ---- the process group --------------------------------------------------------------------------
+
+
 def world_size() -> int:
-    """Processes of this run, over all machines."""
+    """Return the number of processes of this run, over all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_main() -> bool:
+    """Return True in the process that prints and writes."""
     return rank() == 0
 
 
 def start() -> None:
-    """Join the other processes, with a GPU for each where there are any; from here on rank 0 alone prints and warns.
+    """Join the process group, one GPU per process if there are GPUs, and silence all ranks but 0.
 
-    ValueError where a machine has fewer GPUs than processes, or where accelerate was told to shard the model its way.
+    Raises ValueError if a machine has fewer GPUs than processes, or if accelerate is configured to
+    shard the model.
     """
-    if world_size() == 1 or _group["store"]:
+    if world_size() == 1 or _group.store:
         return
-    for way in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+    for method in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{method}", "false").lower() == "true":
             raise ValueError(
-                f"accelerate launch switched {way} on; leave that out and use --set training.fsdp=true"
+                f"accelerate launch enabled {method}; disable it and use --set training.fsdp=true"
             )
     import torch
     import torch.distributed as dist
 
+    backend = "gloo"
+    device = None
     if torch.cuda.is_available():
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= gpus:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise ValueError(
-                f"process {local + 1} of this machine finds {gpus} GPU: use --nproc_per_node={gpus}"
+                f"no GPU for process {local_rank + 1} of this machine: "
+                f"use --nproc_per_node={n_gpus}"
             )
-        torch.cuda.set_device(local)
+        backend = "nccl"
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     else:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = (
-            "cpu"  # not cpu:0, which older releases cannot load a checkpoint to
-        )
-    from transformers import Trainer  # noqa: F401  (takes seconds: all processes at once, not in turn)
+        # accelerate's default is cpu:0, to which older releases of torch cannot load a checkpoint
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    # this import takes seconds; do it in all processes at once, before they wait for one another
+    from transformers import Trainer  # noqa: F401
 
     store, _, _ = next(dist.rendezvous("env://"))
-    options = {
-        "store": store,
-        "rank": rank(),
-        "world_size": world_size(),
-        "timeout": datetime.timedelta(hours=1),
-    }
-    if torch.cuda.is_available():
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local), **options)
-    else:
-        dist.init_process_group("gloo", **options)
-    _group["store"] = dist.PrefixStore("babyllama", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=datetime.timedelta(hours=1),
+        device_id=device,
+    )
+    _group.store = dist.PrefixStore("babyllama", store)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -98,110 +108,123 @@ def start() -> None:
         warnings.simplefilter("ignore")
 
 
-def require_gpus() -> None:
-    """ValueError without GPUs: accelerate's FSDP needs them, and on CPUs it would copy the model to each process.
+def stop() -> None:
+    """Leave the process group at the end of a run."""
+    if _group.store:
+        import torch.distributed as dist
 
-    In one process there is nothing to share out, which is said in a warning.
+        dist.destroy_process_group()
+        _group.store = None
+
+
+def require_gpus() -> None:
+    """Raise ValueError if training.fsdp has no GPUs, and warn if there is only one process.
+
+    accelerate's FSDP does not shard on CPUs; each process would hold the complete model.
     """
     import torch
 
     if world_size() == 1:
         logging.getLogger(__name__).warning(
-            "training.fsdp: true shares nothing out in one process (docs/scaling.md)"
+            "training.fsdp: true has no effect in one process (docs/scaling.md)"
         )
     elif not torch.cuda.is_available():
-        raise ValueError("training.fsdp: true needs a GPU for each process; on CPUs leave it out")
-
-
-def stop() -> None:
-    """Leave the others, when all is done."""
-    if _group["store"]:
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
-        _group["store"] = None
+        raise ValueError("training.fsdp: true needs one GPU per process; omit it on CPUs")
 
 
 def seed_per_rank(seed: int) -> None:
-    """Give each process but the first its own random numbers (dropout), which until here were those of all."""
+    """Reseed all ranks but 0, so that dropout differs between processes."""
     if not is_main():
         import torch
 
         torch.manual_seed(seed + rank())
 
 
-# ---- in turn ------------------------------------------------------------------------------------
-
-
-def _wait(key: str) -> str:
-    """The text under a key of the store, as soon as some process has put it there: for hours, and Ctrl-C is heard."""
-    while not _group["store"].check([key]):
-        time.sleep(0.02)
-    return _group["store"].get(key).decode()
+# ---- one after the other, with one end for all --------------------------------------------------
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block while the others wait; then they run it, and rank 0 waits for them.
+    """Run the block in rank 0, then in the other ranks; rank 0 waits for them.
 
-    A ValueError or OSError in one process becomes OtherFailed in all; another exception ends the others with code 1.
+    If a rank raises ValueError or OSError, all raise OtherRankError with its message; any other
+    exception ends the other ranks with exit code 1. The main_process_first of accelerate and
+    transformers does not: after an error in rank 0 the other ranks keep waiting or run the block,
+    and rank 0 does not learn of theirs.
     """
     if world_size() == 1:
         yield
         return
-    _group["block"] += 1
-    here = f"{_group['block']}."
+    _group.block += 1
     if not is_main():
-        _raise_if_failed(_wait(here + "0"))
+        _raise_if_failed(_wait_for(f"{_group.block}.0"))
+    outcome_key = f"{_group.block}.{rank()}"
     try:
         yield
-    except BaseException as error:
-        known = isinstance(error, ValueError | OSError)
-        whose = "" if is_main() else f"rank {rank()}: "
-        said = "\n".join(whose + line for line in str(error).splitlines()) if known else "crash"
-        _group["store"].set(here + str(rank()), f"{'mistake' if known else 'crash'}:{said}")
-        if known:
-            raise OtherRankError(said) from None
+    except (ValueError, OSError) as error:
+        message = _message(error)
+        _group.store.set(outcome_key, f"error:{message}")
+        raise OtherRankError(message) from None
+    except BaseException:
+        _group.store.set(outcome_key, "crash")
         raise
-    _group["store"].set(here + str(rank()), "well")
-    for other in range(world_size()):
-        _raise_if_failed(_wait(here + str(other)))
+    _group.store.set(outcome_key, "ok")
+    for other_rank in range(world_size()):
+        _raise_if_failed(_wait_for(f"{_group.block}.{other_rank}"))
 
 
-def _raise_if_failed(message: str) -> None:
-    """Go on where another process did well, and fail with it where it did not."""
-    kind, _, text = message.partition(":")
-    if kind == "mistake":
-        raise OtherRankError(text)
+def _wait_for(key: str) -> str:
+    """Return the value of a key in the store as soon as a process sets it.
+
+    Polls: preparing data may take hours, and Ctrl-C does not interrupt a blocking `get`.
+    """
+    while not _group.store.check([key]):
+        time.sleep(0.02)
+    return _group.store.get(key).decode()
+
+
+def _raise_if_failed(outcome: str) -> None:
+    """Fail like the process that had this outcome: "ok", "error:message" or "crash"."""
+    kind, _, message = outcome.partition(":")
+    if kind == "error":
+        raise OtherRankError(message)
     if kind == "crash":
         sys.exit(1)
 
 
+def _message(error: Exception) -> str:
+    """Return the message of an error; ranks other than 0 put their number before each line."""
+    prefix = "" if is_main() else f"rank {rank()}: "
+    return "\n".join(prefix + line for line in str(error).splitlines())
+
+
 def print_error(error: Exception) -> None:
-    """Print an error on stderr, a line each: once where every process raised it, else with the number of this one."""
-    shared = getattr(error, "on_all_ranks", False)
-    if is_main() or not shared:
-        whose = "" if is_main() else f"rank {rank()}: "
-        for line in str(error).splitlines():
-            print(f"error: {whose}{line}", file=sys.stderr, flush=True)
+    """Print an error on stderr; rank 0 alone prints an error that all ranks raise."""
+    if not getattr(error, "on_all_ranks", False):
+        cli.print_error(ValueError(_message(error)))
+        return
+    if is_main():
+        cli.print_error(error)
     if (
-        shared and _group["store"]
-    ):  # a launcher ends all when the first one ends: not before rank 0 has spoken
-        here = f"{_group['block']}.spoken"
+        _group.store
+    ):  # the launcher kills all ranks when the first one exits: wait for rank 0's print
+        printed_key = f"{_group.block}.printed"
         if is_main():
-            _group["store"].set(here, "")
-        _wait(here)
+            _group.store.set(printed_key, "")
+        _wait_for(printed_key)
 
 
 def is_lost_process_error(error: RuntimeError) -> bool:
-    """Whether this error says that another process has gone away."""
-    return world_size() > 1 and any(
-        sign in str(error) for sign in ("gloo", "NCCL", "Broken pipe", "Connection")
-    )
+    """Return True if this error says that the connection to another process broke."""
+    signs = ("gloo", "NCCL", "Broken pipe", "Connection")
+    return world_size() > 1 and any(sign in str(error) for sign in signs)
+
+
+# ---- collective operations ----------------------------------------------------------------------
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process calls this."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -209,7 +232,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor):
-    """The sum of a tensor over all processes, for each of them."""
+    """Return the sum of a tensor over all processes, in each of them."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -245,67 +268,85 @@ def forward_through_wrapper(model, function, *args):
         restore()
 
 
-# ---- who gets what ------------------------------------------------------------------------------
+# ---- which chunks each process gets -------------------------------------------------------------
 
 
-def steps_per_epoch(n: int, per_step: int) -> int:
-    """Optimiser steps in an epoch of n chunks, per_step in each. The last takes what is left of the chunks; where that
-    is less than one for each process, it joins the step before. ValueError for fewer chunks than processes."""
-    if n < world_size():
+def steps_per_epoch(n_chunks: int, chunks_per_step: int) -> int:
+    """Return the number of optimizer steps in an epoch.
+
+    The last step takes the remaining chunks. If there is less than one per process, they join the
+    step before. Raises ValueError if there are fewer chunks than processes.
+    """
+    if n_chunks < world_size():
         raise ValueError(
-            f"{n} chunks for {world_size()} processes: use fewer processes or more text"
+            f"{n_chunks} chunks for {world_size()} processes: use fewer processes or more text"
         )
-    full, left = divmod(n, per_step)
-    return max(1, full + (left >= world_size()) if left else full)
+    full_steps, rest = divmod(n_chunks, chunks_per_step)
+    if rest >= world_size():
+        return full_steps + 1
+    return max(1, full_steps)
 
 
-def chunks_after(steps: int, n: int, per_step: int) -> int:
-    """Chunks that all processes together have seen after so many steps, over epochs of n."""
-    epochs, rest = divmod(steps, steps_per_epoch(n, per_step))
-    return epochs * n + rest * per_step
+def chunks_after(steps: int, n_chunks: int, chunks_per_step: int) -> int:
+    """Return how many chunks all processes together have seen after some steps of any epoch."""
+    epochs, steps_of_epoch = divmod(steps, steps_per_epoch(n_chunks, chunks_per_step))
+    return epochs * n_chunks + steps_of_epoch * chunks_per_step
 
 
-def batches_per_step(n: int, batch_size: int, at_most: int | None = None) -> int:
-    """In how many batches for each process n chunks are dealt: none larger than batch_size, none empty, if possible."""
-    rounds = max(1, min(math.ceil(n / (batch_size * world_size())), n // world_size()))
-    return min(rounds, at_most) if at_most else rounds
+def batches_per_step(n_chunks: int, batch_size: int, at_most: int | None = None) -> int:
+    """Return how many batches of at most `batch_size` each process makes of `n_chunks`.
+
+    Fewer and larger ones if a batch would be empty or if there would be more than `at_most`.
+    """
+    needed = math.ceil(n_chunks / (batch_size * world_size()))
+    batches = max(1, min(needed, n_chunks // world_size()))
+    return min(batches, at_most) if at_most else batches
 
 
-def split_for_rank(chunks: np.ndarray, rounds: int) -> list[np.ndarray]:
-    """This process's batches of these chunks, one a round; sizes differ by one at most, and each chunk is in one."""
-    return np.array_split(chunks, rounds * world_size())[rank() :: world_size()]
+def split_for_rank(chunks: np.ndarray, n_batches: int) -> list[np.ndarray]:
+    """Return this process's share of the chunks in `n_batches` batches.
+
+    Every chunk is in one batch of one process; batch sizes differ by one at most.
+    """
+    return np.array_split(chunks, n_batches * world_size())[rank() :: world_size()]
 
 
 class ExactBatchSampler:
-    """A batch sampler for this process: every chunk of the epoch once, in the steps that one process would take.
+    """Yield this process's batches of an epoch: every chunk once, in the steps of a single process.
 
-    accelerate's own would repeat chunks from the beginning of the epoch to fill the last batches.
+    accelerate's sampler and torch's DistributedSampler repeat or drop chunks to make the processes'
+    shares equal.
     """
 
     drop_last = False
 
     def __init__(self, sampler, batch_size: int, accumulation: int):
-        """`sampler` gives all chunks, in the same order in every process; it has set_epoch."""
-        self.sampler, self.batch_size, self.accumulation = sampler, batch_size, accumulation
-        n, per_step = len(sampler), batch_size * accumulation * world_size()
-        ends = [*range(per_step, steps_per_epoch(n, per_step) * per_step, per_step), n]
-        self.steps = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+        """Split the order of `sampler` (all chunks, the same in every process; has set_epoch)."""
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        n_chunks = len(sampler)
+        chunks_per_step = batch_size * accumulation * world_size()
+        n_steps = steps_per_epoch(n_chunks, chunks_per_step)
+        # the last step also takes chunks that are too few for a step of their own
+        bounds = [step * chunks_per_step for step in range(n_steps)] + [n_chunks]
+        self.steps = [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
-    def _rounds(self, step: slice) -> int:
+    def _n_batches(self, step: slice) -> int:
         return batches_per_step(step.stop - step.start, self.batch_size, self.accumulation)
 
     def __len__(self) -> int:
-        return sum(self._rounds(step) for step in self.steps)
+        return sum(self._n_batches(step) for step in self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.fromiter(self.sampler, dtype=np.int64)
         for step in self.steps:
-            for batch in split_for_rank(order[step], self._rounds(step)):
+            for batch in split_for_rank(order[step], self._n_batches(step)):
                 yield batch.tolist()
 
 
 def train_loader(dataset, args, collate):
-    """The loader of this process's batches for a Trainer with TrainingArguments `args`, on its device."""
+    """Return this process's DataLoader for a Trainer with TrainingArguments `args`."""
     import torch
     from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 
@@ -320,5 +361,13 @@ def train_loader(dataset, args, collate):
         persistent_workers=args.dataloader_persistent_workers,
         pin_memory=args.dataloader_pin_memory,
     )
-    options = {"put_on_device": True, "non_blocking": torch.cuda.is_available()}
-    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, **options)
+    # accelerate moves batches to the device and sets the epoch; as if for one process, because the
+    # batches are already this process's share
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=torch.cuda.is_available(),
+    )
