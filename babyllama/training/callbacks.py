@@ -1,7 +1,14 @@
-"""What a run tells while it trains: a progress bar with the time left, lines of the log, and metrics.jsonl."""
+"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on Ctrl-C, wandb.
+
+run_log = RunLog(run_dir / "metrics.jsonl", words_per_token, flops_per_token, matmul_flops)
+trainer = LMTrainer(..., callbacks=[run_log])
+with save_when_interrupted(trainer):
+    trainer.train()
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -13,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -22,45 +30,58 @@ from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.training import distributed
 
 log = logging.getLogger(__name__)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunLog(TrainerCallback):
-    """A progress bar with the time left, and metrics.jsonl: one strict JSON object for each row of the log.
+    """Show a progress bar with the time left, and write metrics.jsonl: one JSON object per log row.
 
-    The clock runs while steps run and stands still while the model is evaluated or saved.
+    The clock runs during training steps only, not while the model is evaluated or saved. `seconds`
+    and `tokens` are those of the complete run, also after a resume.
     """
 
     def __init__(
         self, path: Path, words_per_token: float, flops_per_token: float, matmul_flops: float
     ):
-        """`matmul_flops` per second is what the machine reaches in bare products of matrices."""
-        self.path, self.rows, self.bar = path, [], None
-        self.words_per_token, self.share_per_speed = words_per_token, flops_per_token / matmul_flops
-        self.seconds, self.tokens, self.clock = 0.0, 0, None
-        self.logged_seconds, self.logged_tokens = 0.0, 0
-        self.untimed_steps = self.untimed_tokens = 0
+        """Set up a log; `matmul_flops` is the machine's speed in matrix products, per second."""
+        self.path = path
+        self.words_per_token = words_per_token
+        self.flops_per_token = flops_per_token
+        self.matmul_flops = matmul_flops
+        self.rows: list[dict[str, Any]] = []
+        self.bar = None
+        self.step_started: float | None = None  # None while the clock is stopped
+        # at the last stop of the clock
+        self.seconds = 0.0
+        self.tokens = 0
+        # at the last row with a speed
+        self.logged_seconds = 0.0
+        self.logged_tokens = 0
+        # trained before a resume, in a time that the log does not tell
+        self.untimed_steps = 0
+        self.untimed_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         reset_peak_memory(args.device)
-        if (
-            state.global_step and self.path.is_file()
-        ):  # resumed: rows after the checkpoint will be written anew
-            self.rows = [row for row in _whole_rows(self.path) if row["step"] <= state.global_step]
+
+        # after a resume keep the rows up to the checkpoint; the later ones will be written again
+        if state.global_step and self.path.is_file():
+            rows = _read_rows(self.path)
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
         with self.path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+
+        # continue the clock; every checkpoint has a row, unless the log was truncated or deleted
+        last_row = self.rows[-1] if self.rows else {"seconds": 0.0, "tokens": 0, "step": 0}
+        self.seconds = self.logged_seconds = last_row["seconds"]
         self.tokens = self.logged_tokens = state.num_input_tokens_seen
-        last = self.rows[-1] if self.rows else {"seconds": 0.0, "tokens": 0, "step": 0}
-        self.seconds = self.logged_seconds = last["seconds"]
-        # of a log that was torn or taken away: what was seen in a time that is not known counts in no speed
-        self.untimed_steps, self.untimed_tokens = (
-            state.global_step - last["step"],
-            self.tokens - last["tokens"],
-        )
+        self.untimed_steps = state.global_step - last_row["step"]
+        self.untimed_tokens = self.tokens - last_row["tokens"]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.clock is None:
-            self.clock = time.perf_counter()
+        if self.step_started is None:
+            self.step_started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
@@ -71,11 +92,13 @@ class RunLog(TrainerCallback):
         self._stop_clock(state)
 
     def _stop_clock(self, state) -> None:
-        if self.clock is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self.clock
-            self.clock, self.tokens = None, state.num_input_tokens_seen
+        if self.step_started is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.step_started
+        self.step_started = None
+        self.tokens = state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or not {"loss", "eval_loss"} & set(logs or ()):
@@ -86,50 +109,59 @@ class RunLog(TrainerCallback):
             "tokens": state.num_input_tokens_seen,
         }
         if "loss" in logs and self.seconds > self.logged_seconds:
-            speed = (self.tokens - self.logged_tokens) / (self.seconds - self.logged_seconds)
-            step_seconds = self.seconds / (state.global_step - self.untimed_steps)
-            row |= {
-                "tokens_per_second": speed,
-                "words_per_second": speed * self.words_per_token,
-                "matmul_share": speed * self.share_per_speed,
-                "memory_gb": round(peak_memory_gb(args.device), 3),
-                "seconds_left": round(step_seconds * (state.max_steps - state.global_step), 1),
-            }
-            self.logged_tokens, self.logged_seconds = self.tokens, self.seconds
+            row |= self._speed(args, state)
+            self.logged_tokens = self.tokens
+            self.logged_seconds = self.seconds
         row["seconds"] = round(self.seconds, 3)
         row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
-        if not math.isfinite(row.get("grad_norm", 0.0)):  # a step that fp16's loss scaler skipped
+        if not math.isfinite(row.get("grad_norm", 0.0)):  # fp16's loss scaler skips such a step
             row["grad_norm"] = None
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._show(row)
+        self._print(row)
 
-    def _show(self, row: dict[str, float]) -> None:
+    def _speed(self, args, state) -> dict[str, float]:
+        """Return the speed since the last row, memory, and the time left."""
+        seconds = self.seconds - self.logged_seconds
+        tokens_per_second = (self.tokens - self.logged_tokens) / seconds
+        flops_per_second = tokens_per_second * self.flops_per_token
+        seconds_per_step = self.seconds / (state.global_step - self.untimed_steps)
+        steps_left = state.max_steps - state.global_step
+        return {
+            "tokens_per_second": tokens_per_second,
+            "words_per_second": tokens_per_second * self.words_per_token,
+            "matmul_share": flops_per_second / self.matmul_flops,
+            "memory_gb": round(peak_memory_gb(args.device), 3),
+            "seconds_left": round(seconds_per_step * steps_left, 1),
+        }
+
+    def _print(self, row: dict[str, Any]) -> None:
+        """Print a row above the progress bar."""
         if "eval_loss" in row:
             line = (
-                f"step {row['step']:>6}  held-out loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
-                f"  bits per byte {row['eval_bits_per_byte']:.4f}"
+                f"step {row['step']:>6}  held-out loss {row['eval_loss']:.4f}  "
+                f"perplexity {row['eval_perplexity']:.2f}  "
+                f"bits per byte {row['eval_bits_per_byte']:.4f}"
             )
             line += "".join(f"\n    {sample!r}" for sample in row["samples"])
         else:
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-            speed = (
-                f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
-            )
-            line = f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {speed}"
+            line = f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            if "tokens_per_second" in row:
+                line += f"{row['tokens_per_second']:,.0f} tokens/s"
         tqdm.write(line)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
     def tokens_per_second(self) -> float:
-        """Tokens per second of the whole run, evaluation and saving left out."""
+        """Return the training speed of the complete run, without evaluation and saving."""
         return (self.tokens - self.untimed_tokens) / self.seconds
 
 
-def _whole_rows(path: Path) -> Iterator[dict]:
-    """The rows of a log, up to where one was not written to its end."""
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a log up to the first one that is truncated."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -138,68 +170,80 @@ def _whole_rows(path: Path) -> Iterator[dict]:
                 return
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# ---- Ctrl-C -------------------------------------------------------------------------------------
 
 
 class _SaveAndStop(TrainerCallback):
-    def __init__(self):
-        self.asked, self.process = False, os.getpid()
+    """After a signal, save a checkpoint at the end of the step and raise KeyboardInterrupt."""
 
-    def hear(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(number, signal.default_int_handler)  # a second one does not wait
-        if os.getpid() == self.process:  # not one that loads batches
+    def __init__(self):
+        self.requested = False
+        self.main_process = os.getpid()
+
+    def handle_signal(self, number, frame) -> None:
+        self.requested = True
+        signal.signal(number, signal.default_int_handler)  # a second signal stops at once
+        if os.getpid() == self.main_process:  # the workers of a DataLoader get the signal too
             print(
-                "\ninterrupted: the step is finished and saved; again to stop at once",
+                "\ninterrupted: finishing and saving this step; interrupt again to stop at once",
                 file=sys.stderr,
                 flush=True,
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_log = control.should_save = (
-                True  # the row has the clock of the checkpoint
-            )
+        if self.requested:
+            control.should_save = True
+            control.should_log = True  # the row carries the clock of the checkpoint
 
     def on_save(self, args, state, control, **kwargs):
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def save_when_interrupted(trainer) -> Iterator[None]:
-    """See above; in other threads than the main one, which hear no signals, it changes nothing."""
-    if distributed.world_size() > 1 or threading.current_thread() is not threading.main_thread():
+    """Make Ctrl-C or SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
+
+    Changes nothing if several processes train, or in a thread other than the main one, which does
+    not receive signals. A signal that the process ignores, as in the background, stays ignored.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if distributed.world_size() > 1 or not in_main_thread:
         yield
         return
-    stop, before = _SaveAndStop(), {number: signal.getsignal(number) for number in SIGNALS}
-    trainer.add_callback(stop)
-    heard = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in heard:  # what runs in the background ignores Ctrl-C
-        signal.signal(number, stop.hear)
+    callback = _SaveAndStop()
+    trainer.add_callback(callback)
+    previous_handlers = {}
+    for number in INTERRUPTS:
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):
+            previous_handlers[number] = handler
+            signal.signal(number, callback.handle_signal)
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
-        trainer.remove_callback(stop)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+        trainer.remove_callback(callback)
+
+
+# ---- wandb --------------------------------------------------------------------------------------
 
 
 def prepare_wandb(config: dict) -> None:
-    """Check that wandb is installed, and keep it from asking for a login: without a key it logs to files."""
-    import importlib.util
+    """Set wandb's project; without a key log to files, so that wandb never asks for a login.
 
+    Raises ValueError if wandb is not installed.
+    """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "logging.wandb: true, but the wandb package is not installed: pip install wandb"
         )
     os.environ["WANDB_PROJECT"] = config["logging"]["project"]
-    keys = Path.home() / ".netrc"
-    logged_in = os.environ.get("WANDB_API_KEY") or (
-        keys.is_file() and "wandb" in keys.read_text(errors="replace")
-    )
-    if not logged_in and "WANDB_MODE" not in os.environ:
+    netrc = Path.home() / ".netrc"
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    if netrc.is_file():
+        has_key |= "wandb" in netrc.read_text(errors="replace")
+    if not has_key and "WANDB_MODE" not in os.environ:
         os.environ["WANDB_MODE"] = "offline"
-        log.warning(
-            "wandb: no key on this machine: the log stays on disk (wandb sync sends it later)"
-        )
+        log.warning("wandb: no key on this machine; logging to files (upload with: wandb sync)")
