@@ -1,11 +1,11 @@
-"""How fast text becomes chunks of tokens on disk, against the bare tokenizer on the same text in the same run.
+"""Time the path from text files to token chunks on disk, beside the bare tokenizer.
 
-    python experiments/data_speed.py --data-dir data/train --tokenizer models/tokenizer.json --repeats 5
+    python experiments/data_speed.py --data-dir data/train --tokenizer models/tokenizer.json
 
-Three ways, one after the other, each in a process of its own, --repeats times over: the tokenizer alone on pieces
-that are in memory already; DataProcessor.prepare_dataset from files to an Arrow file, nothing cached, as the text is;
-the same with clean=True. Prints median, minimum and maximum of MB/s, the ratio to the tokenizer alone and the peak
-memory. It says nothing of training or of prepare_data.py.
+Three ways, each in its own process, one after the other, --repeats times: the tokenizer alone on
+text in memory; DataProcessor.prepare_dataset from files to an Arrow file with an empty cache; the
+same with clean=True. Prints median, minimum and maximum of MB/s, the ratio to the tokenizer alone
+and the peak memory. It measures neither training nor prepare_data.py.
 """
 
 from __future__ import annotations
@@ -14,54 +14,43 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import VOCABULARY, run_child, spread
+
+from babyllama.cli import add_flag, check_at_least, run_script
 
 WAYS = {"bare": "tokenizer alone", "raw": "prepare_dataset", "clean": "prepare_dataset, clean=True"}
+BATCH = 48  # texts that the tokenizer encodes at a time
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data-dir", "--data_dir", default="data/train", help="folder with training text"
-    )
-    parser.add_argument(
-        "--tokenizer", help="tokenizer.json (default: one of 16,000 tokens is trained on the data)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="how often each way is measured")
-    parser.add_argument(
-        "--measure", choices=WAYS, help="measure one way in this process and print it as JSON"
-    )
-    return parser
+def read_texts(data_dir: str) -> list[str]:
+    """Return the text of all training files, in parts of bounded size."""
+    from babyllama.data.documents import find_files, read_documents
+
+    return [piece.text for path in find_files(data_dir, "train") for piece in read_documents(path)]
 
 
 def measure(way: str, data_dir: str, tokenizer_file: str) -> dict:
-    """{"seconds", "bytes", "peak_rss_bytes"} of one way; bytes are those of the files' text, as read."""
-    import datasets  # noqa: F401  importing it is no part of what is timed
+    """Return {"seconds", "bytes", "peak_rss_bytes"} of one way; bytes are those of the files."""
+    import datasets  # noqa: F401  its import is not timed
 
-    from babyllama.data.documents import find_files, read_documents
+    from babyllama.data.documents import find_files
     from babyllama.data.tokenizer import load_tokenizer
-    from data_utils import BATCH, DataProcessor
+    from data_utils import DataProcessor
 
     tokenizer = load_tokenizer(tokenizer_file)
     n_bytes = sum(path.stat().st_size for path in find_files(data_dir, "train"))
     with tempfile.TemporaryDirectory() as folder:
         if way == "bare":
-            texts = [
-                piece.text
-                for path in find_files(data_dir, "train")
-                for piece in read_documents(path)
-            ]
+            texts = read_texts(data_dir)
+            encode = tokenizer.backend_tokenizer.encode_batch_fast
             start = time.perf_counter()
             for i in range(0, len(texts), BATCH):
-                tokenizer.backend_tokenizer.encode_batch_fast(
-                    texts[i : i + BATCH], add_special_tokens=False
-                )
+                encode(texts[i : i + BATCH], add_special_tokens=False)
         else:
             held_out = Path(folder, "held_out.dev")
             held_out.write_text("a few words of text. " * 100, encoding="utf-8")
@@ -69,69 +58,66 @@ def measure(way: str, data_dir: str, tokenizer_file: str) -> dict:
             start = time.perf_counter()
             processor.prepare_dataset(data_dir, str(held_out), clean=way == "clean")
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"seconds": seconds, "bytes": n_bytes, "peak_rss_bytes": peak}
 
 
-def train_tokenizer(data_dir: str, file: Path) -> None:
-    from babyllama.data.documents import find_files, read_documents
+def train_stand_in(data_dir: str, file: Path) -> None:
+    """Train a tokenizer of 16,000 tokens on the data."""
     from train_tokenizer import train_bpe_tokenizer
 
-    print("training a tokenizer of 16,000 tokens", file=sys.stderr)
-    texts = (piece.text for path in find_files(data_dir, "train") for piece in read_documents(path))
-    train_bpe_tokenizer(texts, vocab_size=16_000).save(str(file))
+    print(f"training a tokenizer of {VOCABULARY:,} tokens", file=sys.stderr)
+    train_bpe_tokenizer(read_texts(data_dir), vocab_size=VOCABULARY).save(str(file))
 
 
 def compare(data_dir: str, tokenizer_file: str, repeats: int) -> None:
-    """Measure the ways in turn and print the table."""
-    found: dict[str, list[dict]] = {way: [] for way in WAYS}
+    """Measure the three ways and print the table."""
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for repeat in range(repeats):
-        for way in WAYS:
-            print(f"{repeat + 1}/{repeats}: {WAYS[way]}", file=sys.stderr)
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                way,
-                "--data-dir",
-                data_dir,
-                "--tokenizer",
-                tokenizer_file,
-            ]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise ValueError(f"measuring {WAYS[way]} failed with exit code {done.returncode}")
-            found[way].append(json.loads(done.stdout))
-    print(f"{found['bare'][0]['bytes'] / 1e6:.1f} MB of text, {repeats} repeats: median (min-max)")
-    base = [run["bytes"] / 1e6 / run["seconds"] for run in found["bare"]]
-    for way, runs in found.items():
-        speeds = [run["bytes"] / 1e6 / run["seconds"] for run in runs]
-        ratio = statistics.median(ours / bare for ours, bare in zip(speeds, base, strict=True))
-        print(
-            f"{WAYS[way]:28} {statistics.median(speeds):6.2f} ({min(speeds):.2f}-{max(speeds):.2f}) MB/s   "
-            f"ratio {ratio:.2f}   peak RSS {max(run['peak_rss_bytes'] for run in runs) / 1e6:.0f} MB"
-        )
+        for way, title in WAYS.items():
+            print(f"{repeat + 1}/{repeats}: {title}", file=sys.stderr)
+            paths = ["--data-dir", data_dir, "--tokenizer", tokenizer_file]
+            runs[way].append(run_child(__file__, ["--measure", way, *paths]))
+
+    megabytes = runs["bare"][0]["bytes"] / 1e6
+    print(f"{megabytes:.1f} MB of text, {repeats} repeats: median (minimum to maximum)")
+    speeds = {way: [megabytes / run["seconds"] for run in runs[way]] for way in WAYS}
+    for way, title in WAYS.items():
+        pairs = zip(speeds[way], speeds["bare"], strict=True)
+        ratio = statistics.median(ours / bare for ours, bare in pairs)
+        peak = max(run["peak_rss_bytes"] for run in runs[way]) / 1e6
+        print(f"{title:28} {spread(speeds[way])} MB/s, ratio {ratio:.2f}, peak {peak:.0f} MB")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flag(parser, "data-dir", default="data/train", help="directory of training text")
+    add_flag(parser, "tokenizer", help="tokenizer.json (default: trained on the data)")
+    add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
+    add_flag(parser, "measure", choices=WAYS, help="measure one way here and print JSON")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        if args.repeats < 1:
-            raise ValueError(f"--repeats {args.repeats}: at least 1 is needed")
+
+    def body() -> int:
+        check_at_least(args, {"repeats": 1})
         if args.measure:
             print(json.dumps(measure(args.measure, args.data_dir, args.tokenizer)))
             return 0
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer_file = args.tokenizer or str(Path(folder, "tokenizer.json"))
-            if not args.tokenizer:
-                train_tokenizer(args.data_dir, Path(tokenizer_file))
+            tokenizer_file = args.tokenizer
+            if tokenizer_file is None:
+                tokenizer_file = str(Path(folder, "tokenizer.json"))
+                train_stand_in(args.data_dir, Path(tokenizer_file))
             compare(args.data_dir, tokenizer_file, args.repeats)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":

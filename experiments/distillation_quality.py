@@ -1,15 +1,14 @@
-"""Does a student with teachers learn more from the same words? Held-out bits per byte, with and without, over seeds.
+"""Compare students with and without teachers after the same words, over several seeds.
 
-    python experiments/distillation_quality.py --data-dir data --output models/distillation-quality --seeds 1 2 3
+    python experiments/distillation_quality.py --data-dir data --seeds 1 2 3
 
-Takes the first words of each text (--words of train, a fifth of it of dev), makes a tokenizer of 4,000 tokens, and
-trains, with train.py's own main: two teachers, a Llama and a GPT-2; then for each seed students of half their size over
-the same words: alone, with the teachers (alpha 0.5, T 2, mean per token), and with the teachers in the published scale
-(average of logits, batchmean). Finished runs in --output are shown, not repeated, and one that was interrupted goes on
-from its last epoch. Prints a table; it compares students of one size on one text, nothing else.
-
-Text that is read many times over is learned by heart, so beside the last epoch stands the best one of each run, what
-a student would have got that had stopped there.
+Takes the first --words words of each training file and a fifth of that of each held-out file,
+trains a tokenizer of 4,000 tokens, and then runs train.py's main: two teachers, a Llama and a
+GPT-2, and for each seed students of half their size: alone, with the teachers (alpha 0.5, T 2,
+mean per token), and with the teachers in the published scale (average of logits, batchmean).
+Finished runs in --output are not repeated and interrupted ones resume. Prints held-out bits per
+byte after the last epoch and after the best one, because small models overfit text that they read
+many times.
 """
 
 from __future__ import annotations
@@ -20,15 +19,25 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: F401  puts the repository on sys.path
 
+from babyllama.cli import add_flag, check_at_least, run_script
+
+VOCABULARY = 4000
 TEACHERS = {
     "teacher-llama": {"type": "Llama", "hidden_size": 192, "n_layer": 5, "n_head": 6},
-    "teacher-gpt2": {"type": "GPT2", "hidden_size": 192, "n_layer": 5, "n_head": 6, "tie_word_embeddings": True,
-                     "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
-}  # fmt: skip
+    "teacher-gpt2": {
+        "type": "GPT2",
+        "hidden_size": 192,
+        "n_layer": 5,
+        "n_head": 6,
+        "tie_word_embeddings": True,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+    },
+}
 STUDENT = {"type": "Llama", "hidden_size": 128, "n_layer": 4, "n_head": 4}
-VOCABULARY = 4000
 WAYS = {
     "alone": None,
     "teachers": {},
@@ -36,130 +45,150 @@ WAYS = {
 }
 
 
-def cut(source: Path, target: Path, words: int) -> None:
-    """Write the first `words` of each file of a folder under the same name."""
+def copy_first_words(source: Path, target: Path, words: int) -> None:
+    """Write the first `words` words of each file of a folder under the same name."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        kept, left = [], words
+        kept = []
+        remaining = words
         with file.open(encoding="utf-8") as lines:
             for line in lines:
-                if (n := len(line.split())) > left:
-                    kept.append(" ".join(line.split(" ")[:left]) + "\n")
+                in_line = len(line.split())
+                if in_line > remaining:
+                    kept.append(" ".join(line.split(" ")[:remaining]) + "\n")
                     break
                 kept.append(line)
-                left -= n
+                remaining -= in_line
         (target / file.name).write_text("".join(kept), encoding="utf-8")
 
 
-def prepare(args) -> None:
-    """The text and the tokenizer of all runs, in --output."""
+def prepare(args: argparse.Namespace) -> None:
+    """Write the text and the tokenizer of all runs to --output."""
     import train_tokenizer
 
-    for split, words in (("train", args.words), ("dev", args.words // 5)):
-        cut(args.data_dir / split, args.output / split, words)
-    tokenizer = ["--output", str(args.output / "tokenizer.json"), "--vocab-size", str(VOCABULARY)]
-    if code := train_tokenizer.main(["--data-dir", str(args.output / "train"), *tokenizer]):
-        sys.exit(code)
+    copy_first_words(args.data_dir / "train", args.output / "train", args.words)
+    copy_first_words(args.data_dir / "dev", args.output / "dev", args.words // 5)
+    flags = {
+        "--data-dir": args.output / "train",
+        "--output": args.output / "tokenizer.json",
+        "--vocab-size": VOCABULARY,
+    }
+    if train_tokenizer.main([str(part) for pair in flags.items() for part in pair]):
+        raise ValueError("the tokenizer was not trained")
 
 
-def bits_by_epoch(folder: Path) -> list[float]:
-    """Held-out bits per byte after each epoch of a run."""
-    from babyllama.training.run_dir import LOG_FILE
-
-    rows = map(json.loads, (folder / LOG_FILE).read_text(encoding="utf-8").splitlines())
-    return [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
-
-
-def train(
-    args, name: str, model: dict, epochs: int, seed: int, distillation: dict | None = None
+def make_config(
+    args: argparse.Namespace, name: str, model: dict, epochs: int, seed: int, teachers: dict | None
 ) -> dict:
-    """The results of a run of this name, trained now unless it is finished."""
+    """Return the configuration of one run; `teachers` holds keys of the distillation section."""
+    out = args.output
+    config = {
+        "data": {
+            "tokenizer_path": str(out / "tokenizer.json"),
+            "train_path": str(out / "train"),
+            "eval_path": str(out / "dev"),
+            "seq_length": 128,
+            "eval_samples": 100_000,
+        },
+        "model": {"name": name, **model},
+        "training": {
+            "lr": args.lr,
+            "batch_size": 8,
+            "num_epochs": epochs,
+            "warmup_ratio": 0.05,
+            "seed": seed,
+            "logging_steps": 50,
+        },
+        "logging": {"output_dir": str(out)},
+    }
+    if teachers is not None:
+        config["distillation"] = {
+            "teachers": [str(out / teacher) for teacher in TEACHERS],
+            "cache": "top_k",
+            "top_k": args.top_k,
+            **teachers,
+        }
+    return config
+
+
+def train(config: dict) -> None:
+    """Train a run, or resume it, unless it is finished."""
     from babyllama.training.run_dir import METRICS_FILE, checkpoint_error, checkpoints
     from train import main
 
-    out = args.output
-    config = {
-        "data": {"tokenizer_path": str(out / "tokenizer.json"), "train_path": str(out / "train"),
-                 "eval_path": str(out / "dev"), "seq_length": 128, "eval_samples": 100_000},
-        "model": {"name": name, **model},
-        "training": {"lr": args.lr, "batch_size": 8, "num_epochs": epochs, "warmup_ratio": 0.05, "seed": seed,
-                     "logging_steps": 50},
-        "logging": {"output_dir": str(args.output)},
-    }  # fmt: skip
-    if distillation is not None:
-        teachers = [str(args.output / teacher) for teacher in TEACHERS]
-        config["distillation"] = {
-            "teachers": teachers,
-            "cache": "top_k",
-            "top_k": args.top_k,
-            **distillation,
-        }
-    file = args.output / f"{name}.json"  # JSON is YAML
+    run_dir = Path(config["logging"]["output_dir"], config["model"]["name"])
+    if (run_dir / METRICS_FILE).is_file():
+        return
+    file = run_dir.with_name(f"{run_dir.name}.json")  # JSON is YAML
     file.write_text(json.dumps(config), encoding="utf-8")
-    going_on = any(not checkpoint_error(folder) for folder in checkpoints(args.output / name))
-    finished = (args.output / name / METRICS_FILE).is_file()
-    if code := main(
-        [
-            "--config",
-            str(file),
-            *(["--resume_from_checkpoint", "latest"] * (going_on and not finished)),
-        ]
-    ):
-        sys.exit(code)
-    return json.loads((args.output / name / METRICS_FILE).read_text(encoding="utf-8"))
+    flags = ["--config", str(file)]
+    if any(not checkpoint_error(folder) for folder in checkpoints(run_dir)):
+        flags += ["--resume_from_checkpoint", "latest"]
+    if main(flags):
+        raise ValueError(f"{run_dir}: the run failed")
+
+
+def bits_by_epoch(run_dir: Path) -> list[float]:
+    """Return held-out bits per byte after each epoch of a run."""
+    from babyllama.training.run_dir import LOG_FILE
+
+    lines = (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
+
+
+def print_row(title: str, run_dirs: list[Path]) -> None:
+    """Print the means over some runs, and each run's last and best epoch."""
+    from babyllama.training.run_dir import METRICS_FILE
+
+    curves = [bits_by_epoch(run_dir) for run_dir in run_dirs]
+    last = statistics.fmean(curve[-1] for curve in curves)
+    best = statistics.fmean(min(curve) for curve in curves)
+    each = ", ".join(f"{curve[-1]:.4f} ({min(curve):.4f})" for curve in curves)
+    plan = json.loads((run_dirs[0] / METRICS_FILE).read_text(encoding="utf-8"))["plan"]
+    print(
+        f"{title:20}{plan['parameters']:11,}{plan['words']:12,}   {last:.4f} ({best:.4f}): {each}"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
-    parser.add_argument(
-        "--words", type=int, default=20_000, help="of each file in train/ (default 20,000)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("models/distillation-quality"), help="where the runs go"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
-    parser.add_argument("--teacher-epochs", type=int, default=6, help="default 6")
-    parser.add_argument("--epochs", type=int, default=10, help="of the students (default 10)")
-    parser.add_argument(
-        "--lr", type=float, default=1e-3, help="of teachers and students (default 1e-3)"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=128, help="tokens kept for each place (default 128)"
-    )
-    parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which students"
-    )
+    output = Path("models/distillation-quality")
+    add_flag(parser, "data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
+    add_flag(parser, "words", type=int, default=20_000, help="of each training file")
+    add_flag(parser, "output", type=Path, default=output, help="directory of the runs")
+    add_flag(parser, "seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
+    add_flag(parser, "teacher-epochs", type=int, default=6, help="default 6")
+    add_flag(parser, "epochs", type=int, default=10, help="of the students (default 10)")
+    add_flag(parser, "lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    add_flag(parser, "top-k", type=int, default=128, help="tokens kept per position (default 128)")
+    add_flag(parser, "ways", nargs="+", choices=WAYS, default=list(WAYS), help="which students")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the comparison and return the exit code."""
     args = make_parser().parse_args(argv)
-    prepare(args)
-    rows = {
-        name: [train(args, name, model, args.teacher_epochs, 0)] for name, model in TEACHERS.items()
-    }
-    for way in args.ways:
-        rows[way] = [
-            train(args, f"{way}-{seed}", STUDENT, args.epochs, seed, WAYS[way])
-            for seed in args.seeds
-        ]
-    print(
-        f"\n{'':20}{'parameters':>11}{'words seen':>12}   bits per byte after the last epoch (the best epoch)"
-    )
-    for name, found in rows.items():
-        names = [name] if name in TEACHERS else [f"{name}-{seed}" for seed in args.seeds]
-        curves = [bits_by_epoch(args.output / one) for one in names]
-        each = ", ".join(f"{curve[-1]:.4f} ({min(curve):.4f})" for curve in curves)
-        last, best = (
-            statistics.fmean(pick(curve) for curve in curves)
-            for pick in (lambda curve: curve[-1], min)
-        )
-        plan = found[0]["plan"]
-        print(
-            f"{name:20}{plan['parameters']:11,}{plan['words']:12,}   {last:.4f} ({best:.4f}): {each}"
-        )
-    return 0
+
+    def body() -> int:
+        check_at_least(args, {"words": 5, "teacher_epochs": 1, "epochs": 1, "top_k": 1})
+        prepare(args)
+        for name, model in TEACHERS.items():
+            train(make_config(args, name, model, args.teacher_epochs, 0, None))
+        rows = {name: [args.output / name] for name in TEACHERS}
+        for way in args.ways:
+            rows[way] = [args.output / f"{way}-{seed}" for seed in args.seeds]
+            for seed, run_dir in zip(args.seeds, rows[way], strict=True):
+                train(make_config(args, run_dir.name, STUDENT, args.epochs, seed, WAYS[way]))
+
+        columns = f"\n{'':20}{'parameters':>11}{'words seen':>12}"
+        print(f"{columns}   bits per byte after the last epoch (the best epoch)")
+        for title, run_dirs in rows.items():
+            print_row(title, run_dirs)
+        return 0
+
+    return run_script(body, interrupted="interrupted; run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Tokens per second of a student with two teachers: asked for each batch, read from a cache, and without any.
+"""Time a student with two teachers: run for each batch, read from a cache, and without any.
 
-    python experiments/distillation_speed.py --config config/llama-10M.yaml --teacher config/llama-16M.yaml --steps 4
+    python experiments/distillation_speed.py --config config/llama-10M.yaml --steps 4
 
-Student and teachers are randomly initialised, the ids random: speed depends on neither. Each turn is what train.py does
-from the second epoch on: teachers loaded or cache written already; the first step does not count. The order is:
-each way once, then all again, --repeats times. Prints median, minimum and maximum of tokens per second, the ratio to
-teachers that are asked for each batch, and how fast the cache was written, once. It says nothing of what is learned.
+Student and teachers are randomly initialised and the ids are random: speed depends on neither.
+Each turn is what train.py does from the second epoch, with teachers loaded or the cache written;
+the first step does not count. Every way once, then all again, --repeats times. Prints median,
+minimum and maximum of tokens per second, the ratio to teachers that run for each batch, and how
+fast the cache was written. It does not measure what is learned.
 """
 
 from __future__ import annotations
@@ -20,32 +21,34 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, VOCABULARY, chunks_per_step, random_chunks, spread, tokenizer_or_stand_in
 
-from training_speed import VOCABULARY, random_rows, tokenizer_of  # noqa: E402
+from babyllama.cli import add_flag, check_at_least, run_script
 
 WARM_UP = 1
-WAYS = {"asked": "two teachers, asked", "cached": "two teachers, cached", "alone": "no teacher"}
+TITLES = {"run": "two teachers, run", "cached": "two teachers, cached", "alone": "no teacher"}
 
 
-def make_teachers(config: dict, tokenizer, folder: Path) -> list[str]:
-    """Two saved models of the teacher's configuration, of different seeds."""
+def save_teachers(config: dict, tokenizer, folder: Path) -> list[str]:
+    """Save two models of a configuration, with different seeds, and return their paths."""
     import transformers
 
     from train import create_model
 
+    paths = []
     for seed in (1, 2):
+        path = folder / str(seed)
         transformers.set_seed(seed)
-        create_model(config, tokenizer).save_pretrained(folder / str(seed))
-        tokenizer.save_pretrained(folder / str(seed))
-    return [str(folder / str(seed)) for seed in (1, 2)]
+        create_model(config, tokenizer).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        paths.append(str(path))
+    return paths
 
 
-def one_turn(
+def take_turn(
     config: dict, tokenizer, chunks: list[dict], teachers: list[str], folder: Path
 ) -> tuple[float, float]:
-    """(tokens per second: the median of the steps after the warm-up, seconds until the first step could begin)."""
+    """Train once; return (median tokens per second, seconds before the first step)."""
     import numpy as np
     import transformers
 
@@ -62,90 +65,101 @@ def one_turn(
     plan |= choose_precision_and_kernels(config, plan)
     loss = build_loss(config, model, plan, tokenizer.bos_token_id)
     arguments = training_arguments(config, folder, plan["precision"])
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.num_train_epochs = arguments.logging_steps = 1
+    arguments.save_strategy = "no"
+    arguments.eval_strategy = "no"
+    arguments.num_train_epochs = 1
+    arguments.logging_steps = 1
     run_log = RunLog(folder / "metrics.jsonl", 1.0, plan["flops_per_token"], plan["matmul_flops"])
     report = {
         "train": {"key": "random ids"},
         "teachers": [{"path": path, "sha256": path} for path in teachers],
     }
-    started = time.perf_counter()
+
+    start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         trainer = make_trainer(
-            config, report, model=model, args=arguments, train_dataset=chunks,
-            byte_lengths=np.ones(VOCABULARY, dtype=np.int64), training=config["training"], loss=loss,
+            config,
+            report,
+            model=model,
+            args=arguments,
+            train_dataset=chunks,
+            byte_lengths=np.ones(VOCABULARY, dtype=np.int64),
+            training=config["training"],
+            loss=loss,
             callbacks=[run_log],
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
+        )
+        seconds = time.perf_counter() - start
         trainer.train()
     return statistics.median(row["tokens_per_second"] for row in run_log.rows[WARM_UP:]), seconds
 
 
+def measure(student: dict, teacher: dict, top_k: int, steps: int, repeats: int) -> None:
+    """Measure the three ways and print the table."""
+    from babyllama.config import check_config
+
+    tokenizer = tokenizer_or_stand_in(student)
+    chunks = random_chunks(student, chunks_per_step(student) * (WARM_UP + steps), len(tokenizer))
+    speeds: dict[str, list[float]] = {way: [] for way in TITLES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["BABYLLAMA_CACHE"] = str(folder / "cache")
+        teachers = save_teachers(teacher, tokenizer, folder)
+        configs = {"alone": student}
+        for way, cache in (("run", "none"), ("cached", "top_k")):
+            distillation = {"teachers": teachers, "top_k": top_k, "cache": cache}
+            configs[way] = check_config({**student, "distillation": distillation})
+
+        _, cache_seconds = take_turn(configs["cached"], tokenizer, chunks, teachers, folder)
+        for _ in range(repeats):
+            for way, title in TITLES.items():
+                speed, _ = take_turn(configs[way], tokenizer, chunks, teachers, folder)
+                speeds[way].append(speed)
+                print(f"{title}: {speed:,.0f} tokens/s", file=sys.stderr)
+
+    print("tokens per second: median (minimum to maximum), ratio")
+    base = statistics.median(speeds["run"])
+    for way, title in TITLES.items():
+        ratio = statistics.median(speeds[way]) / base
+        print(f"{title:24}{spread(speeds[way], ',.0f')} {ratio:.2f}")
+    tokens = len(chunks) * student["data"]["seq_length"]
+    print(
+        f"the cache was written at {tokens / cache_seconds:,.0f} tokens per second, "
+        "including the time to load the teachers"
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config", default=str(ROOT / "config" / "llama-10M.yaml"), help="the student"
-    )
-    parser.add_argument(
-        "--teacher", default=str(ROOT / "config" / "llama-16M.yaml"), help="both teachers"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=64, help="tokens kept for each place (default 64)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the student, as long runs do"
-    )
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of a turn (default 4)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each way (default 3)")
+    configs = ROOT / "config"
+    add_flag(parser, "config", default=str(configs / "llama-10M.yaml"), help="the student")
+    add_flag(parser, "teacher", default=str(configs / "llama-16M.yaml"), help="both teachers")
+    add_flag(parser, "top-k", type=int, default=64, help="tokens kept per position (default 64)")
+    add_flag(parser, "compile", action="store_true", help="compile the student, as in long runs")
+    add_flag(parser, "steps", type=int, default=4, help="counted steps of a turn (default 4)")
+    add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
-    logging.disable(logging.WARNING)
-    import transformers
 
-    from babyllama.config import check_config, read_yaml_file
+    def body() -> int:
+        import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    student, teacher = (check_config(read_yaml_file(path)) for path in (args.config, args.teacher))
-    student["training"]["compile"] = args.compile
-    tokenizer = tokenizer_of(student)
-    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["BABYLLAMA_CACHE"] = str(folder / "cache")
-        section = {"teachers": make_teachers(teacher, tokenizer, folder), "top_k": args.top_k}
-        ways = {way: {**student, "distillation": {**section, "cache": cache}}
-                for way, cache in (("asked", "none"), ("cached", "top_k"))}  # fmt: skip
-        ways = {
-            "asked": check_config(ways["asked"]),
-            "cached": check_config(ways["cached"]),
-            "alone": student,
-        }
-        step = (
-            student["training"]["batch_size"] * student["training"]["gradient_accumulation_steps"]
-        )
-        chunks = random_rows(student, step * (WARM_UP + args.steps), len(tokenizer))
-        _, writing = one_turn(ways["cached"], tokenizer, chunks, section["teachers"], folder)
-        for _ in range(args.repeats):
-            for way, config in ways.items():
-                speeds[way].append(
-                    one_turn(config, tokenizer, chunks, section["teachers"], folder)[0]
-                )
-                print(f"{WAYS[way]}: {speeds[way][-1]:,.0f} tokens/s", file=sys.stderr)
-    base = statistics.median(speeds["asked"])
-    print(f"{'':24}{'median':>8}{'min':>8}{'max':>8}{'ratio':>7}   tokens per second")
-    for way, found in speeds.items():
-        middle = statistics.median(found)
-        print(
-            f"{WAYS[way]:24}{middle:8,.0f}{min(found):8,.0f}{max(found):8,.0f}{middle / base:7.2f}"
-        )
-    tokens = len(chunks) * student["data"]["seq_length"]
-    print(
-        f"the cache was written at {tokens / writing:,.0f} tokens per second, loading the teachers included"
-    )
-    return 0
+        from train import load_config
+
+        check_at_least(args, {"top_k": 1, "steps": 1, "repeats": 1})
+        logging.disable(logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
+        student = load_config(args.config)
+        teacher = load_config(args.teacher)
+        student["training"]["compile"] = args.compile
+        measure(student, teacher, args.top_k, args.steps, args.repeats)
+        return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT
 
-from babyllama.cli import add_flag, run_script  # noqa: E402
-from babyllama.plots import BLUE, GREEN, GREY, ORANGE, new_figure  # noqa: E402
+from babyllama.cli import add_flag, run_script
+from babyllama.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 
 
 def read_log(run_dir: Path) -> list[dict]:
