@@ -1,10 +1,9 @@
-"""Which tasks a benchmark has: a YAML file (or a dict) -> checked tasks with their items.
+"""Read which tasks a benchmark has: a YAML file or a dict becomes checked tasks with their items.
 
-Every problem of a file is reported at once, with its path, the value and what is allowed, before any model is opened.
-It knows no model. The built-in tasks are those of config/benchmark.yaml; a task that is declared without items of its
-own has theirs.
+Knows no model: all problems of a file are reported at once, before a model is opened. A task that
+declares no items has those of config/benchmark.yaml.
 
-    from benchmark_config import load_tasks
+    from babyllama.evaluation.benchmark_config import load_tasks
     load_tasks("custom_benchmarks.yaml")["blimp"].items
     load_tasks({"tasks": {"completion": {}, "speed": {"batch_sizes": [1, 2]}}})
 """
@@ -19,164 +18,166 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from babyllama.config import ConfigError, read_yaml_file, suggest
+from babyllama.config import ConfigError, read_yaml_file, suggest, validation_problems
 from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 from babyllama.files import ROOT
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
-RESERVED = {
-    "overall_score",
-    "overall_score_ci95",
-    "overall_parts",
-    "babylm_macro_average",
-}  # names no task may have
+# keys that stand beside the tasks in a file of results
+RESERVED = {"overall_score", "overall_score_ci95", "overall_parts", "babylm_macro_average"}
+
+
+# ---- the keys of each type of task --------------------------------------------------------------
+
 Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(pattern=r"\S")]
+Text = Annotated[str, Field(pattern=r"\S", json_schema_extra={"allowed": "text that is not blank"})]
+TopP = Annotated[
+    float, Field(gt=0, le=1, json_schema_extra={"allowed": "a number above 0 and up to 1"})
+]
+Prompts = Annotated[list[Text], Field(min_length=2)]
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _Rows(_Options):
-    """Items in the file itself or at a path, not both."""
-
+class _ItemOptions(_Options):
     path: Text | None = None
     items: list[Any] | None = None
 
 
 class _Group(_Options):
-    prompts: Annotated[list[Text], Field(min_length=2)]
+    prompts: Prompts
     control: Text
 
 
-class _Consistency(_Options):
+class _ConsistencyOptions(_Options):
     groups: Annotated[list[_Group], Field(min_length=2)]
     max_new_tokens: Count
 
 
-class _Repetition(_Options):
-    prompts: Annotated[list[Text], Field(min_length=2)]
+class _RepetitionOptions(_Options):
+    prompts: Prompts
     max_new_tokens: Count
     temperature: Annotated[float, Field(ge=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_p: TopP
 
 
-class _Speed(_Options):
+class _SpeedOptions(_Options):
     batch_sizes: Annotated[list[Count], Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=2)]
     repeats: Count
 
 
 TYPES: dict[str, type[_Options]] = {
-    "completion": _Rows, "consistency": _Consistency, "repetition": _Repetition, "speed": _Speed,
-    **{name: _Rows for name in TASKS if name != "completion"},
-}  # fmt: skip
+    "consistency": _ConsistencyOptions,
+    "repetition": _RepetitionOptions,
+    "speed": _SpeedOptions,
+    **dict.fromkeys(TASKS, _ItemOptions),
+}
 
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """A declared task: its name, its type (a key of TYPES), its checked options, and items where the type has them."""
+    """A declared task with its checked options and, if its type has any, its items."""
 
     name: str
-    type: str
+    type: str  # a key of TYPES
     options: dict[str, Any]
     items: list[Item] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
-        """What a file of results says about it; `phenomena` tells which of them a subset is of."""
-        listed = ("items", "groups", "prompts")
-        phenomena = {item.subset: item.term for item in self.items if item.term}
-        facts = {"type": self.type} | {
-            key: value for key, value in self.options.items() if key not in listed
-        }
-        return facts | ({"phenomena": phenomena} if phenomena else {})
+        """Return the task's entry under `configs` in a file of results."""
+        entry = {"type": self.type}
+        for key, value in self.options.items():
+            if key not in ("items", "groups", "prompts"):
+                entry[key] = value
+        phenomena = {item.subset: item.phenomenon for item in self.items if item.phenomenon}
+        if phenomena:
+            entry["phenomena"] = phenomena  # by subset
+        return entry
 
     @property
     def n(self) -> int:
-        """How many items, groups or prompts it has (speed: batch sizes)."""
-        lists = (self.options.get(key) for key in ("groups", "prompts", "batch_sizes"))
-        return len(self.items or next(filter(None, lists)))
+        """Count the items, groups or prompts (for speed, the batch sizes)."""
+        for key in ("groups", "prompts", "batch_sizes"):
+            if key in self.options:
+                return len(self.options[key])
+        return len(self.items)
+
+
+# ---- reading ------------------------------------------------------------------------------------
 
 
 def load_tasks(config: str | Path | dict | None = None) -> dict[str, BenchmarkTask]:
-    """The declared tasks by name; ConfigError lists all problems. None stands for config/benchmark.yaml.
+    """Return the declared tasks by name; ConfigError lists all problems.
 
-    Paths in a file are seen from the working directory.
+    None reads config/benchmark.yaml. Paths in a file are relative to the working directory.
     """
     if isinstance(config, dict):
-        raw, source = config, "tasks"
+        source = "tasks"
+        raw = config
     else:
-        raw, source = read_yaml_file(config or BUILT_IN), str(config or BUILT_IN)
+        source = str(config or BUILT_IN)
+        raw = read_yaml_file(source)
     declared = raw.get("tasks") if isinstance(raw, dict) and set(raw) == {"tasks"} else None
     if not isinstance(declared, dict) or not declared:
         raise ConfigError(
-            ["not a benchmark; it needs the one section `tasks` with a name for each task"], source
+            ["not a benchmark; it needs one section, `tasks`, with an entry for each task"], source
         )
-    problems: list[str] = []
-    tasks = {name: _task(str(name), options, problems) for name, options in declared.items()}
+
+    problems = []
+    tasks = {}
+    for name, options in declared.items():
+        try:
+            tasks[name] = _read_task(str(name), options)
+        except ConfigError as error:
+            problems += error.problems
+        except (ValueError, OSError) as error:
+            problems.append(f"tasks.{name}: {error}")
     if problems:
         raise ConfigError(problems, source)
     return tasks
 
 
+def _read_task(name: str, raw: Any) -> BenchmarkTask:
+    path = f"tasks.{name}"
+    if not isinstance(raw, dict | None):
+        raise ValueError(
+            f"{raw!r} is not a task; write keys, such as {name}: {{type: minimal_pairs, path: DIR}}"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError("not a name; use letters, digits, '.', '_' and '-'")
+    if name in RESERVED:
+        raise ValueError("this name is reserved; use another")
+    given = dict(raw or {})
+    task_type = given.pop("type", name)
+    if not isinstance(task_type, str) or task_type not in TYPES:
+        raise ConfigError(
+            [f"{path}.type: {task_type!r} is unknown; {suggest(str(task_type), TYPES)}"]
+        )
+
+    has_items = "path" in given or "items" in given
+    default = {} if has_items else _built_in_tasks().get(task_type, {})
+    schema = TYPES[task_type]
+    try:
+        options = schema.model_validate({**default, **given}).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise ConfigError(validation_problems(error, schema, path)) from None
+    items = _read_items(name, task_type, options) if schema is _ItemOptions else []
+    return BenchmarkTask(name, task_type, options, items)
+
+
 @functools.cache
-def _built_in() -> dict[str, Any]:
+def _built_in_tasks() -> dict[str, Any]:
     return read_yaml_file(BUILT_IN)["tasks"]
 
 
-def _task(name: str, raw: Any, problems: list[str]) -> BenchmarkTask | None:
-    """One checked task, or None with lines added to `problems`."""
-    where = f"tasks.{name}"
-    if not isinstance(raw, dict | None):
-        problems.append(
-            f"{where}: {raw!r} is not a task; it holds keys, as in {name}: {{type: minimal_pairs, path: DIR}}"
-        )
-        return None
-    given = dict(raw or {})
-    kind = given.pop("type", name)
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in RESERVED:
-        problems.append(f"{where}: not a name; use letters, digits, '.', '_' and '-'")
-        return None
-    if not isinstance(kind, str) or kind not in TYPES:
-        problems.append(f"{where}.type: {kind!r} is unknown; {suggest(str(kind), TYPES)}")
-        return None
-    default = _built_in().get(kind, {})
-    if "path" in given or "items" in given:
-        default = {}
-    try:
-        options = TYPES[kind].model_validate({**default, **given}).model_dump(exclude_none=True)
-    except ValidationError as error:
-        problems += [_line(where, TYPES[kind], e) for e in error.errors(include_url=False)]
-        return None
-    if TYPES[kind] is not _Rows:
-        return BenchmarkTask(name, kind, options)
-    try:
-        return BenchmarkTask(name, kind, options, _items(name, kind, options))
-    except (ValueError, OSError) as error:
-        problems.append(f"{where}: {error}")
-        return None
-
-
-def _items(name: str, kind: str, options: dict[str, Any]) -> list[Item]:
+def _read_items(name: str, task_type: str, options: dict[str, Any]) -> list[Item]:
     if ("path" in options) == ("items" in options):
-        raise ValueError(
-            f"give a path to the items or the items themselves, one of the two ({kind})"
-        )
+        raise ValueError(f"{task_type} needs either `path` or `items`")
     if "path" in options:
-        return read_items(kind, options["path"])
+        return read_items(task_type, options["path"])
     if not options["items"]:
-        raise ValueError("no items")
-    return decode_rows(kind, options["items"], "items", name, strict=True)
-
-
-def _line(where: str, schema: type[_Options], error: dict) -> str:
-    """One pydantic error as one line for people."""
-    path = ".".join([where, *map(str, error["loc"])])
-    if error["type"] == "missing":
-        return f"{path}: missing"
-    if error["type"] == "too_short":
-        return f"{path}: {error['ctx']['actual_length']} of at least {error['ctx']['min_length']} entries"
-    if error["type"] != "extra_forbidden":
-        return f"{path}: {error['input']!r} is not allowed; {error['msg'][0].lower()}{error['msg'][1:]}"
-    return f"{path}: unknown key; {suggest(str(error['loc'][-1]), ['type', *schema.model_fields])}"
+        raise ValueError("items is empty")
+    return decode_rows(task_type, options["items"], "items", name, strict=True)

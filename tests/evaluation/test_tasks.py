@@ -1,4 +1,4 @@
-"""tasks.py: one literal row for each task with its figure worked out by hand, naive oracles, ties, intervals."""
+"""tasks.py: one literal row of each task, mistakes in files, and BLiMP as published."""
 
 import csv
 import json
@@ -8,47 +8,83 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from babyllama.evaluation import tasks
 from babyllama.evaluation.grading import official_predictions, score_items
-from babyllama.evaluation.tasks import decode_rows, read_items
+from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 
-ROWS = {  # task: (file stem, row, subset, candidates as (prefix, completion), texts of predictions.json)
+BALL = "The ball is red."
+BOX = "Box 1 contains"
+# task: (stem of the file, row, subset, candidates as (prefix, completion), texts of predictions.json)
+ROWS = {
     "blimp": (
-        "x", {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "field": "syntax", "UID": "agreement"},
-        "agreement", [("", "Cats sleep."), ("", "Cats sleeps.")], ["Cats sleep.", "Cats sleeps."],
+        "x",
+        {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "field": "syntax", "UID": "agreement"},
+        "agreement",
+        [("", "Cats sleep."), ("", "Cats sleeps.")],
+        ["Cats sleep.", "Cats sleeps."],
     ),
     "supplement": (
-        "turn_taking", {"sentence_good": "A: Hi. B: Hi.", "sentence_bad": "A: Hi. A: Hi.", "UID": "x"},
-        "turn_taking", [("", "A: Hi. B: Hi."), ("", "A: Hi. A: Hi.")], ["A: Hi. B: Hi.", "A: Hi. A: Hi."],
+        "turn_taking",
+        {"sentence_good": "A: Hi. B: Hi.", "sentence_bad": "A: Hi. A: Hi.", "UID": "x"},
+        "turn_taking",
+        [("", "A: Hi. B: Hi."), ("", "A: Hi. A: Hi.")],
+        ["A: Hi. B: Hi.", "A: Hi. A: Hi."],
     ),
     "ewok": (
-        "x", {"Context1": "The ball is red.", "Context2": "The ball is blue.", "Target1": "It is red.",
-              "Target2": "It is blue.", "Domain": "material-properties", "ContextType": "direct"},
-        "material-properties", [("The ball is red.", " It is red."), ("The ball is red.", " It is blue.")],
+        "x",
+        {"Context1": BALL, "Context2": "The ball is blue.", "Target1": "It is red.", "Target2": "It is blue.",
+         "Domain": "material-properties", "ContextType": "direct"},
+        "material-properties",
+        [(BALL, " It is red."), (BALL, " It is blue.")],
         [" It is red.", " It is blue."],
     ),
     "entity_tracking": (
-        "regular", {"input_prefix": "Box 1 contains", "options": [" the car.", " the cup.", " nothing."], "numops": 2},
-        "regular_2_ops", [("Box 1 contains", " the car."), ("Box 1 contains", " the cup."), ("Box 1 contains", " nothing.")],
+        "regular",
+        {"input_prefix": BOX, "options": [" the car.", " the cup.", " nothing."], "numops": 2},
+        "regular_2_ops",
+        [(BOX, " the car."), (BOX, " the cup."), (BOX, " nothing.")],
         [" the car.", " the cup.", " nothing."],
     ),
     "comps": (
-        "comps_wugs_dist-in-between", {"prefix_acceptable": "A robin", "prefix_unacceptable": "A penguin", "property_phrase": "can fly."},
-        "wugs_dist_in_between", [("A robin", " can fly."), ("A penguin", " can fly.")],
+        "comps_wugs_dist-in-between",
+        {"prefix_acceptable": "A robin", "prefix_unacceptable": "A penguin", "property_phrase": "can fly."},
+        "wugs_dist_in_between",
+        [("A robin", " can fly."), ("A penguin", " can fly.")],
         ["A robin can fly.", "A penguin can fly."],
     ),
-    "wug_adj": ("x", {"sentences": "wuggish ones\twuggable ones", "ratio": 0.7}, "wug_adj",
-                [("", "wuggish ones"), ("", "wuggable ones")], ["wuggish ones", "wuggable ones"]),
-    "wug_past": ("x", {"sentences": "he wugged\the wog", "ratio": "0.25"}, "wug_past",
-                 [("", "he wugged"), ("", "he wog")], ["he wugged", "he wog"]),
-    "minimal_pairs": ("toys", {"sentence_good": "a b", "sentence_bad": "b a"}, "toys", [("", "a b"), ("", "b a")], ["a b", "b a"]),
+    "wug_adj": (
+        "x",
+        {"sentences": "wuggish ones\twuggable ones", "ratio": 0.7},
+        "wug_adj",
+        [("", "wuggish ones"), ("", "wuggable ones")],
+        ["wuggish ones", "wuggable ones"],
+    ),
+    "wug_past": (
+        "x",
+        {"sentences": "he wugged\the wog", "ratio": "0.25"},
+        "wug_past",
+        [("", "he wugged"), ("", "he wog")],
+        ["he wugged", "he wog"],
+    ),
+    "minimal_pairs": (
+        "toys",
+        {"sentence_good": "a b", "sentence_bad": "b a"},
+        "toys",
+        [("", "a b"), ("", "b a")],
+        ["a b", "b a"],
+    ),
     "multiple_choice": (
-        "x", {"prompt": "One and one is", "choices": ["three", "two"], "answer": 1, "subset": "sums"}, "sums",
-        [("One and one is", " three"), ("One and one is", " two")], [" three", " two"],
+        "x",
+        {"prompt": "One and one is", "choices": ["three", "two"], "answer": 1, "subset": "sums"},
+        "sums",
+        [("One and one is", " three"), ("One and one is", " two")],
+        [" three", " two"],
     ),
     "completion": (
-        "x", {"prompt": "Snow is", "answer": "white", "wrong": ["red", "green"]}, "x",
-        [("Snow is", " white"), ("Snow is", " red"), ("Snow is", " green")], [" white", " red", " green"],
+        "x",
+        {"prompt": "Snow is", "answer": "white", "wrong": ["red", "green"]},
+        "x",
+        [("Snow is", " white"), ("Snow is", " red"), ("Snow is", " green")],
+        [" white", " red", " green"],
     ),
 }  # fmt: skip
 READING = {
@@ -58,144 +94,156 @@ READING = {
 }  # fmt: skip
 
 
+def decode(task, row, stem="x", **options):
+    """Return the item of one row."""
+    (item,) = decode_rows(task, [row], "file", stem, **options)
+    return item
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("task", ROWS)
-def test_a_literal_row_of_each_task(task):
+def test_a_row_becomes_an_item(task):
     stem, row, subset, candidates, answers = ROWS[task]
-    (item,) = decode_rows(task, [row], "file", stem)
-    assert (item.subset, list(item.candidates)) == (subset, candidates)
+    item = decode(task, row, stem)
+    assert item.subset == subset
+    assert list(item.candidates) == candidates
     assert [item.answer(i) for i in range(len(answers))] == answers
     assert item.gold == (1 if task == "multiple_choice" else 0)
-    right = [-5.0 if i == item.gold else -9.0 for i in range(len(answers))]
-    if tasks.TASKS[task].metric == "accuracy":
-        assert score_items(task, [item], right)["accuracy"] == 1.0
-        assert (
-            score_items(task, [item], right[::-1] if len(right) == 2 else [-9, -9, -5])["accuracy"]
-            == 0.0
-        )
-        tied = score_items(task, [item], [-5.0] * len(right))
-        assert (tied["accuracy"], tied["ties"], tied["chance"]) == pytest.approx(
-            (1 / len(right), 1, 1 / len(right))
-        )
-        assert tied["accuracy_official"] == (0.0 if item.gold else 1.0)
+
+
+@pytest.mark.parametrize("task", [task for task in ROWS if TASKS[task].metric == "accuracy"])
+def test_the_right_candidate_gives_an_accuracy_of_one(task):
+    stem, row, *_ = ROWS[task]
+    item = decode(task, row, stem)
+    k = len(item.completions)
+
+    right = np.full(k, -9.0)
+    right[item.gold] = -5
+    assert score_items(task, [item], right)["accuracy"] == 1.0
+    assert score_items(task, [item], -right)["accuracy"] == 0.0
+    tied = score_items(task, [item], np.full(k, -5.0))
+    assert tied["accuracy"] == tied["chance"] == pytest.approx(1 / k)
+    assert tied["ties"] == 1
+    assert tied["accuracy_official"] == (0.0 if item.gold else 1.0)
 
 
 def test_every_task_has_a_literal_row():
-    assert {*ROWS, "reading", "entity_tracking_filtered"} == set(tasks.TASKS)
+    assert {*ROWS, "reading", "entity_tracking_filtered"} == set(TASKS)
 
 
-def test_entity_tracking_filtered_leaves_out_items_with_nothing():
+def test_entity_tracking_filtered_ignores_items_with_nothing():
     stem, row, *_ = ROWS["entity_tracking"]
-    kept = {**row, "options": row["options"][:2]}
-    (item,) = decode_rows("entity_tracking_filtered", [row, kept], "file", stem)
+    short = {**row, "options": row["options"][:2]}
+    (item,) = decode_rows("entity_tracking_filtered", [row, short], "file", stem)
     assert item.completions == (" the car.", " the cup.")
 
 
-def test_a_literal_row_of_reading_times():
-    first = {
-        **READING,
-        "item": "None",
-        "prev_item": "",
-        "prev_word": "",
-    }  # "None of them ...", as pandas does not see it
-    items = decode_rows("reading", [READING, first], "file", "x")
-    assert list(items[0].candidates) == [("The old man", " sat"), ("The old", " man")]
-    assert list(items[1].candidates) == [("None", " sat")]
-    assert items[0].facts["self_paced_reading_time"] == 310.5
-    assert math.isnan(items[0].facts["RTgopast"])
-    assert official_predictions("reading", items, [-2.0, -3.0, -4.0]) == {
-        "reading": {
-            "predictions": [
-                {"id": 0, "pred": 2.0, "prev_pred": 3.0},
-                {"id": 1, "pred": 4.0, "prev_pred": None},
-            ]
-        }
-    }
+def test_a_row_of_reading_times():
+    item = decode("reading", READING)
+    assert list(item.candidates) == [("The old man", " sat"), ("The old", " man")]
+    assert item.facts["self_paced_reading_time"] == 310.5
+    assert math.isnan(item.facts["RTgopast"])
 
 
-def test_mistakes_are_named(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}\n')
-    with pytest.raises(ValueError, match="item 2: lacks sentence_bad; it has sentence_good"):
-        read_items("blimp", tmp_path)
-    file.write_text("\n{oops}\n")
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_items("blimp", file)
-    file.write_text('{"sentence_good": "a", "sentence_bad": ""}\n')
-    with pytest.raises(ValueError, match="a candidate is empty"):
-        read_items("blimp", file)
-    file.write_text("")
-    with pytest.raises(ValueError, match="no blimp items"):
-        read_items("blimp", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        read_items("ewok", tmp_path / "none")
-    with pytest.raises(ValueError, match="put it in quotes"):
-        decode_rows("completion", [{"prompt": "a", "answer": True, "wrong": ["b"]}], "f", "x")
-    with pytest.raises(ValueError, match="unknown field 'anwser'"):
-        decode_rows(
-            "completion",
-            [{"prompt": "a", "answer": "b", "wrong": ["c"], "anwser": 1}],
-            "f",
-            "x",
-            strict=True,
-        )
-    with pytest.raises(ValueError, match="wrong 'bird' is not a list"):  # else its letters
-        decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": "bird"}], "f", "x")
-    for choices in ("cat", [], ["one"]):
-        with pytest.raises(ValueError, match="is not a list of two or more texts"):
-            decode_rows(
-                "multiple_choice", [{"prompt": "a", "choices": choices, "answer": 0}], "f", "x"
-            )
-        with pytest.raises(ValueError, match="is not a list of two or more texts"):
-            decode_rows(
-                "entity_tracking",
-                [{"input_prefix": "a", "options": choices, "numops": 1}],
-                "f",
-                "x",
-            )
-    with pytest.raises(ValueError, match="answer True is not the place of a choice"):
-        decode_rows(
-            "multiple_choice", [{"prompt": "a", "choices": ["b", "c"], "answer": True}], "f", "x"
-        )
-    with pytest.raises(ValueError, match="ratio 'nan' is not a number"):
-        decode_rows("wug_adj", [{"sentences": "a\tb", "ratio": "nan"}], "f", "x")
-    file.write_bytes(b'{"sentence_good": "a", "sentence_bad": "b"}\n\xff\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl: .*not UTF-8"):
-        read_items("blimp", file)
-    file.write_text("[" * 100_000 + "\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read_items("blimp", file)
-    with pytest.raises(ValueError, match="all be different"):
-        decode_rows("completion", [{"prompt": "a", "answer": "b", "wrong": ["b"]}], "f", "x")
-    with pytest.raises(ValueError, match="item 1: .*surrogates not allowed"):
-        decode_rows("minimal_pairs", [{"sentence_good": "a", "sentence_bad": "\ud800"}], "f", "x")
+def test_the_context_none_is_a_word_although_pandas_reads_it_as_missing():
+    item = decode("reading", {**READING, "item": "None", "prev_item": "", "prev_word": ""})
+    assert list(item.candidates) == [("None", " sat")]
+
+
+def test_only_candidates_with_equal_completions_are_answered_in_full():
+    assert Item("s", ("A ", "B "), ("x", "x")).answer(1) == "B x"
+    assert Item("s", ("A ", "A "), ("x", "y")).answer(1) == "y"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("completion", {"prompt": "a", "answer": True, "wrong": ["b"]}, "put numbers and words like true in quotes"),
+        ("completion", {"prompt": "a", "answer": "b", "wrong": "bird"}, "wrong 'bird' is not a list"),
+        ("completion", {"prompt": "a", "answer": "b", "wrong": ["b"]}, "must all be different"),
+        ("multiple_choice", {"prompt": "a", "choices": "cat", "answer": 0}, "'cat' is not a list of two or more texts"),
+        ("multiple_choice", {"prompt": "a", "choices": [], "answer": 0}, "is not a list of two or more texts"),
+        ("multiple_choice", {"prompt": "a", "choices": ["b", "c"], "answer": True}, "answer True must be the index"),
+        ("multiple_choice", {"prompt": "a", "choices": ["b", "c"], "answer": 2}, "answer 2 must be the index of a choice, 0 to 1"),
+        ("entity_tracking", {"input_prefix": "a", "options": ["one"], "numops": 1}, "is not a list of two or more texts"),
+        ("wug_adj", {"sentences": "a\tb", "ratio": "nan"}, "ratio 'nan' is not a number"),
+        ("minimal_pairs", {"sentence_good": "a", "sentence_bad": "\ud800"}, "surrogates not allowed"),
+        ("minimal_pairs", {"sentence_good": "a", "sentence_bad": ""}, "a candidate is empty"),
+        ("minimal_pairs", {"sentence_good": "a", "sentence_bad": 3}, "3 is not text"),
+        ("minimal_pairs", {"sentence_good": "a"}, "missing fields: sentence_bad; the item has: sentence_good"),
+        ("minimal_pairs", "a", "'a' is not a record with the fields sentence_good, sentence_bad"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_refused(task, row, message):
+    with pytest.raises(ValueError, match=f"file: item 1: .*{message}"):
+        decode(task, row)
+
+
+def test_unknown_fields_are_refused_in_strict_mode_only():
+    row = {"prompt": "a", "answer": "b", "wrong": ["c"], "anwser": 1}
+    assert decode("completion", row).completions == (" b", " c")
+    with pytest.raises(ValueError, match="unknown field 'anwser'; known: prompt, answer"):
+        decode("completion", row, strict=True)
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text('{"sentence_good": "x", "sentence_bad": "y"}\n\n')
-    assert [i.subset for i in read_items("supplement", tmp_path)] == ["a", "b"]
-    with (tmp_path / "r.csv").open("w", newline="") as out:
-        writer = csv.DictWriter(out, READING)
+    assert [item.subset for item in read_items("supplement", tmp_path)] == ["a", "b"]
+
+
+def test_reading_times_are_read_from_csv(tmp_path):
+    with (tmp_path / "reading_data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, READING)
         writer.writeheader()
         writer.writerow({**READING, "word": "sat, down"})
     assert read_items("reading", tmp_path)[0].completions[0] == " sat, down"
-    for name, text in (("bad.csv", b"a,b\n1,2\n3,\xff\n"), ("bad.jsonl", b"{}\n\n\xff")):
-        (tmp_path / name).write_bytes(text)
-        with pytest.raises(ValueError, match=f"{name}: after line .: not UTF-8"):
-            list(tasks._rows(tmp_path / name))
-    (tmp_path / "bad.csv").write_bytes(b"a,b\n1,2\n3," + b"x" * 200_000 + b"\n")
-    with pytest.raises(ValueError, match="bad.csv: line 3 is not CSV"):
-        list(tasks._rows(tmp_path / "bad.csv"))
+
+
+PAIR = '{"sentence_good": "a", "sentence_bad": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PAIR + '{"sentence_good": "a"}\n', "item 2: missing fields: sentence_bad"),
+        ("\n{oops}\n", "line 2 is not JSON"),
+        ("[" * 100_000 + "\n", "line 1 is not JSON"),
+        ("", "holds no blimp items; expected .jsonl rows with sentence_good, sentence_bad"),
+        (PAIR.encode() + b"\xff\n", r"is not UTF-8 \(byte 44\)"),
+    ],
+)
+def test_a_malformed_file_is_refused(tmp_path, content, message):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_items("blimp", file)
+
+
+def test_a_malformed_csv_file_is_refused(tmp_path):
+    file = tmp_path / "bad.csv"
+    file.write_bytes(b"a,b\n1,2\n3," + b"x" * 200_000 + b"\n")
+    with pytest.raises(ValueError, match=r"bad.csv: line 3 is not CSV"):
+        read_items("reading", file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none does not exist; ewok needs .jsonl files"):
+        read_items("ewok", tmp_path / "none")
 
 
 @pytest.mark.skipif(not (SHARED / "blimp").is_dir(), reason="BLiMP is not here")
 def test_blimp_as_published():
     items = read_items("blimp", SHARED / "blimp")
-    assert len(items) == 34000 and len({i.subset for i in items}) == 34
+    assert len(items) == 34000
+    assert len({item.subset for item in items}) == 34
     constant = score_items("blimp", items, np.zeros(68000))
-    assert (constant["accuracy"], constant["accuracy_official"], constant["ties"]) == (
-        0.5,
-        1.0,
-        34000,
-    )
+    assert constant["accuracy"] == 0.5
+    assert constant["accuracy_official"] == 1.0
+    assert constant["ties"] == 34000
     json.dumps(official_predictions("blimp", items[:10], np.zeros(20)), allow_nan=False)
