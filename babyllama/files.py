@@ -1,4 +1,7 @@
-"""Read and write files safely: atomic writes, hashes, locks, and the environment that a result came from."""
+"""Read and write files safely.
+
+Atomic writes, hashes, a lock on a folder, and the environment that a result came from.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+import filelock
 
 ROOT = Path(__file__).resolve().parent.parent  # of the project
+LOCK_FILE = ".lock"  # in a folder that a process is writing to; see exclusive_folder
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def default_cache_dir() -> Path:
+    """Return $BABYLLAMA_CACHE, or data/cache in the project."""
+    return Path(os.environ.get("BABYLLAMA_CACHE") or ROOT / "data" / "cache")
+
+
+# ---- write --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and move it to `path` when the block ends without an error.
+    """Yield a temporary path beside `path`, and move it to `path` if the block succeeds.
 
     The block creates a file or a directory there. An existing file or directory at `path` is
     replaced; if the block fails, what was written is deleted and `path` stays as it was.
@@ -58,117 +61,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
-    """Raise ValueError if `path` exists and is not the script's own earlier output.
-
-    The one policy for existing output: a script replaces what it wrote itself and nothing else.
-    """
-    if path.exists() and not is_ours:
-        raise ValueError(f"{path} exists and was not written by this script; {remedy}")
-
-
-def check_results_file(file: Path, flag: str) -> None:
-    """Make the folder of a file of results; ValueError, before any work, where it cannot be written there.
-
-    What stands there already is replaced only if it is a file of results.
-    """
-    if file.exists() and not _holds_results(file):
-        raise ValueError(
-            f"{file}: is there already and holds no results; name another file with {flag}"
-        )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be written ({error.strerror}); name another file with {flag}"
-        ) from None
-
-
-def _holds_results(file: Path) -> bool:
-    try:
-        return file.is_file() and (
-            not file.stat().st_size or "results" in json.loads(file.read_bytes())
-        )
-    except (ValueError, TypeError):
-        return False
-
-
-def is_model(folder: str | Path) -> bool:
-    """Whether a directory holds a model that can be loaded: a config.json and weights."""
-    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """One hash of a model's weights and config.json."""
-    files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
-# ---- where a figure comes from ------------------------------------------------------------------
-
-
-def describe_environment(device: str | None = None) -> dict[str, str | None]:
-    """Versions, machine (what `device` stands for in inference.pick_device) and git commit, for a file of results."""
-    import torch
-
-    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
-    try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-    except OSError:  # no git here
-        git = ""
-    asked = str(device or "auto")
-    on_gpu = torch.cuda.is_available() and asked.startswith(("auto", "cuda"))
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(asked.replace("auto", "cuda"))
-        if on_gpu
-        else f"CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}",
-        "git_hash": git or None,
-    }
-
-
-@contextlib.contextmanager
-def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
-    """Make a folder and hold it while the block runs; ValueError, with the `remedy`, where another process holds it.
-
-    What it made goes again if it stayed empty. The lock is one of the system on the directory itself: no file tells of
-    it, and it ends with the process, however that ends. Where there are no such locks, nothing is kept apart.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(place)
-        raise ValueError(
-            f"{folder}: another process is writing there; wait for its end, or {remedy}"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        with contextlib.suppress(OSError):
-            fcntl.flock(
-                place, fcntl.LOCK_UN
-            )  # a process that was forked meanwhile may have it open as well
-        os.close(place)
-
-
 def nan_to_null(value: Any, name: str, undefined: list[str]) -> Any:
-    """The value with None for NaN and infinity, whose names go into `undefined`: what strict JSON can hold."""
+    """Return the value with None for NaN and infinity, which strict JSON cannot hold.
+
+    The dotted names of the replaced numbers, below `name`, are appended to `undefined`.
+    """
     if isinstance(value, dict):
         return {
             key: nan_to_null(item, f"{name}.{key}" if name else key, undefined)
@@ -183,6 +80,111 @@ def nan_to_null(value: Any, name: str, undefined: list[str]) -> Any:
     return value
 
 
-def default_cache_dir() -> Path:
-    """$BABYLLAMA_CACHE, or data/cache beside this file."""
-    return Path(os.environ.get("BABYLLAMA_CACHE") or ROOT / "data" / "cache")
+# ---- existing outputs ---------------------------------------------------------------------------
+
+
+def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
+    """Raise ValueError if `path` exists and is not the script's own earlier output.
+
+    The one policy for existing output: a script replaces what it wrote itself and nothing else.
+    """
+    if path.exists() and not is_ours:
+        raise ValueError(f"{path} exists and was not written by this script; {remedy}")
+
+
+def check_results_file(file: Path, flag: str) -> None:
+    """Create the folder of a results file; raise ValueError if the file cannot be written."""
+    remedy = f"name another file with {flag}"
+    check_replaceable(file, holds_results(file), remedy)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({error.strerror}); {remedy}") from None
+
+
+def holds_results(file: Path) -> bool:
+    """Return True for an empty file and for a JSON object with the key "results"."""
+    try:
+        content = file.read_bytes()
+        return not content or "results" in json.loads(content)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
+    """Create a folder and keep other processes from writing to it while the block runs.
+
+    Raise ValueError with the `remedy` if another process has locked it. The lock is a hidden file
+    in the folder. It is deleted at the end, and so is a folder that was created here and stayed
+    empty. If the process dies, the system releases the lock; the file remains but blocks nobody.
+    """
+    was_created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(
+            f"{folder}: another process is writing there; wait until it ends, or {remedy}"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes it on release instead
+            (folder / LOCK_FILE).unlink()
+        lock.release()
+        if was_created:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+# ---- where a result comes from ------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_model(folder: str | Path) -> bool:
+    """Return True if a directory holds a model that can be loaded: a config.json and weights."""
+    return Path(folder, "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """Return one hash of a model's config.json and weights."""
+    files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def describe_environment(device: str | None = None) -> dict[str, str | None]:
+    """Return versions, machine and git commit, for a results file; `device` as in pick_device."""
+    import torch
+
+    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
+    name = str(device or "auto")
+    if torch.cuda.is_available() and name.startswith(("auto", "cuda")):
+        device_name = torch.cuda.get_device_name(name.replace("auto", "cuda"))
+    else:
+        threads = torch.get_num_threads()
+        device_name = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+        "platform": platform.platform(),
+        "device": device_name,
+        "git_hash": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the project, or None if git or the repository is missing."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() or None

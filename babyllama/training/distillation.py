@@ -44,7 +44,7 @@ from babyllama.training.loss import (
     next_token_nll,
     slice_nll,
 )
-from babyllama.training.run_dir import require_teacher
+from babyllama.training.run_dir import check_teacher_exists
 from babyllama.training.trainer import LMTrainer, collate_chunks
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -238,7 +238,7 @@ def identify(config: dict, data_key: str) -> list[dict[str, str]]:
             if same and {**facts, "teachers": []} == wanted:
                 found[tuple(teachers.values())] = teachers
         if len(found) != 1:
-            require_teacher(gone[0])
+            check_teacher_exists(gone[0])
         (known,) = found.values()
     return [{"path": path, "sha256": known[path]} for path in paths]
 
@@ -479,7 +479,7 @@ def check_teachers(config: dict, tokenizer) -> None:
     for path in section["teachers"]:
         if section["cache"] == "top_k" and not is_model(path):
             continue
-        require_teacher(path)
+        check_teacher_exists(path)
         if not Path(path, "tokenizer.json").is_file():
             raise FileNotFoundError(
                 f"teacher {path}: has no tokenizer.json, so its vocabulary cannot be compared"

@@ -1,41 +1,59 @@
-"""What a run directory holds: checkpoints that can be trusted, the marks of a finished run, versions, the model card.
+"""Know what a run directory holds and which checkpoint to resume from.
 
-It knows file names and formats only: nothing here trains, scores or imports torch at import. The layout:
+Handles file names and formats only: nothing here trains, scores or imports torch. The layout:
 
-    models/<name>/  config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
-                    training_config.yaml  data_report.json  metrics.jsonl  training_metrics.json
-                    training_curves.png  README.md  checkpoint-<step>/  compliance.json  chck_<N>M/
+    models/<name>/
+        training_config.yaml  data_report.json             before step 0: what is trained
+        metrics.jsonl  checkpoint-<step>/  chck_<N>M/      during training
+        config.json  generation_config.json  model.safetensors         at the end: the model,
+        tokenizer.json  tokenizer_config.json                          its tokenizer
+        training_metrics.json  training_curves.png  README.md          and its results
+        compliance.json                                    with a babylm section
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
+import re
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from babyllama.files import ROOT, is_model, sha256, write_json, write_text
+from babyllama.files import (
+    LOCK_FILE,
+    ROOT,
+    check_replaceable,
+    is_model,
+    sha256,
+    write_json,
+    write_text,
+)
 
 log = logging.getLogger(__name__)
-MANIFEST = "complete.json"
-CONFIG_FILE, DATA_REPORT_FILE, LOG_FILE, METRICS_FILE = (
-    "training_config.yaml",
-    "data_report.json",
-    "metrics.jsonl",
-    "training_metrics.json",
-)
+
+CONFIG_FILE = "training_config.yaml"
+DATA_REPORT_FILE = "data_report.json"
+LOG_FILE = "metrics.jsonl"
+METRICS_FILE = "training_metrics.json"
 COMPLIANCE_FILE = "compliance.json"
+MANIFEST = "complete.json"  # of a checkpoint: the size and hash of its files
 MILLION = 1_000_000  # words, the unit in the names of BabyLM's checkpoints
+
+# What a run writes at its end.
 RESULTS = (
-    METRICS_FILE, COMPLIANCE_FILE, "model.safetensors", "config.json", "generation_config.json", "README.md",
+    METRICS_FILE,
+    COMPLIANCE_FILE,
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "README.md",
     "training_curves.png",
-)  # fmt: skip
+)
+# What evaluate.py and benchmark.py write beside it.
 MEASURED = (
     "evaluation_results.json",
     "evaluation_plots.png",
@@ -43,46 +61,57 @@ MEASURED = (
     "benchmark.html",
     "benchmark.png",
 )
-FREE_ON_RESUME = {  # keys that may change when a run is taken up again: they do not touch what was trained so far
-    "training.num_epochs", "training.max_steps", "training.logging_steps", "training.dataloader_num_workers",
-    "training.save_steps", "training.eval_steps", "training.cuda_graphs", "logging.wandb", "logging.project",
+# Keys that may change when a run is resumed: they do not affect what was trained so far.
+FREE_ON_RESUME = {
+    "training.num_epochs",
+    "training.max_steps",
+    "training.logging_steps",
+    "training.dataloader_num_workers",
+    "training.save_steps",
+    "training.eval_steps",
+    "training.cuda_graphs",
+    "logging.wandb",
+    "logging.project",
     "logging.output_dir",
-}  # fmt: skip
+}
+RETRAIN = "retrain with --overwrite or another --model_name"
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
 
 
 def make_weights_readable(folder: Path) -> None:
-    """Weights get the permissions of the other files: safetensors lets nobody but their owner read them."""
-    if (folder / "config.json").is_file():
+    """Give weights the permissions of config.json; safetensors lets only their owner read them."""
+    config = folder / "config.json"
+    if config.is_file():
         for file in folder.glob("*.safetensors"):
-            file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+            file.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Write complete.json (size and sha256 of every file) as the last act of saving; drop the pickled arguments."""
+    """Write the manifest as the last step of saving; delete Trainer's pickled arguments."""
     make_weights_readable(folder)
-    for name in (
-        "training_args.bin",
-        MANIFEST,
-    ):  # the manifest of a checkpoint that was saved here before
+    for name in ("training_args.bin", MANIFEST):  # the old manifest of a step that is saved again
         (folder / name).unlink(missing_ok=True)
     files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
-        for p in sorted(folder.iterdir())
-        if p.is_file()
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file()
     }
     write_json(folder / MANIFEST, {"files": files})
 
 
 def checkpoint_error(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: a missing manifest, a missing or changed file."""
-    if not (folder / MANIFEST).is_file():
-        return f"it was not saved to its end (no {MANIFEST})"
+    """Return what is wrong with a checkpoint (no manifest, a missing or changed file), or None."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"saving it did not finish (no {MANIFEST})"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        facts = [(folder / name, about["bytes"], about["sha256"]) for name, about in files.items()]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = [(folder / name, file["bytes"], file["sha256"]) for name, file in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    for path, size, digest in facts:
+    for path, size, digest in expected:
         if not path.is_file():
             return f"{path.name} is missing"
         if path.stat().st_size != size or sha256(path) != digest:
@@ -90,254 +119,220 @@ def checkpoint_error(folder: Path) -> str | None:
     return None
 
 
+def _numbered_folders(run_dir: Path, pattern: str) -> list[Path]:
+    """Return the folders in `run_dir` whose name matches the pattern, sorted by its number."""
+    folders = {}
+    for path in run_dir.glob("*"):
+        match = re.fullmatch(pattern, path.name)
+        if match and path.is_dir():
+            folders[int(match[1])] = path
+    return [folders[number] for number in sorted(folders)]
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint-<step> directories of a run, newest step first."""
-    found = [
-        p
-        for p in run_dir.glob("checkpoint-*")
-        if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=checkpoint_step, reverse=True)
+    """Return the checkpoint-<step> directories of a run, newest first."""
+    return _numbered_folders(run_dir, r"checkpoint-(\d+)")[::-1]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step of a checkpoint-<step> directory."""
+    """Return the step of a checkpoint-<step> directory."""
     return int(checkpoint.resolve().name.removeprefix("checkpoint-"))
 
 
+def milestones(run_dir: Path) -> list[Path]:
+    """Return the chck_<N>M directories of a run, fewest words first."""
+    return _numbered_folders(run_dir, r"chck_(\d+)M")
+
+
 def milestone_name(words: int) -> str:
-    """The name of BabyLM's checkpoint at so many words seen, whole millions."""
+    """Return the name of BabyLM's checkpoint after this many words, rounded down to millions."""
     return f"chck_{words // MILLION}M"
 
 
-def milestones(run_dir: Path) -> list[Path]:
-    """The chck_<N>M directories of a run, fewest words first."""
-    found = {
-        int(p.name[5:-1]): p
-        for p in run_dir.glob("chck_*M")
-        if p.is_dir() and p.name[5:-1].isdigit()
-    }
-    return [found[millions] for millions in sorted(found)]
+def find_checkpoint(name: str, run_dir: Path) -> Path:
+    """Return the checkpoint that a path, or the word latest, refers to.
 
-
-def find_checkpoint(which: str, run_dir: Path) -> Path:
-    """The checkpoint that `latest` or a path stands for; ValueError or FileNotFoundError where none is whole."""
-    if which == "latest":
+    `latest` is the newest intact checkpoint of the run. Raise FileNotFoundError if there is none,
+    and ValueError for a path to a damaged one.
+    """
+    if name == "latest":
         for folder in checkpoints(run_dir):
-            if not (problem := checkpoint_error(folder)):
+            error = checkpoint_error(folder)
+            if not error:
                 return folder
-            log.warning("%s: passed over: %s", folder, problem)
+            log.warning("%s: ignored: %s", folder, error)
         raise FileNotFoundError(
-            f"{run_dir}: no whole checkpoint to resume from; run without --resume_from_checkpoint"
+            f"{run_dir}: no complete checkpoint; run without --resume_from_checkpoint"
         )
-    folder = Path(which)
+    folder = Path(name)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such checkpoint; give its directory or the word latest"
-        )
-    if found := checkpoints(folder):
+        raise FileNotFoundError(f"{folder}: no such checkpoint; give its directory or latest")
+    inside = checkpoints(folder)
+    if inside:
         raise ValueError(
-            f"{folder}: is a run, not a checkpoint; give one of its own, such as {found[0]}, or latest"
+            f"{folder} is a run directory, not a checkpoint; give one of its checkpoints, "
+            f"such as {inside[0]}, or latest"
         )
-    if problem := checkpoint_error(folder):
-        raise ValueError(f"{folder}: cannot resume from it: {problem}")
+    error = checkpoint_error(folder)
+    if error:
+        raise ValueError(f"{folder}: cannot resume from it: {error}")
     return folder
 
 
-# ---- whose directory it is ----------------------------------------------------------------------
+# ---- which run is in the directory --------------------------------------------------------------
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict:
-    """A file of a run; ValueError where it is damaged."""
+def _read_run_file(path: Path) -> dict:
+    """Read a YAML or JSON file of a run; raise ValueError if it is corrupted."""
     try:
-        value = parse(path.read_text(encoding="utf-8"))
-        sections = {CONFIG_FILE: value.values(), METRICS_FILE: [value.get("results")]}.get(
-            path.name, ()
-        )
-        if all(isinstance(part, dict) for part in sections):
-            return value
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        sections = {CONFIG_FILE: content.values(), METRICS_FILE: [content.get("results")]}
+        if all(isinstance(section, dict) for section in sections.get(path.name, ())):
+            return content
     except (ValueError, AttributeError, OSError, yaml.YAMLError):
         pass
-    raise ValueError(
-        f"{path}: is damaged; bring it back, or train anew with --overwrite or another --model_name"
-    )
+    raise ValueError(f"{path} is corrupted; restore it, or {RETRAIN}")
 
 
-def _flat(config: dict) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()
-    }
+def _flatten(config: dict) -> dict:
+    """Return {section.key: value} of a configuration."""
+    flat = {}
+    for section, keys in config.items():
+        flat |= {f"{section}.{key}": value for key, value in keys.items()}
+    return flat
 
 
 def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
-    """What differs between the run in run_dir and this configuration and text: {key: "key: was ..., is ..."}."""
-    old, new = _flat(_read(run_dir / CONFIG_FILE, yaml.safe_load)), _flat(config)
-    lines = {
-        k: f"{k}: was {old.get(k)!r}, is {new.get(k)!r}"
-        for k in old | new
-        if old.get(k) != new.get(k)
+    """Compare the run in `run_dir` with a configuration and a data report.
+
+    Return {key: "key: was ..., is ..."} for every difference.
+    """
+    old = _flatten(_read_run_file(run_dir / CONFIG_FILE))
+    new = _flatten(config)
+    old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
+    new_report = dict(report)
+    old["processes"] = old_report.pop("processes", 1)
+    new["processes"] = new_report.pop("processes", 1)
+    changes = {
+        key: f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in old | new
+        if old.get(key) != new.get(key)
     }
-    old_report, report = _read(run_dir / DATA_REPORT_FILE, json.loads), dict(report)
-    was, now = (r.pop("processes", 1) for r in (old_report, report))
-    if was != now:
-        lines["processes"] = f"processes: was {was}, is {now}"
-    if old_report != report:
-        what = (
-            "the text, the tokenizer or a teacher"
-            if "distillation" in config
-            else "the text or the tokenizer"
-        )
-        lines["data"] = f"data: {what} has changed since ({DATA_REPORT_FILE})"
-    return lines
+    if old_report != new_report:
+        inputs = "the text, the tokenizer or a teacher"
+        if "distillation" not in config:
+            inputs = "the text or the tokenizer"
+        changes["data"] = f"data: {inputs} has changed ({DATA_REPORT_FILE})"
+    return changes
 
 
 def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
-    """The metrics of a finished run of this very configuration on this very text, else None."""
+    """Return the metrics of a finished run of this configuration on this text, or None."""
     if not (run_dir / METRICS_FILE).is_file() or config_diff(run_dir, config, report):
         return None
-    return _read(run_dir / METRICS_FILE, json.loads)
+    return _read_run_file(run_dir / METRICS_FILE)
 
 
 def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
-    """ValueError where a run's directory holds files of something else, or a teacher, which the run would replace."""
+    """Raise ValueError if the run would replace a teacher, or files that no run wrote."""
     for teacher in teachers:
         if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
-            raise ValueError(f"{teacher}: a teacher (distillation.teachers) in the run's own directory {run_dir}, "
-                             "whose files this run would replace; choose another --model_name")  # fmt: skip
-    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{run_dir}: holds files, but no run of train.py; choose another --model_name"
-        )
+            raise ValueError(
+                f"{teacher}: this teacher (distillation.teachers) is in the run's output directory "
+                f"{run_dir}, whose files the run replaces; choose another --model_name"
+            )
+    is_run = (run_dir / CONFIG_FILE).is_file()
+    is_empty = not any(path.name != LOCK_FILE for path in run_dir.glob("*"))
+    check_replaceable(run_dir, is_run or is_empty, "choose another --model_name")
 
 
 def resolve_checkpoint(
     run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool
 ) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run; ValueError where something would be lost or mixed."""
+    """Return the checkpoint to resume from, or None for a new run.
+
+    Raise ValueError if that would mix two different runs, or replace one without --overwrite.
+    """
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
         if checkpoint.parent.resolve() != run_dir.resolve():
-            raise ValueError(f"{checkpoint}: is not of this run, which is in {run_dir}")
-        changed = config_diff(checkpoint.parent, config, report)
-        if bad := [line for key, line in changed.items() if key not in FREE_ON_RESUME]:
-            remedy = (
-                "resume with what it was, or train anew with --overwrite or another --model_name"
+            raise ValueError(f"{checkpoint} does not belong to this run, which is in {run_dir}")
+        changes = config_diff(run_dir, config, report)
+        blocking = [line for key, line in changes.items() if key not in FREE_ON_RESUME]
+        if blocking:
+            raise ValueError(
+                f"{checkpoint} belongs to a different run ({', '.join(blocking)}); "
+                f"resume with the old values, or {RETRAIN}"
             )
-            raise ValueError(f"{checkpoint}: belongs to another run ({', '.join(bad)}); {remedy}")
         return checkpoint
+
     saved = checkpoints(run_dir)
-    if (
-        saved or milestones(run_dir) or any((run_dir / name).exists() for name in RESULTS)
-    ) and not overwrite:
-        changed = config_diff(run_dir, config, report)
-        state = ", ".join(changed.values()) or "the same configuration, not finished"
-        goes_on = bool(saved) and changed.keys() <= FREE_ON_RESUME
-        raise ValueError(
-            f"{run_dir}: holds another run ({state}); add "
-            + "--resume_from_checkpoint latest to go on with it, " * goes_on
-            + "--overwrite to replace it, or choose another --model_name"
-        )
-    return None
+    has_results = any((run_dir / name).exists() for name in RESULTS)
+    if overwrite or not (saved or milestones(run_dir) or has_results):
+        return None
+    changes = config_diff(run_dir, config, report)
+    state = ", ".join(changes.values()) or "same configuration, not finished"
+    remedies = ["--overwrite to replace it", "or choose another --model_name"]
+    if saved and changes.keys() <= FREE_ON_RESUME:
+        remedies.insert(0, "--resume_from_checkpoint latest to resume it")
+    raise ValueError(f"{run_dir} holds another run ({state}); add {', '.join(remedies)}")
 
 
 def check_checkpoint_step(checkpoint: Path | None, steps: int) -> None:
-    """ValueError where a checkpoint has gone further than the run is to go."""
+    """Raise ValueError if a checkpoint has been trained for more steps than the run has."""
     if checkpoint and checkpoint_step(checkpoint) > steps:
-        remedy = "ask for more, or train anew with --overwrite or another --model_name"
-        raise ValueError(f"{checkpoint}: is past the {steps} steps that are asked for; {remedy}")
+        raise ValueError(
+            f"{checkpoint} is past the last step of this run, {steps}; train for more, or {RETRAIN}"
+        )
 
 
 def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:
-    """Write what the run is before its first step; an older run's results go, and its checkpoints.
+    """Record what the run is, before its first step, and delete the results of an earlier run.
 
-    Of a run that goes on from a `checkpoint` only the later ones go: what follows them is another course.
+    A resumed run keeps its milestones and the checkpoints up to `checkpoint`; later checkpoints are
+    deleted, because the resumed run may differ from here on.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (*RESULTS, *MEASURED):  # of weights that are no longer here
+    for name in (*RESULTS, *MEASURED):
         (run_dir / name).unlink(missing_ok=True)
-    gone = [*checkpoints(run_dir), *milestones(run_dir)]
-    if checkpoint is not None:
-        gone = [p for p in checkpoints(run_dir) if checkpoint_step(p) > checkpoint_step(checkpoint)]
-    for folder in gone:
+    if checkpoint is None:
+        outdated = [*checkpoints(run_dir), *milestones(run_dir)]
+    else:
+        step = checkpoint_step(checkpoint)
+        outdated = [folder for folder in checkpoints(run_dir) if checkpoint_step(folder) > step]
+    for folder in outdated:
         shutil.rmtree(folder)
     write_json(run_dir / DATA_REPORT_FILE, report)
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
+# ---- other models -------------------------------------------------------------------------------
+
+
 def training_scores(folder: str | Path) -> dict[str, float | None] | None:
-    """What a run of train.py found on its held-out text, and how many words it read; None where that cannot be read."""
+    """Return the held-out scores and words of a finished run, or None if it has none."""
     try:
         results = json.loads(Path(folder, METRICS_FILE).read_text(encoding="utf-8"))["results"]
-        found = {
-            key: float(results[key])
-            for key in ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+        return {
+            "eval_loss": float(results["eval_loss"]),
+            "eval_perplexity": float(results["eval_perplexity"]),
+            "eval_bits_per_byte": float(results["eval_bits_per_byte"]),
+            "floor_bits_per_byte": results.get("floor_bits_per_byte"),
+            "words_trained": results.get("words_trained"),
         }
-        return found | {key: results.get(key) for key in ("floor_bits_per_byte", "words_trained")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def require_teacher(folder: str) -> None:
-    """FileNotFoundError where no trained model is in folder; names the command that trains one, if a config has it."""
-    if not is_model(folder):
-        config = Path("config", f"{Path(folder).name}.yaml")
-        shipped = (ROOT / config).is_file()
-        remedy = (
-            f"python train.py --config {config}"
-            if shipped
-            else "it needs config.json and .safetensors weights"
-        )
-        raise FileNotFoundError(
-            f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}"
-        )
-
-
-def model_card(metrics: dict) -> str:
-    """README.md of a run directory: metadata for model hubs, the measured scores, and how the model came about."""
-    from jinja2 import Template
-
-    config, results = metrics["config"], metrics["results"]
-    scores = [
-        {"type": key, "value": round(results[f"eval_{key}"], 4)}
-        for key in ("loss", "perplexity", "bits_per_byte")
-    ]
-    dataset = {"type": "text", "name": config["data"]["eval_path"]}
-    measured = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": scores}]
-    track = [metrics["babylm"]["track"]] if metrics["babylm"] else []
-    header = {
-        "language": "en",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],
-        "model-index": [{"name": config["model"]["name"], "results": measured}],
-    }
-    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    return Template(template, keep_trailing_newline=True).render(
-        **metrics, header=yaml.safe_dump(header, sort_keys=False).strip()
+def check_teacher_exists(folder: str) -> None:
+    """Raise FileNotFoundError, with the command that trains it, if a teacher is missing."""
+    if is_model(folder):
+        return
+    config = Path("config", f"{Path(folder).name}.yaml")
+    remedy = "it needs config.json and .safetensors weights"
+    if (ROOT / config).is_file():
+        remedy = f"python train.py --config {config}"
+    raise FileNotFoundError(
+        f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}"
     )
-
-
-# ---- what a run says of itself -------------------------------------------------------------------
-
-
-def print_summary(run_dir: Path, metrics: dict) -> None:
-    """What a finished run came to, on stdout."""
-    results = metrics["results"]
-    print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
-    print(f"perplexity        {results['eval_perplexity']:.2f} per token")
-    floor = results["floor_bits_per_byte"]
-    known = (
-        f" (no model pays less than {floor:.4f} on average over texts of this grammar)"
-        if floor
-        else ""
-    )
-    print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{known}")
-    if results.get("steps", math.inf) < metrics["plan"]["steps"]:  # not in files of before
-        print(f"stopped early     after step {results['steps_run']:,} of {metrics['plan']['steps']:,}; "
-              f"the weights of step {results['steps']:,} are kept")  # fmt: skip
-    print(
-        f"tokens per second {results['tokens_per_second']:,.0f} ({metrics['environment']['device']})"
-    )
-    for number, sample in enumerate(metrics["samples"], 1):
-        print(f"sample {number}          {sample!r}")
-    print(f"model, metrics, curves and card: {run_dir}/ (begin with {run_dir / 'README.md'})")

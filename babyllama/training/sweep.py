@@ -1,294 +1,334 @@
-"""A sweep: one training after the other for every combination of some values, then one table and one plot.
+"""Train every combination of some values, one run after the other, and compare the runs.
 
     # sweep.yaml
     training.lr: [3e-4, 1e-3]
     model.n_layer: [4, 8]
 
-`python train.py --config C --sweep sweep.yaml` calls run_sweep. Each combination is a run of its own in
-<output_dir>/<model.name>-sweep/, named by its values; called again, finished runs are shown, interrupted ones go on.
-How a configuration is read and a run is made comes from train.py, as functions.
+`python train.py --config C --sweep sweep.yaml` starts train.py once for each combination. The runs
+go into <output_dir>/<model.name>-sweep/ and are named by their values. The same command, started
+again, shows the finished runs and resumes the interrupted one.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import logging
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from babyllama.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import ConfigError, read_yaml_file
-from babyllama.files import describe_environment, write_json, write_text
+from babyllama.files import ROOT, write_json, write_text
+from babyllama.plots import plot_sweep
 from babyllama.training import distributed
 from babyllama.training.run_dir import METRICS_FILE, checkpoint_error, checkpoints, milestones
 
-COLUMNS = {  # in training_metrics.json -> (heading of the table, format)
+COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
     "eval_loss": ("held-out loss", ".4f"),
     "eval_bits_per_byte": ("bits per byte", ".4f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
-RESULTS, TABLE, PLOT = "sweep.json", "sweep.txt", "sweep.png"
+RESULTS = "sweep.json"
+TABLE = "sweep.txt"
+PLOT = "sweep.png"
 
 
 # ---- the grid -----------------------------------------------------------------------------------
 
 
-def read_grid(path: str) -> dict[str, list]:
-    """{section.key: values} of a sweep file; ConfigError lists what is wrong with its form.
+@dataclass
+class Point:
+    """One combination of values and the run that trains it."""
 
-    Whether a key exists and takes its values is found out when the configurations are checked.
+    values: dict[str, Any]
+    run_dir: Path
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={format_value(value)}" for key, value in self.values.items())
+
+    def assignments(self) -> list[str]:
+        """Return the values of --set for this run."""
+        values = {
+            **self.values,
+            "model.name": self.run_dir.name,
+            "logging.output_dir": str(self.run_dir.parent),
+        }
+        return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+
+
+def read_grid(path: str) -> dict[str, list]:
+    """Read {section.key: values} from a sweep file; raise ConfigError with all errors of form.
+
+    check_points finds keys that do not exist and values that are not allowed.
     """
     raw = read_yaml_file(path)
     if not isinstance(raw, dict) or not raw:
-        raise ConfigError(["not a sweep; it holds lines such as training.lr: [3e-4, 1e-3]"], path)
+        raise ConfigError(["not a sweep; write lines such as training.lr: [3e-4, 1e-3]"], path)
     problems = []
     for key, values in raw.items():
         if not isinstance(values, list) or not values:
             problems.append(f"{key}: {values!r} is not a list of values, such as [3e-4, 1e-3]")
         elif len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
-            problems.append(f"{key}: a value stands twice in {values}")
+            problems.append(f"{key}: a value appears twice in {values}")
         elif key in ("model.name", "logging.output_dir"):
-            problems.append(f"{key}: cannot be swept over: the sweep names its runs itself")
+            problems.append(f"{key}: cannot be swept; the sweep names its runs itself")
         elif not re.fullmatch(r"[a-z_]+\.[a-z_0-9]+", key):
-            problems.append(f"{key}: is not of the form section.key, such as training.lr")
+            problems.append(f"{key}: not of the form section.key, such as training.lr")
     if problems:
         raise ConfigError(problems, path)
     return raw
 
 
-def points_of(grid: dict[str, list]) -> list[dict[str, Any]]:
-    """Every combination of the values: the last key changes fastest."""
+def combinations(grid: dict[str, list]) -> list[dict[str, Any]]:
+    """Return every combination of the values; the last key changes fastest."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def text_of(value: Any) -> str:
-    """A value as people write it: 0.0003, true, null, and texts as they are."""
+def format_value(value: Any) -> str:
+    """Format a value as people write it: 0.0003, true, null, and text unchanged."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def name_of(base: str, point: dict[str, Any]) -> str:
-    """The name of a run: that of the model, then key and value, as in llama-10M-lr0.001-n_layer4."""
-    parts = [f"{key.split('.')[1]}{text_of(value)}" for key, value in point.items()]
+def run_name(base: str, values: dict[str, Any]) -> str:
+    """Return a name such as llama-10M-lr0.001-n_layer4."""
+    parts = [f"{key.split('.')[1]}{format_value(value)}" for key, value in values.items()]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([base, *parts])).rstrip("-")
 
 
-def point_text(point: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={text_of(value)}" for key, value in point.items())
+def plan_points(path: str, grid: dict[str, list], base_config: dict) -> list[Point]:
+    """Return the points of a grid; raise ConfigError if two runs would have the same name."""
+    base = base_config["model"]["name"]
+    folder = Path(base_config["logging"]["output_dir"]) / f"{base}-sweep"
+    points = [Point(values, folder / run_name(base, values)) for values in combinations(grid)]
+    names = [point.run_dir.name for point in points]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ConfigError([f"several runs would be named {name}" for name in duplicates], path)
+    return points
+
+
+def check_points(args: argparse.Namespace, points: list[Point], load: Callable) -> None:
+    """Check every configuration and raise one ConfigError with all problems.
+
+    A problem that all points share is listed once, any other one with the first point that has it.
+    """
+    problems: dict[str, list[Point]] = {}
+    for point in points:
+        assignments = [*(args.set or ()), *point.assignments()]
+        try:
+            load(argparse.Namespace(**{**vars(args), "set": assignments}))
+        except (ValueError, OSError) as error:
+            for line in getattr(error, "problems", [str(error)]):
+                problems.setdefault(line, []).append(point)
+    lines = [
+        line if len(affected) == len(points) else f"{affected[0]}: {line}"
+        for line, affected in problems.items()
+    ]
+    if lines:
+        raise ConfigError(lines, args.sweep)
 
 
 # ---- the runs -----------------------------------------------------------------------------------
 
 
-def variant(
-    args: argparse.Namespace, point: dict[str, Any], name: str, folder: Path
-) -> argparse.Namespace:
-    """The command line of one run of the sweep."""
-    values = {**point, "model.name": name, "logging.output_dir": str(folder)}
-    assignments = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()
-    ]
-    return argparse.Namespace(
-        **{**vars(args), "set": [*(args.set or ()), *assignments], "sweep": None}
-    )
+def train_command(argv: list[str], point: Point, overwrite: bool) -> list[str]:
+    """Return the command that trains a point: the flags of the sweep and the point's values."""
+    sweep_flag = argparse.ArgumentParser(add_help=False)
+    sweep_flag.add_argument("--sweep")
+    _, flags = sweep_flag.parse_known_args(argv)
+    for assignment in point.assignments():
+        flags += ["--set", assignment]
+    if not overwrite:
+        flags += resume_flags(point.run_dir)
+    return [sys.executable, str(ROOT / "train.py"), *flags]
 
 
-def continued(args: argparse.Namespace, run_dir: Path) -> argparse.Namespace:
-    """The same command line for a run that may have been begun before: from its checkpoint, or anew without one."""
-    found = checkpoints(run_dir)
-    if args.overwrite or (run_dir / METRICS_FILE).is_file() or not (found or milestones(run_dir)):
-        return args
-    whole = any(not checkpoint_error(folder) for folder in found)
-    how = {"resume_from_checkpoint": "latest"} if whole else {"overwrite": True}
-    return argparse.Namespace(**{**vars(args), **how})
+def resume_flags(run_dir: Path) -> list[str]:
+    """Return the flags that resume an interrupted run, or restart it if no checkpoint is intact."""
+    saved = checkpoints(run_dir)
+    is_interrupted = not (run_dir / METRICS_FILE).is_file() and (saved or milestones(run_dir))
+    if not is_interrupted:
+        return []
+    if any(checkpoint_error(folder) is None for folder in saved):
+        return ["--resume_from_checkpoint", "latest"]
+    return ["--overwrite"]
 
 
-def quietly(load: Callable, args: argparse.Namespace) -> dict:
-    """load(args) without its warnings, which each run will say for itself."""
-    logging.disable(logging.WARNING)
+def train_point(command: list[str]) -> str | None:
+    """Run train.py to its end; return its error, or None if it succeeded.
+
+    Its stderr is shown and searched for error lines. Raise KeyboardInterrupt if it was interrupted;
+    Ctrl-C reaches it directly, because a terminal signals both processes, SIGTERM is passed on.
+    """
+    sys.stdout.flush()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    received = []
+
+    def pass_on(number, frame) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # a background job ignores Ctrl-C
+            signal.signal(number, pass_on)
+    errors = []
+    line = ""
     try:
-        return load(args)
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            if line.startswith("error: "):
+                errors.append(line.removeprefix("error: ").strip())
+        code = process.wait()
     finally:
-        logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received or code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code == 0:
+        return None
+    return "\n".join(errors) or line.strip() or f"train.py ended with exit code {code}"
 
 
-def check_all(
-    path: str, variants: list[argparse.Namespace], points: list[dict], load: Callable
-) -> None:
-    """Read every configuration; one error with all problems of all, those that not all have with their values."""
-    found: dict[str, list[str]] = {}
-    for args, point in zip(variants, points, strict=True):
-        try:
-            quietly(load, args)
-        except (ValueError, OSError) as error:
-            for problem in getattr(error, "problems", [str(error)]):
-                found.setdefault(problem, []).append(point_text(point))
-    if found:
-        lines = [
-            f"{'' if len(where) == len(points) else where[0] + ': '}{line}"
-            for line, where in found.items()
-        ]
-        raise ConfigError(lines, path)
+def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
+    """Train every point of args.sweep; return 0, or 2 if a run failed.
 
-
-def free_memory() -> None:
-    """Give back what the last run held: models in cycles of references, compiled code, cached GPU memory, its wandb run
-    (else the next one would log into it)."""
-    import torch
-
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def run_sweep(args: argparse.Namespace, load: Callable, attempt: Callable) -> int:
-    """Train every combination of the values in args.sweep; the exit code, 2 if a run failed, 130 if interrupted.
-
-    `load(args)` returns a checked configuration or raises; `attempt(args)` trains: (exit code, error or None).
+    `argv` is the command line that `args` was parsed from. `load(args)` returns the checked
+    configuration of a command line or raises ValueError or OSError.
     """
     if distributed.world_size() > 1:
         raise ValueError(f"--sweep: runs in one process, not in {distributed.world_size()}")
-    grid = read_grid(args.sweep)
     if args.resume_from_checkpoint:
-        raise ValueError("--resume_from_checkpoint: a sweep goes on by itself: leave it out")
-    base = quietly(load, args)
-    folder = Path(base["logging"]["output_dir"]) / f"{base['model']['name']}-sweep"
-    points = points_of(grid)
-    names = [name_of(base["model"]["name"], point) for point in points]
-    if same := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(
-            [f"several runs would be named {name}" for name in sorted(same)], args.sweep
-        )
-    variants = [
-        variant(args, point, name, folder) for point, name in zip(points, names, strict=True)
-    ]
-    check_all(args.sweep, variants, points, load)
+        raise ValueError("--resume_from_checkpoint: leave it out, a sweep resumes its runs itself")
+    grid = read_grid(args.sweep)
+
+    # check everything before the first run; each run prints its warnings itself
+    logging.disable(logging.WARNING)
+    try:
+        points = plan_points(args.sweep, grid, load(args))
+        check_points(args, points, load)
+    finally:
+        logging.disable(logging.NOTSET)
+    folder = points[0].run_dir.parent
     print(f"sweep       {len(points)} runs in {folder}/")
     if args.dry_run:
-        print(
-            "\n".join(
-                f"  {name}: {point_text(point)}" for name, point in zip(names, points, strict=True)
-            )
-        )
+        for point in points:
+            print(f"  {point.run_dir.name}: {point}")
         return 0
-    rows, seconds = [], []
-    for number, (one, point, name) in enumerate(zip(variants, points, names, strict=True), 1):
-        print(
-            f"\nrun {number} of {len(points)}{time_left(seconds, len(points) - number + 1)}: {point_text(point)}"
-        )
-        started, fresh = time.perf_counter(), not (folder / name / METRICS_FILE).is_file()
-        code, error = attempt(continued(one, folder / name))
-        if error:
-            distributed.print_error(error)
-        free_memory()
-        if code == 130:
-            print(
-                f"{args.sweep}: interrupted in run {number} of {len(points)}; the same command goes on"
-            )
-            return code
-        if not code and fresh:
+
+    rows = []
+    seconds = []  # of the runs that were trained now
+    for number, point in enumerate(points, 1):
+        position = f"{number} of {len(points)}"
+        left = ""
+        if seconds:
+            mean = sum(seconds) / len(seconds)
+            left = f", about {duration(mean * (len(points) - number + 1))} left"
+        print(f"\nrun {position}{left}: {point}")
+
+        is_finished = (point.run_dir / METRICS_FILE).is_file()
+        started = time.perf_counter()
+        try:
+            error = train_point(train_command(argv, point, args.overwrite))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{args.sweep}: interrupted in run {position}; the same command continues"
+            ) from None
+        if error is None and not is_finished:
             seconds.append(time.perf_counter() - started)
-        rows.append(
-            {
-                "name": name,
-                "values": point,
-                **(measured(folder / name) if not code else {"error": str(error)}),
-            }
-        )
-        write(folder, grid, rows)
-    print("\n".join(["", table(grid, rows), *edges(grid, rows)]))
+        result = {"error": error} if error else read_results(point.run_dir)
+        rows.append({"name": point.run_dir.name, "values": point.values, **result})
+        write_sweep(folder, grid, rows)
+
+    print("\n".join(["", format_table(grid, rows), *edge_notes(grid, rows)]))
     print(f"table, figures and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
-    return 2 if any("error" in row for row in rows) else 0
+    return EXIT_BAD_INPUT if any("error" in row for row in rows) else 0
 
 
-def time_left(seconds: list[float], left: int) -> str:
-    """', about 12 min left' from the mean of the runs that were trained so far; nothing before the first."""
-    from babyllama.training.plan import duration
-
-    return f", about {duration(left * sum(seconds) / len(seconds))} left" if seconds else ""
+# ---- the results --------------------------------------------------------------------------------
 
 
-# ---- what came of it ----------------------------------------------------------------------------
+def read_results(run_dir: Path) -> dict[str, float]:
+    """Return the figures of a finished run that the table shows."""
+    metrics = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    return {key: metrics["results"][key] for key in COLUMNS}
 
 
-def measured(run_dir: Path) -> dict[str, float]:
-    """The figures of a finished run that the table shows."""
-    results = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))["results"]
-    return {key: results[key] for key in COLUMNS}
+def best_run(rows: list[dict]) -> str | None:
+    """Return the name of the run with the fewest bits per byte, which compare across tokenizers."""
+    finished = [row for row in rows if "error" not in row]
+    if not finished:
+        return None
+    return min(finished, key=lambda row: row["eval_bits_per_byte"])["name"]
 
 
-def best_of(rows: list[dict]) -> str | None:
-    """The name of the run with the fewest bits per byte, which compare between tokenizers too."""
-    done = [row for row in rows if "error" not in row]
-    return min(done, key=lambda row: row["eval_bits_per_byte"])["name"] if done else None
-
-
-def edges(grid: dict[str, list], rows: list[dict]) -> list[str]:
-    """A line for each key of which the best value is the smallest or the largest of three or more numbers."""
-    name, lines = best_of(rows), []
-    for key, values in grid.items() if name else ():
-        best = next(row["values"][key] for row in rows if row["name"] == name)
-        numbers = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in values
-        )
-        if (
-            numbers
-            and len(values) > 2
-            and best in (min(values), max(values))
-            and key != "training.seed"
-        ):
-            side = "smallest" if best == min(values) else "largest"
-            lines.append(
-                f"{key}: the {side} value, {text_of(best)}, came out best: beyond it may lie a better one"
-            )
+def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
+    """Return a line for each key whose best value is at the edge of three or more numbers."""
+    name = best_run(rows)
+    if name is None:
+        return []
+    best_values = next(row["values"] for row in rows if row["name"] == name)
+    lines = []
+    for key, values in grid.items():
+        is_numeric = all(type(value) in (int, float) for value in values)
+        if not is_numeric or len(values) < 3 or key == "training.seed":
+            continue
+        best = best_values[key]
+        for side, edge in (("smallest", min(values)), ("largest", max(values))):
+            if best == edge:
+                lines.append(
+                    f"{key}: the {side} value, {format_value(best)}, is the best; "
+                    "a value beyond it may be better"
+                )
     return lines
 
 
-def table(grid: dict[str, list], rows: list[dict]) -> str:
-    """A line for each run: its values, its figures or its error, and a mark on the best."""
-    lines = [
-        [*(key.split(".")[1] for key in grid), *(heading for heading, _ in COLUMNS.values()), ""]
-    ]
+def format_table(grid: dict[str, list], rows: list[dict]) -> str:
+    """Format a line for each run: its values, its figures or its error, and a mark on the best."""
+    best = best_run(rows)
+    keys = [key.split(".")[1] for key in grid]
+    headings = [heading for heading, _ in COLUMNS.values()]
+    lines = [[*keys, *headings, ""]]
     for row in rows:
-        values = [text_of(row["values"][key]) for key in grid]
+        values = [format_value(row["values"][key]) for key in grid]
         if "error" in row:
-            lines.append(
-                [*values, *["-"] * len(COLUMNS), f"failed: {row['error'].splitlines()[0]}"]
-            )
+            figures = ["-"] * len(COLUMNS)
+            note = f"failed: {row['error'].splitlines()[0]}"
         else:
             figures = [format(row[key], form) for key, (_, form) in COLUMNS.items()]
-            lines.append([*values, *figures, "best" if row["name"] == best_of(rows) else ""])
+            note = "best" if row["name"] == best else ""
+        lines.append([*values, *figures, note])
+
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [*(c.rjust(w) for c, w in zip(line[:-1], widths, strict=False)), line[-1]]
-        ).rstrip()
-        for line in lines
-    )
+    widths[-1] = 0  # the note is not aligned
+    padded = []
+    for cells in lines:
+        padded.append("  ".join(map(str.rjust, cells, widths)).rstrip())
+    return "\n".join(padded)
 
 
-def write(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
-    """sweep.json, sweep.txt and sweep.png of the runs so far."""
-    from babyllama.plots import plot_sweep
-
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "grid": grid,
-        "best": best_of(rows),
-        "runs": rows,
-        "environment": describe_environment(),
-    }
+def write_sweep(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
+    """Write sweep.json, sweep.txt and sweep.png for the runs so far."""
+    best = best_run(rows)
+    environment = None
+    if best:
+        metrics = json.loads((folder / best / METRICS_FILE).read_text(encoding="utf-8"))
+        environment = metrics["environment"]
+    document = {"grid": grid, "best": best, "runs": rows, "environment": environment}
     write_json(folder / RESULTS, document)
-    write_text(folder / TABLE, table(grid, rows) + "\n")
-    if best_of(rows):
-        plot_sweep(list(grid), rows, best_of(rows), folder / PLOT)
+    write_text(folder / TABLE, format_table(grid, rows) + "\n")
+    if best:
+        plot_sweep(list(grid), rows, best, folder / PLOT)

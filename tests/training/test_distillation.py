@@ -29,7 +29,7 @@ from babyllama.training.distillation import (
     write_cache,
 )
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.run_dir import require_teacher
+from babyllama.training.run_dir import check_teacher_exists
 from babyllama.training.trainer import evaluate_chunks, training_arguments
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -704,4 +704,4 @@ def test_the_shipped_recipe_is_the_published_one():
     assert section["reduction"] == "batchmean"
     for teacher in section["teachers"]:
         with pytest.raises(FileNotFoundError, match=f"config/{Path(teacher).name}.yaml"):
-            require_teacher(teacher + "")
+            check_teacher_exists(teacher + "")

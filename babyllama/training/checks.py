@@ -1,0 +1,73 @@
+"""Find what is wrong with a run before it starts: wrong flags, missing inputs, leaked text.
+
+Does not check the configuration itself (babyllama/config.py). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+from pathlib import Path
+
+from babyllama.training import distributed
+from babyllama.training.run_dir import check_output_dir, check_teacher_exists
+
+log = logging.getLogger(__name__)
+
+
+def check_inputs(config: dict) -> dict | None:
+    """Check that the texts, the tokenizer and the teachers exist, and BabyLM's word budget.
+
+    Raise FileNotFoundError, with the command that creates it, for what is missing. Return the word
+    budget of a babylm section; raise ValueError if the text is over it (babylm.check_budget).
+    """
+    data = config["data"]
+    tokenizer = data["tokenizer_path"]
+    for key in ("train_path", "eval_path"):
+        if not Path(data[key]).exists():
+            size = "100m" if config.get("babylm", {}).get("track") == "strict" else "10m"
+            raise FileNotFoundError(
+                f"{data[key]} not found (data.{key}): prepare the text first: "
+                f"python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
+                f"--output-dir {Path(data['train_path']).parent} --tokenizer-output {tokenizer}, "
+                "or python create_synthetic_data.py"
+            )
+    if not Path(tokenizer).exists():
+        raise FileNotFoundError(
+            f"{tokenizer} not found (data.tokenizer_path): train a tokenizer first: "
+            f"python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
+        )
+    distillation = config.get("distillation")
+    if distillation and distillation["cache"] == "none":  # a cache can replace its teachers
+        for teacher in distillation["teachers"]:
+            check_teacher_exists(teacher)
+    if "babylm" not in config:
+        return None
+    from babyllama.training.babylm import check_budget
+
+    return check_budget(config)
+
+
+def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None:
+    """Raise ValueError if this command line cannot be carried out in this directory."""
+    if args.overwrite and args.resume_from_checkpoint:
+        raise ValueError("--overwrite starts over, --resume_from_checkpoint continues; choose one")
+    check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
+    if config["logging"]["wandb"]:
+        from babyllama.training.callbacks import prepare_wandb
+
+        prepare_wandb(config)
+    if config["training"]["fsdp"]:
+        distributed.require_gpus()
+
+
+def warn_about_leaks(report: dict) -> None:
+    """Warn if a held-out file is a training file too: its scores would say little."""
+    empty = hashlib.sha256(b"").hexdigest()
+    train_files = {source["sha256"]: source["file"] for source in report["train"]["sources"]}
+    train_files.pop(empty, None)
+    for source in report["validation"]["sources"]:
+        if source["sha256"] in train_files:
+            train_file = train_files[source["sha256"]]
+            log.warning("%s: held-out text is training text too: %s", source["file"], train_file)
