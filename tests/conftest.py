@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -246,3 +247,40 @@ def config_file(tmp_path, tokenizer_file, corpus_dir, monkeypatch):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tokenizer_file, corpus_dir) -> tuple[Path, Path]:
+    """Return (config file, run directory) of a finished tiny run, which no test may change."""
+    import train
+
+    root = tmp_path_factory.mktemp("finished")
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(root, tokenizer_file, corpus_dir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        assert train.main(["--config", str(path)]) == 0
+    return path, root / "models" / "tiny"
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Return a copy of `finished` that a test may change."""
+    from babyllama.config import check_config, read_yaml_file
+
+    config_path, run_dir = finished
+    shutil.copytree(config_path.parent, tmp_path / "copy")
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "copy" / "cache"))
+    moved = tmp_path / "copy" / "models" / "tiny"
+    config = read_yaml_file(config_path)
+    config["logging"]["output_dir"] = str(moved.parent)
+    (tmp_path / "copy" / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (moved / "training_config.yaml").write_text(
+        yaml.safe_dump(check_config(config), sort_keys=False)
+    )
+    return tmp_path / "copy" / "tiny.yaml", moved
+
+
+def errors_of(capsys) -> list[str]:
+    """Return the lines on stderr that report an error."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -479,5 +479,5 @@ def test_what_cannot_be_written_is_said_before_the_work(run_dir, tmp_path, capsy
     before = (run_dir / "config.json").read_bytes()
     for there in (run_dir / "config.json", run_dir / "model.safetensors"):
         assert evaluate.main([str(run_dir), "--output-path", str(there)]) == 2
-        assert f"{there}: is there already and holds no results" in capsys.readouterr().err
+        assert f"{there} exists and was not written by this script" in capsys.readouterr().err
     assert (run_dir / "config.json").read_bytes() == before

@@ -116,7 +116,7 @@ def test_a_folder_where_another_process_prepares_is_left_alone(run, tmp_path, ca
     with exclusive_folder(tmp_path / "out", ""):
         assert run() == 2
     assert capsys.readouterr().err.endswith(
-        "out: another process is writing there; wait for its end, or give another --output-dir\n"
+        "out: another process is writing there; wait until it ends, or give another --output-dir\n"
     )
     assert not tree(tmp_path / "out")
     assert run() == 0

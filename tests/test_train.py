@@ -1,14 +1,11 @@
-"""From a YAML file to a run directory, with real tiny models: what is built, trained, saved, resumed and refused."""
+"""From a YAML file to a trained model, with real tiny models: what is built, trained and refused."""
 
-import gc
 import json
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,31 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, build_tiny_model, rows_of, timeless, tiny_config
+from conftest import ROOT, build_tiny_model, errors_of, tiny_config
 
 import create_synthetic_data
 import train
-from babyllama.config import check_config, read_yaml_file, unusual_values
-from babyllama.files import exclusive_folder, is_model
+from babyllama.cli import EXIT_INTERRUPTED
+from babyllama.config import check_config, unusual_values
 from babyllama.training.callbacks import RunLog
 from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.run_dir import (
-    CONFIG_FILE,
-    DATA_REPORT_FILE,
-    LOG_FILE,
-    MANIFEST,
-    MEASURED,
-    METRICS_FILE,
-    RESULTS,
-    checkpoint_error,
-    checkpoint_step,
-    checkpoints,
-    find_checkpoint,
-    resolve_checkpoint,
-    seal_checkpoint,
-    start_run_dir,
-)
+from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, checkpoints
 from babyllama.training.trainer import (
     LMTrainer,
     TrainingError,
@@ -65,32 +47,7 @@ class Words:
         return 16000
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tokenizer_file, corpus_dir) -> tuple[Path, Path]:
-    """(config file, run directory) of a finished tiny run; tests that change it copy it first."""
-    root = tmp_path_factory.mktemp("finished")
-    path = root / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_config(root, tokenizer_file, corpus_dir)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
-        assert train.main(["--config", str(path)]) == 0
-    return path, root / "models" / "tiny"
-
-
-@pytest.fixture
-def finished_copy(finished, tmp_path, monkeypatch) -> tuple[Path, Path]:
-    config_path, run_dir = finished
-    shutil.copytree(config_path.parent, tmp_path / "copy")
-    monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "copy" / "cache"))
-    moved = tmp_path / "copy" / "models" / "tiny"
-    config = read_yaml_file(config_path)
-    config["logging"]["output_dir"] = str(moved.parent)
-    (tmp_path / "copy" / "tiny.yaml").write_text(yaml.safe_dump(config))
-    (moved / CONFIG_FILE).write_text(yaml.safe_dump(check_config(config), sort_keys=False))
-    return tmp_path / "copy" / "tiny.yaml", moved
-
-
-# ---- models -------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -159,7 +116,7 @@ def test_create_model_uses_every_key(kind):
 
 @pytest.mark.parametrize("kind", ["GPT2", "GPTJ"])
 @pytest.mark.parametrize("key", [None, "resid_pdrop", "embd_pdrop", "attn_pdrop"])
-def test_each_dropout_key_drops_something(kind, key):
+def test_each_dropout_key_has_an_effect(kind, key):
     section = {
         "type": kind,
         "hidden_size": 48,
@@ -172,7 +129,7 @@ def test_each_dropout_key_drops_something(kind, key):
     assert torch.equal(first, second) == (key is None)
 
 
-def test_the_partial_config_of_a_notebook():
+def test_create_model_accepts_a_model_section_alone():
     config = {"model": {"type": "Llama", "hidden_size": 384, "intermediate_size": 1024, "n_layer": 8, "n_head": 8,
                         "vocab_size": 16000}}  # fmt: skip
     # by hand: 2 embeddings, 8 layers of (4 attention + 3 feed-forward matrices + 2 norms), 1 norm
@@ -180,7 +137,7 @@ def test_the_partial_config_of_a_notebook():
     assert train.create_model(config, Words()).num_parameters() == expected
 
 
-def test_the_smallest_config_of_a_notebook(corpus_dir, tokenizer, tmp_path, monkeypatch):
+def test_prepare_datasets_modern_needs_only_two_paths(corpus_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path))
     config = {
         "data": {
@@ -199,7 +156,7 @@ def test_the_smallest_config_of_a_notebook(corpus_dir, tokenizer, tmp_path, monk
         train.prepare_datasets_modern({"data": {**config["data"], "seq_len": 3}}, tokenizer)
 
 
-def test_create_model_refuses():
+def test_create_model_rejects_unknown_types_and_small_vocabularies():
     with pytest.raises(ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
         train.create_model({"model": {"type": "BERT"}}, Words())
     small = {"type": "Llama", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}
@@ -207,7 +164,7 @@ def test_create_model_refuses():
         train.create_model({"model": small}, Words())
 
 
-# ---- loss and evaluation ------------------------------------------------------------------------
+# ---- loss and evaluation --------------------------------------------------------------------------
 
 
 def chunks(n: int, length: int = 32, seed: int = 0) -> list[dict]:
@@ -256,7 +213,7 @@ def make_trainer(tmp_path, model, rows, loss=None, **training) -> LMTrainer:
     )  # fmt: skip
 
 
-def test_uneven_accumulation_is_one_big_batch(tmp_path):
+def test_uneven_accumulation_equals_one_large_batch(tmp_path):
     """7 chunks as 3 + 3 + 1 move the weights exactly as one batch of 7 does (to rounding)."""
     weights = []
     for batch_size, accumulation in ((3, 3), (7, 1)):
@@ -316,7 +273,7 @@ def test_nan_stops_the_run_and_saves_nothing(tmp_path):
     assert not checkpoints(tmp_path)
 
 
-def test_collate_gives_no_mask_and_no_first_label():
+def test_collate_returns_no_mask_and_masks_the_first_label():
     batch = collate_chunks(chunks(3))
     assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].dtype == torch.int64
@@ -324,17 +281,44 @@ def test_collate_gives_no_mask_and_no_first_label():
     assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
-def test_fp16_without_cuda_is_replaced_and_said():
-    training = check_config(tiny_config(Path(), Path(), Path()))["training"]
-    precision, reason = pick_precision({**training, "fp16": True, "precision": "auto"})
-    assert precision in ("bf16", "fp32")
-    assert reason.startswith("fp16 needs CUDA")
-    assert pick_precision({**training, "precision": "fp32"}) == ("fp32", "as requested")
-    assert pick_precision({**training, "precision": "auto"})[0] == precision
+def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
+    """fp16's loss scaler skips such steps; the log stays strict JSON."""
+    from transformers import TrainerControl, TrainerState
+
+    run_log = RunLog(tmp_path / "metrics.jsonl", 0.5, 100.0, 1e9)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    run_log.on_train_begin(args, TrainerState(), TrainerControl())
+    run_log.on_log(
+        args,
+        TrainerState(),
+        TrainerControl(),
+        {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3},
+    )
+    row = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert row["grad_norm"] is None
 
 
-# ---- the run directory --------------------------------------------------------------------------
+@pytest.mark.parametrize("every", [2, 3])
+def test_evaluation_does_not_change_dropout(every, config_file, tmp_path):
+    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1}
+    losses = []
+    for name, steps in (("often", every), ("seldom", 100)):
+        path = config_file(
+            model__type="GPT2",
+            model__name=name,
+            training__eval_steps=steps,
+            training__logging_steps=1,
+            **dropout,
+        )
+        assert train.main(["--config", str(path)]) == 0
+        rows = map(json.loads, (tmp_path / "models" / name / "metrics.jsonl").open())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+# ---- runs -----------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_a_plain_model_directory(finished):
@@ -404,79 +388,13 @@ def test_the_saved_model_has_the_reported_loss(finished, tokenizer):
     assert results["eval_bytes"] == pytest.approx(sum(len(t.encode()) for t in texts), rel=1e-3)
 
 
-def test_running_again_shows_what_is_there(finished_copy, capsys):
-    config_path, run_dir = finished_copy
-    before = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
-    assert train.main(["--config", str(config_path)]) == 0
-    assert "already trained" in capsys.readouterr().out
-    assert {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()} == before
-    metrics = json.loads((run_dir / METRICS_FILE).read_text())
-    for key in ("steps", "steps_run", "epochs"):  # which runs of before did not note
-        del metrics["results"][key]
-    (run_dir / METRICS_FILE).write_text(json.dumps(metrics))
-    assert train.main(["--config", str(config_path)]) == 0
-
-
-def test_another_run_of_the_same_name_is_refused(finished_copy, capsys):
-    config_path, run_dir = finished_copy
-    weights = (run_dir / "model.safetensors").read_bytes()
-    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
-    error = capsys.readouterr().err
-    assert "training.lr: was 0.003, is 0.001" in error
-    assert "--overwrite" in error
-    assert (run_dir / "model.safetensors").read_bytes() == weights
-    assert train.main(["--config", str(config_path), "--lr", "1e-3", "--overwrite"]) == 0
-    assert (run_dir / "model.safetensors").read_bytes() != weights
-
-
-def test_resuming_is_offered_only_where_it_would_be_accepted(finished_copy, capsys):
-    config_path, run_dir = finished_copy
-    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
-    assert "--resume_from_checkpoint" not in capsys.readouterr().err
-    assert train.main(["--config", str(config_path), "--num-epochs", "3"]) == 2
-    assert "add --resume_from_checkpoint latest to go on" in capsys.readouterr().err
-    assert (
-        train.main(
-            [
-                "--config",
-                str(config_path),
-                "--num-epochs",
-                "3",
-                "--resume_from_checkpoint",
-                "latest",
-            ]
-        )
-        == 0
-    )
-
-
-@pytest.mark.parametrize("name", [CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE])
-@pytest.mark.parametrize("text", ["", "a: [", "- a", '{"a": 1'])
-def test_a_damaged_run_directory_is_one_line(finished_copy, name, text, capsys):
-    config_path, run_dir = finished_copy
-    (run_dir / name).write_text(text)
-    assert train.main(["--config", str(config_path)]) == 2
-    (line,) = errors_of(capsys)
-    assert f"{run_dir / name}: is damaged" in line and "--overwrite" in line
-
-
-def test_what_was_measured_goes_with_the_weights(finished_copy):
-    config_path, run_dir = finished_copy
-    for name in MEASURED:
-        (run_dir / name).write_text("of the old weights")
-    (run_dir / "thesis.txt").write_text("mine")
-    assert train.main(["--config", str(config_path), "--overwrite", "--num-epochs", "1"]) == 0
-    assert (
-        not any((run_dir / name).exists() for name in MEASURED)
-        and (run_dir / "thesis.txt").is_file()
-    )
-
-
-def test_weights_are_for_whom_the_rest_is_for(finished):
-    _, run_dir = finished
-    weights = list(run_dir.rglob("*.safetensors"))
-    assert len(weights) > 1
-    assert {path.stat().st_mode for path in weights} == {(run_dir / "config.json").stat().st_mode}
+def test_the_seed_decides_the_weights_and_the_order(config_file, tmp_path):
+    path = config_file(training__num_epochs=1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train.main(["--config", str(path), "--model_name", name, "--seed", str(seed)]) == 0
+    a, b, c = ((tmp_path / "models" / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
 
 
 @pytest.mark.parametrize("most", [5, 1000])
@@ -503,127 +421,6 @@ def test_max_steps_ends_the_run(most, config_file, tmp_path, capsys):
         assert "epochs, about" in capsys.readouterr().out
 
 
-def test_a_run_at_its_end_trains_no_further(config_file, tmp_path, capsys):
-    """Killed after its last checkpoint, with nothing written; and one that has gone further than is asked for now."""
-    path = str(config_file(training__lr_scheduler="constant"))
-    run_dir, steps = (
-        tmp_path / "models" / "tiny",
-        ["--set", "training.max_steps=10"],
-    )  # in the second epoch
-    assert train.main(["--config", path, *steps]) == 0
-    weights = (run_dir / "model.safetensors").read_bytes()
-    for name in RESULTS:
-        (run_dir / name).unlink(missing_ok=True)
-    assert train.main(["--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
-    assert (run_dir / "model.safetensors").read_bytes() == weights
-    metrics = json.loads((run_dir / METRICS_FILE).read_text())
-    assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"]
-    fewer = ["--set", "training.max_steps=3", "--resume_from_checkpoint", "latest"]
-    assert train.main(["--config", path, *fewer]) == 2
-    assert "checkpoint-10: is past the 3 steps that are asked for" in capsys.readouterr().err
-    assert (run_dir / METRICS_FILE).is_file()
-
-
-def test_a_run_at_its_end_whose_log_is_gone_is_one_line(config_file, tmp_path, capsys):
-    path, run_dir = str(config_file()), tmp_path / "models" / "tiny"
-    assert train.main(["--config", path]) == 0
-    for name in (*RESULTS, LOG_FILE):
-        (run_dir / name).unlink(missing_ok=True)
-    assert train.main(["--config", path, "--resume_from_checkpoint", "latest"]) == 2
-    (line,) = errors_of(capsys)
-    assert "metrics.jsonl: its rows are lost" in line and is_model(run_dir)
-
-
-def test_workers_that_live_on_hold_no_directory(config_file):
-    arguments = [
-        "--config",
-        str(config_file(training__num_epochs=1)),
-        "--dataloader-num-workers",
-        "1",
-    ]
-    gc.disable()  # what keeps the workers is a cycle
-    try:
-        assert train.main(arguments) == 0
-        assert train.main([*arguments, "--overwrite"]) == 0
-    finally:
-        gc.enable()
-
-
-def test_a_folder_that_stayed_empty_goes_again(tmp_path):
-    one = tmp_path / "one"
-    with exclusive_folder(one, ""):
-        with pytest.raises(ValueError, match="another process"), exclusive_folder(one, ""):
-            pass
-        assert one.is_dir()  # it is not the second one's
-    with exclusive_folder(tmp_path / "two", ""):
-        (tmp_path / "two" / "a").touch()
-    (tmp_path / "three").mkdir()
-    with exclusive_folder(tmp_path / "three", ""):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {"two", "three"}
-
-
-def test_a_directory_where_another_process_trains_is_left_alone(finished_copy, capsys):
-    config_path, run_dir = finished_copy
-    back_to_checkpoint(run_dir)
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    for flags in (["--overwrite"], ["--resume_from_checkpoint", "latest"]):
-        with exclusive_folder(
-            run_dir, ""
-        ):  # each opening of a directory is a holder of its own, also in one process
-            assert train.main(["--config", str(config_path), *flags]) == 2
-        (line,) = errors_of(capsys)
-        assert (
-            "another process is writing there; wait for its end, or choose another --model_name"
-            in line
-        )
-        assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
-    assert train.main(["--config", str(config_path), *flags]) == 0
-
-
-def test_held_out_text_that_is_training_text_is_pointed_out(
-    config_file, corpus_dir, tmp_path, caplog
-):
-    path = config_file(data__eval_path=str(corpus_dir / "train" / "toy.train"))
-    assert train.main(["--config", str(path), "--dry-run"]) == 0
-    assert "the held-out text is training text too: toy.train" in caplog.text
-    caplog.clear()
-    for split in ("train", "dev"):
-        shutil.copytree(corpus_dir / split, tmp_path / split)
-        (tmp_path / split / f"empty.{split}").write_text("")
-    apart = config_file(
-        data__train_path=str(tmp_path / "train"), data__eval_path=str(tmp_path / "dev")
-    )
-    assert train.main(["--config", str(apart), "--dry-run"]) == 0
-    assert "training text too" not in caplog.text
-
-
-def test_a_warm_up_longer_than_the_run_is_pointed_out(config_file, caplog):
-    assert train.main(["--config", str(config_file(training__warmup_steps=900)), "--dry-run"]) == 0
-    assert "training.warmup_steps: 900, but the run has" in caplog.text
-
-
-def test_more_steps_than_the_epochs_have_are_pointed_out(config_file, caplog):
-    assert train.main(["--config", str(config_file(training__max_steps=900)), "--dry-run"]) == 0
-    assert "training.max_steps: 900, but 2 epochs have only 16 steps" in caplog.text
-
-
-def test_fsdp_in_one_process_is_pointed_out(config_file, caplog):
-    assert (
-        train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"])
-        == 0
-    )
-    assert "training.fsdp: true has no effect in one process" in caplog.text
-
-
-def test_a_directory_with_other_things_is_left_alone(config_file, tmp_path, capsys):
-    (tmp_path / "models" / "tiny").mkdir(parents=True)
-    (tmp_path / "models" / "tiny" / "thesis.tex").write_text("years of work")
-    assert train.main(["--config", str(config_file()), "--overwrite"]) == 2
-    assert "holds files, but no run of train.py" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "models" / "tiny").iterdir()] == ["thesis.tex"]
-
-
 def test_dry_run_writes_nothing(config_file, tmp_path, capsys):
     assert train.main(["--config", str(config_file()), "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -632,119 +429,29 @@ def test_dry_run_writes_nothing(config_file, tmp_path, capsys):
     assert not (tmp_path / "models").exists()
 
 
-def test_the_seed_decides_the_weights_and_the_order(config_file, tmp_path):
-    path = config_file(training__num_epochs=1)
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert train.main(["--config", str(path), "--model_name", name, "--seed", str(seed)]) == 0
-    a, b, c = ((tmp_path / "models" / n / "model.safetensors").read_bytes() for n in "abc")
-    assert a == b
-    assert a != c
+def test_ctrl_c_before_training_exits_with_130(config_file, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "create_model", interrupted)
+    assert train.main(["--config", str(config_file())]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err.endswith("resume with --resume_from_checkpoint latest\n")
 
 
-# ---- resuming -----------------------------------------------------------------------------------
+# ---- precision ------------------------------------------------------------------------------------
 
 
-def back_to_checkpoint(run_dir: Path) -> str:
-    """Take a finished run back to the moment after its second last checkpoint was saved."""
-    newest, earlier = checkpoints(run_dir)
-    shutil.rmtree(newest)
-    for name in ("model.safetensors", "training_metrics.json", "README.md"):
-        (run_dir / name).unlink()
-    return earlier.name
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_fp16_falls_back_without_cuda():
+    training = check_config(tiny_config(Path(), Path(), Path()))["training"]
+    precision, reason = pick_precision({**training, "fp16": True, "precision": "auto"})
+    assert precision in ("bf16", "fp32")
+    assert reason.startswith("fp16 needs CUDA")
+    assert pick_precision({**training, "precision": "fp32"}) == ("fp32", "as requested")
+    assert pick_precision({**training, "precision": "auto"})[0] == precision
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
-def test_resume_is_exact(kind, config_file, tmp_path):
-    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1} if kind == "GPT2" else {}
-    path, run_dir = config_file(model__type=kind, **dropout), tmp_path / "models" / "tiny"
-    assert train.main(["--config", str(path)]) == 0
-    weights, log = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)
-    results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
-    back_to_checkpoint(run_dir)
-    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
-    assert (run_dir / "model.safetensors").read_bytes() == weights
-
-    assert timeless(rows_of(run_dir)) == timeless(log)
-    again = json.loads((run_dir / "training_metrics.json").read_text())["results"]
-    assert again["eval_loss"] == results["eval_loss"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on(number, config_file, tmp_path):
-    """A real signal in a real process: the step is saved; then latest: the same weights as of a run left alone."""
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    path = config_file(training__num_epochs=6, training__logging_steps=1, training__save_steps=1000)
-    command = [sys.executable, "train.py", "--config", str(path)]
-    run_dir = tmp_path / "models" / "tiny"
-    hears = {
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    }  # a background job may not
-    child = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **hears
-    )
-    deadline, log = time.monotonic() + 120, run_dir / "metrics.jsonl"
-    while (
-        child.poll() is None
-        and time.monotonic() < deadline
-        and not (log.is_file() and log.read_text().count("\n") > 2)
-    ):
-        time.sleep(0.005)
-    child.send_signal(number)
-    error = child.communicate(timeout=120)[1]
-    assert child.returncode == 130, error
-    (saved,) = checkpoints(run_dir)
-    assert (
-        f"interrupted after step {checkpoint_step(saved)}; go on from {saved.name} with --resume_from"
-        in error
-    )
-    assert checkpoint_error(saved) is None and not (run_dir / "training_metrics.json").exists()
-    assert train.main(["--config", str(path)]) == 2  # neither forgotten nor overwritten
-    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
-    assert train.main(["--config", str(path), "--model_name", "whole"]) == 0
-    assert (run_dir / "model.safetensors").read_bytes() == (
-        run_dir.parent / "whole" / "model.safetensors"
-    ).read_bytes()
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before, (
-        "what was there comes back"
-    )
-
-
-@pytest.mark.parametrize("harm", ["delete", "truncate", "flip", "unsealed"])
-def test_a_damaged_checkpoint_is_passed_over(finished_copy, harm, caplog):
-    _, run_dir = finished_copy
-    newest, earlier = checkpoints(run_dir)
-    for victim in [p.name for p in newest.iterdir() if p.name != MANIFEST]:
-        copy = run_dir.parent / "victim"
-        shutil.copytree(run_dir, copy)
-        path = copy / newest.name / (MANIFEST if harm == "unsealed" else victim)
-        content = bytearray(path.read_bytes())
-        if harm in ("delete", "unsealed"):
-            path.unlink()
-        elif harm == "truncate":
-            path.write_bytes(content[: len(content) // 2])
-        else:
-            content[len(content) // 3] ^= 1
-            path.write_bytes(content)
-        assert find_checkpoint("latest", copy).name == earlier.name, victim
-        with pytest.raises(ValueError, match="cannot resume from it"):
-            find_checkpoint(str(copy / newest.name), copy)
-        shutil.rmtree(copy)
-    assert "passed over" in caplog.text
-
-
-@pytest.mark.parametrize("content", ["[]", '{"files": [1]}', '{"files": {"model.safetensors": 3}}'])
-def test_a_manifest_that_is_none_is_passed_over(content, tmp_path):
-    (tmp_path / MANIFEST).write_text(content)
-    assert checkpoint_error(tmp_path) == f"{MANIFEST} cannot be read"
-
-
-def test_results_that_are_none_are_one_line(finished_copy, capsys):
-    (finished_copy[1] / METRICS_FILE).write_text('{"results": 3}')
-    assert train.main(["--config", str(finished_copy[0])]) == 2
-    assert "training_metrics.json: is damaged" in capsys.readouterr().err
-
-
-def test_bf16_can_be_switched_off(config_file):
+def test_precision_flags_override_the_file(config_file):
     """A flag that is given rules, also over what the machine would choose."""
 
     def chosen(**flags) -> str:
@@ -768,113 +475,45 @@ def test_bf16_can_be_switched_off(config_file):
     )  # --set beats the other flags
 
 
-def test_resuming_another_run_is_refused(finished_copy, capsys):
-    config_path, run_dir = finished_copy
-    back_to_checkpoint(run_dir)
-    resume = ["--config", str(config_path), "--resume_from_checkpoint", "latest"]
-    assert train.main([*resume, "--batch-size", "4", "--seed", "1"]) == 2
-    error = capsys.readouterr().err
-    assert "training.batch_size: was 8, is 4" in error
-    assert "training.seed: was 42, is 1" in error
-    assert train.main([*resume[:-1], "no/such/place"]) == 2
-    assert "no such checkpoint; give its directory or the word latest" in capsys.readouterr().err
-    assert train.main([*resume[:-1], str(run_dir)]) == 2
-    assert "is a run, not a checkpoint; give one of its own, such as " in capsys.readouterr().err
-    assert train.main([*resume, "--overwrite"]) == 2
-    assert "choose one" in capsys.readouterr().err and checkpoints(run_dir)
+# ---- warnings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["--overwrite", "--dry-run"])
-def test_a_tokenizer_without_bytes_is_refused_before_anything_goes(
-    finished_copy, tmp_path, flag, capsys
+def test_held_out_text_in_the_training_text_gets_a_warning(
+    config_file, corpus_dir, tmp_path, caplog
 ):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    config_path, run_dir = finished_copy
-    words = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "The",
-        "naïve cat",
-    ]  # a blank is no character of byte-level tokens
-    backend = Tokenizer(
-        models.WordLevel(dict(zip(words, range(5), strict=True)), unk_token="<pad>")
+    path = config_file(data__eval_path=str(corpus_dir / "train" / "toy.train"))
+    assert train.main(["--config", str(path), "--dry-run"]) == 0
+    assert "held-out text is training text too: toy.train" in caplog.text
+    caplog.clear()
+    for split in ("train", "dev"):
+        shutil.copytree(corpus_dir / split, tmp_path / split)
+        (tmp_path / split / f"empty.{split}").write_text("")
+    apart = config_file(
+        data__train_path=str(tmp_path / "train"), data__eval_path=str(tmp_path / "dev")
     )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.save(str(tmp_path / "words.json"))
-    weights = (run_dir / "model.safetensors").read_bytes()
-    set_it = ["--set", f"data.tokenizer_path={tmp_path / 'words.json'}"]
-    assert train.main(["--config", str(config_path), *set_it, flag]) == 2
-    assert "byte-level" in errors_of(capsys)[0]
-    assert (run_dir / "model.safetensors").read_bytes() == weights and checkpoints(run_dir)
+    assert train.main(["--config", str(apart), "--dry-run"]) == 0
+    assert "training text too" not in caplog.text
 
 
-def test_a_reader_that_goes_away_ends_the_run_like_ctrl_c(config_file, monkeypatch, capsys):
-    def gone(*args, **kwargs):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(RunLog, "on_log", gone)
-    assert train.main(["--config", str(config_file())]) == 130
-    assert "interrupted after step 1; nothing was saved yet" in capsys.readouterr().err
+def test_a_warm_up_longer_than_the_run_gets_a_warning(config_file, caplog):
+    assert train.main(["--config", str(config_file(training__warmup_steps=900)), "--dry-run"]) == 0
+    assert "training.warmup_steps: 900, but the run has" in caplog.text
 
 
-def test_ctrl_c_before_the_first_step(config_file, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def test_more_steps_than_the_epochs_have_get_a_warning(config_file, caplog):
+    assert train.main(["--config", str(config_file(training__max_steps=900)), "--dry-run"]) == 0
+    assert "training.max_steps: 900, but 2 epochs have only 16 steps" in caplog.text
 
-    monkeypatch.setattr(train, "create_model", interrupted)
-    assert train.main(["--config", str(config_file())]) == train.EXIT_INTERRUPTED
-    assert capsys.readouterr().err.endswith(
-        "where a checkpoint is, go on with --resume_from_checkpoint latest\n"
+
+def test_fsdp_in_one_process_gets_a_warning(config_file, caplog):
+    assert (
+        train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"])
+        == 0
     )
+    assert "training.fsdp: true has no effect in one process" in caplog.text
 
 
-def test_another_course_from_an_earlier_checkpoint(config_file, tmp_path):
-    """What was saved after it goes, and what is saved in its place is whole."""
-    path, run_dir = config_file(), tmp_path / "models" / "tiny"
-    assert train.main(["--config", str(path)]) == 0
-    newest, earlier = checkpoints(run_dir)
-    (run_dir / "training_metrics.json").unlink()
-    resume = [
-        "--resume_from_checkpoint",
-        str(earlier),
-        "--num-epochs",
-        "3",
-        "--set",
-        "training.save_steps=3",
-    ]
-    assert train.main(["--config", str(path), *resume, "--set", "training.logging_steps=2"]) == 0
-    assert not newest.exists() or checkpoint_step(newest) % 3 == 0
-    assert all(checkpoint_error(folder) is None for folder in checkpoints(run_dir))
-    steps = [
-        json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    later = [step for step in steps if step > checkpoint_step(earlier)]
-    assert {step for step in later if step % 2 == 0} >= set(range(later[0], later[-1], 2)), (
-        "the new interval rules"
-    )
-
-
-def test_a_checkpoint_that_is_saved_again_is_whole(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"first")
-    seal_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"second")
-    assert checkpoint_error(tmp_path) == "model.safetensors has changed since it was saved"
-    seal_checkpoint(tmp_path)
-    assert checkpoint_error(tmp_path) is None
-
-
-def test_nothing_to_resume(config_file, capsys):
-    assert train.main(["--config", str(config_file()), "--resume_from_checkpoint", "latest"]) == 2
-    assert "no whole checkpoint to resume from" in capsys.readouterr().err
-
-
-# ---- mistakes -----------------------------------------------------------------------------------
-
-
-def errors_of(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+# ---- errors ---------------------------------------------------------------------------------------
 
 
 def test_a_missing_tokenizer_names_the_command(config_file, capsys):
@@ -896,7 +535,7 @@ def test_missing_text_and_too_little_text(config_file, tmp_path, capsys):
     assert "32" in errors_of(capsys)[0]
 
 
-def test_a_wrong_config_is_answered_before_torch(tmp_path):
+def test_a_wrong_config_is_reported_before_torch_is_imported(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("data: {}\nmodel: {type: Lama}\ntraining: {lr: 1, epochs: 2}\n")
     for arguments in (["--config", str(bad)], ["--config", "nowhere.yaml"]):
@@ -912,7 +551,7 @@ def test_a_wrong_config_is_answered_before_torch(tmp_path):
         assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
-def test_out_of_memory_says_what_helps(config_file, capsys):
+def test_out_of_memory_suggests_flags_that_work(config_file, capsys):
     """The error that torch raises, at the first step; then the flags of the message are used as they stand."""
 
     def full(self, *args, **kwargs):
@@ -945,136 +584,46 @@ def test_out_of_memory_says_what_helps(config_file, capsys):
                                                 "fp16": False, "bf16": True})  # fmt: skip
 
 
-def test_a_run_that_saved_nothing_is_in_nobodys_way(config_file, tmp_path):
-    config = train.load_config(config_file())
-    run_dir = tmp_path / "models" / "tiny"
-    start_run_dir(run_dir, config, {"train": {}}, checkpoint=None)
-    assert (
-        resolve_checkpoint(run_dir, config, {"train": {"words": 1}}, resume=None, overwrite=False)
-        is None
-    )
+@pytest.mark.parametrize("flag", ["--overwrite", "--dry-run"])
+def test_a_word_level_tokenizer_is_refused_before_anything_is_deleted(
+    finished_copy, tmp_path, flag, capsys
+):
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-
-def test_a_checkpoint_that_is_not_there_is_said_of_a_finished_run_too(finished_copy, capsys):
-    resume = ["--resume_from_checkpoint", str(finished_copy[1] / "checkpoint-9999")]
-    assert train.main(["--config", str(finished_copy[0]), *resume]) == 2
-    assert "checkpoint-9999: no such checkpoint" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_directory_is_refused(finished_copy, capsys):
     config_path, run_dir = finished_copy
-    checkpoint = str(checkpoints(run_dir)[0])
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "The",
+        "naïve cat",
+    ]  # a blank is no character of byte-level tokens
+    backend = Tokenizer(
+        models.WordLevel(dict(zip(words, range(5), strict=True)), unk_token="<pad>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "words.json"))
+    weights = (run_dir / "model.safetensors").read_bytes()
+    set_it = ["--set", f"data.tokenizer_path={tmp_path / 'words.json'}"]
+    assert train.main(["--config", str(config_path), *set_it, flag]) == 2
+    assert "byte-level" in errors_of(capsys)[0]
+    assert (run_dir / "model.safetensors").read_bytes() == weights and checkpoints(run_dir)
+
+
+def test_a_wrong_grammar_file_is_refused_before_training(config_file, corpus_dir, tmp_path, capsys):
+    for split in ("train", "dev"):
+        shutil.copytree(corpus_dir / split, tmp_path / "own" / split)
+    next((tmp_path / "own" / "dev").iterdir()).rename(tmp_path / "own" / "dev" / "synthetic.dev")
+    (tmp_path / "own" / "grammar.json").write_text("{}")
     assert (
-        train.main(
-            [
-                "--config",
-                str(config_path),
-                "--model-name",
-                "new",
-                "--resume_from_checkpoint",
-                checkpoint,
-            ]
-        )
+        train.main(["--config", str(config_file(data__eval_path=str(tmp_path / "own" / "dev")))])
         == 2
     )
-    assert "is not of this run" in capsys.readouterr().err
+    assert "grammar.json: was not written by create_synthetic_data.py" in errors_of(capsys)[0]
+    assert not (tmp_path / "models").exists()
 
 
-def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
-    """fp16's loss scaler skips such steps; the log stays strict JSON."""
-    from transformers import TrainerControl, TrainerState
-
-    run_log = RunLog(tmp_path / "metrics.jsonl", 0.5, 100.0, 1e9)
-    args = SimpleNamespace(device=torch.device("cpu"))
-    run_log.on_train_begin(args, TrainerState(), TrainerControl())
-    run_log.on_log(
-        args,
-        TrainerState(),
-        TrainerControl(),
-        {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3},
-    )
-    row = json.loads(
-        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
-    )
-    assert row["grad_norm"] is None
-
-
-def test_each_checkpoint_has_a_row_to_go_on_from(config_file, tmp_path):
-    """Seconds and tokens of a resumed run begin with those of its checkpoint, however seldom the log is written."""
-    path = config_file(training__logging_steps=1000, training__save_steps=3, training__num_epochs=2)
-    assert train.main(["--config", str(path)]) == 0
-    run_dir = tmp_path / "models" / "tiny"
-    rows = [json.loads(line) for line in (run_dir / LOG_FILE).read_text().splitlines()]
-    timed = {row["step"]: row["tokens"] for row in rows if "tokens_per_second" in row}
-    steps = [checkpoint_step(folder) for folder in checkpoints(run_dir)]
-    assert len(steps) == 2 and set(steps) <= set(timed)
-    assert set(range(3, max(steps) + 1, 3)) <= set(timed)
-
-
-def test_a_log_that_was_torn_or_is_gone_stops_no_run(config_file, tmp_path):
-    path, run_dir = config_file(), tmp_path / "models" / "tiny"
-    assert train.main(["--config", str(path)]) == 0
-    log = (run_dir / "metrics.jsonl").read_text()
-    for text in (log[: log.index("\n", len(log) // 3) + 40], None):  # in the middle of a line
-        from_step = int(back_to_checkpoint(run_dir).partition("-")[2])
-        (run_dir / "metrics.jsonl").unlink()
-        if text is not None:
-            (run_dir / "metrics.jsonl").write_text(text)
-        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        kept = [json.loads(line) for line in (text or "").splitlines()[:-1]]
-        assert rows[: len(kept)] == kept and rows[len(kept)]["step"] > from_step
-        before = next(
-            row["tokens"] for row in map(json.loads, log.splitlines()) if row["step"] == from_step
-        )
-        timed = rows[-1]["tokens"] - before + (kept[-1]["tokens"] if kept else 0)
-        found = json.loads((run_dir / "training_metrics.json").read_text())["results"][
-            "tokens_per_second"
-        ]
-        assert found == pytest.approx(timed / rows[-1]["seconds"], rel=0.01)
-
-
-@pytest.mark.parametrize("every", [2, 3])
-def test_evaluation_leaves_the_dropout_alone(every, config_file, tmp_path):
-    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1}
-    losses = []
-    for name, steps in (("often", every), ("seldom", 100)):
-        path = config_file(
-            model__type="GPT2",
-            model__name=name,
-            training__eval_steps=steps,
-            training__logging_steps=1,
-            **dropout,
-        )
-        assert train.main(["--config", str(path)]) == 0
-        rows = map(json.loads, (tmp_path / "models" / name / "metrics.jsonl").open())
-        losses.append([row["loss"] for row in rows if "loss" in row])
-    assert losses[0] == losses[1]
-
-
-def test_the_last_two_checkpoints_stay_whichever_was_the_best(config_file, tmp_path):
-    """A learning rate that soon does harm: the checkpoint of the best evaluation takes no later one's place."""
-    harmful = {
-        "training__lr": 1e-2,
-        "training__lr_scheduler": "constant",
-        "training__adam_beta2": 0.5,
-    }
-    path = config_file(
-        **harmful, training__save_steps=7, training__eval_steps=7, training__num_epochs=40
-    )
-    assert train.main(["--config", str(path)]) == 0
-    run_dir = tmp_path / "models" / "tiny"
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    losses = {
-        row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] % 7 == 0
-    }
-    kept = [checkpoint_step(folder) for folder in checkpoints(run_dir)]
-    assert min(losses, key=losses.get) < min(kept)
-    saved = sorted({*losses, rows[-1]["step"]})
-    assert kept == saved[: -len(kept) - 1 : -1] and len(kept) == 2
-
-
-def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
+def test_a_file_has_the_floor_of_its_folder(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
     assert create_synthetic_data.grammar_floor(str(tmp_path / "dev")) is None
@@ -1088,18 +637,3 @@ def test_the_floor_of_a_file_is_that_of_its_folder(tmp_path):
     ] == [None, None]
     (tmp_path / "dev" / "synthetic.dev").unlink()
     assert create_synthetic_data.grammar_floor(str(tmp_path / "dev")) is None
-
-
-def test_a_foreign_grammar_is_named_before_anything_is_trained(
-    config_file, corpus_dir, tmp_path, capsys
-):
-    for split in ("train", "dev"):
-        shutil.copytree(corpus_dir / split, tmp_path / "own" / split)
-    next((tmp_path / "own" / "dev").iterdir()).rename(tmp_path / "own" / "dev" / "synthetic.dev")
-    (tmp_path / "own" / "grammar.json").write_text("{}")
-    assert (
-        train.main(["--config", str(config_file(data__eval_path=str(tmp_path / "own" / "dev")))])
-        == 2
-    )
-    assert "grammar.json: is not of create_synthetic_data.py" in errors_of(capsys)[0]
-    assert not (tmp_path / "models").exists()

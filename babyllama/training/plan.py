@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
 
 log = logging.getLogger(__name__)
@@ -81,15 +82,6 @@ def describe_loss(distillation: dict | None) -> str:
         f"{temperature:g} from the average of the teachers' {distillation['average']} "
         f"(reduction {distillation['reduction']}{cached})"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return '42 s', '7 min' or '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:

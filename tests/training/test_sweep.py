@@ -1,138 +1,173 @@
-"""Sweeps over real tiny models: the grid, what is refused, what is kept, resumed and shown."""
+"""Sweeps over real tiny models: the grid, the checks, and what is kept, resumed and shown."""
 
-import argparse
-import gc
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-import torch
 import yaml
-from test_train import errors_of
+from conftest import ROOT, errors_of, rows_of
 
 import train
 from babyllama.config import ConfigError, set_key
 from babyllama.training import sweep
 from babyllama.training.run_dir import LOG_FILE, MANIFEST, METRICS_FILE, RESULTS, checkpoints
-from babyllama.training.trainer import LMTrainer
 
 
 @pytest.fixture
-def swept(config_file, tmp_path):
-    """swept({"training.lr": [...]}, "--flag"): runs train.py with this grid; swept.folder is where its runs lie."""
+def run_sweep(config_file, tmp_path):
+    """Return a function that runs train.py over a grid; `folder` holds its runs."""
     path = config_file(training__num_epochs=1, training__gradient_accumulation_steps=1)
+    sweep_file = tmp_path / "sweep.yaml"
 
-    def run(grid: dict, *flags: str) -> int:
-        (tmp_path / "sweep.yaml").write_text(
-            grid if isinstance(grid, str) else yaml.safe_dump(grid, sort_keys=False)
-        )
-        return train.main(["--config", str(path), "--sweep", str(tmp_path / "sweep.yaml"), *flags])
+    def run(grid: dict | str, *flags: str) -> int:
+        text = grid if isinstance(grid, str) else yaml.safe_dump(grid, sort_keys=False)
+        sweep_file.write_text(text)
+        return train.main([*run.arguments, *flags])
 
-    run.config, run.folder = path, tmp_path / "models" / "tiny-sweep"
+    run.arguments = ["--config", str(path), "--sweep", str(sweep_file)]
+    run.file = sweep_file
+    run.folder = tmp_path / "models" / "tiny-sweep"
     return run
 
 
-def test_the_grid_is_every_combination_by_name(tmp_path):
+def read_rows(folder) -> list[dict]:
+    """Return the rows of sweep.json."""
+    return json.loads((folder / sweep.RESULTS).read_text())["runs"]
+
+
+# ---- the grid and its checks --------------------------------------------------------------------
+
+
+def test_the_grid_is_every_combination_with_its_name(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(
         "training.lr: [3e-4, 1e-3]\ndata.train_path: [a/b, c]\nmodel.tie_word_embeddings: [true]\n"
     )
     grid = sweep.read_grid(path)
-    points = sweep.points_of(grid)
-    assert [tuple(point.values()) for point in points] == [
-        (3e-4, "a/b", True), (3e-4, "c", True), (1e-3, "a/b", True), (1e-3, "c", True)
-    ]  # fmt: skip
-    names = [sweep.name_of("tiny", point) for point in points]
+    combinations = sweep.combinations(grid)
+    assert [tuple(values.values()) for values in combinations] == [
+        (3e-4, "a/b", True),
+        (3e-4, "c", True),
+        (1e-3, "a/b", True),
+        (1e-3, "c", True),
+    ]
+    names = [sweep.run_name("tiny", values) for values in combinations]
     assert names[0] == "tiny-lr0.0003-train_patha-b-tie_word_embeddingstrue"
     assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("training.lr: 1e-3", "training.lr: 0.001 is not a list of values"),
-        ("training.lr: [1e-3, 0.001]", "training.lr: a value stands twice"),
-        ("lr: [1e-3]", "lr: is not of the form section.key"),
-        ("model.name: [a, b]", "model.name: cannot be swept over"),
-        ("[1, 2]", "not a sweep; it holds lines such as"),
+        ("training.lr: [1e-3, 0.001]", "training.lr: a value appears twice"),
+        ("lr: [1e-3]", "lr: not of the form section.key"),
+        ("model.name: [a, b]", "model.name: cannot be swept"),
+        ("[1, 2]", "not a sweep; write lines such as"),
         ("data.train_path: [a/b, a-b]", "several runs would be named tiny-train_patha-b"),
     ],
 )
-def test_a_malformed_sweep_is_refused(swept, text, said, capsys):
-    assert swept(text) == 2
+def test_a_malformed_sweep_is_a_one_line_error(run_sweep, text, message, capsys):
+    assert run_sweep(text) == 2
     (line,) = errors_of(capsys)
-    assert said in line
+    assert message in line
 
 
-def test_every_configuration_is_checked_before_the_first_run(swept, capsys):
+def test_a_missing_or_empty_sweep_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such"):
+        sweep.read_grid(str(tmp_path / "none.yaml"))
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError):
+        sweep.read_grid(str(tmp_path / "empty.yaml"))
+
+
+def test_every_configuration_is_checked_before_the_first_run(run_sweep, capsys):
     grid = {
         "training.lr": [1e-3, 2.0],
         "model.n_head": [4, 5],
         "training.epochs": [1],
         "data.eval_path": ["nowhere"],
     }
-    assert swept(grid) == 2
+    assert run_sweep(grid) == 2
     lines = errors_of(capsys)
-    assert sum("training.epochs: unknown key" in line for line in lines) == 1, "said once, for all"
-    assert not any("nowhere not found" in line for line in lines), (
-        "a wrong configuration is not looked at further"
-    )
-    (lr,) = (line for line in lines if "training.lr: 2.0 is not allowed" in line)
-    assert lr.startswith(
-        f"error: {swept.folder.parent.parent / 'sweep.yaml'}: training.lr=2, model.n_head=4, "
-    )
-    assert any(
-        "model.hidden_size: 32: hidden_size must be divisible by n_head (5)" in line
-        for line in lines
-    )
     assert len(lines) == 3
-    assert not swept.folder.exists()
+    assert sum("training.epochs: unknown key" in line for line in lines) == 1, "listed once"
+    assert not any("nowhere not found" in line for line in lines), "inputs of wrong configurations"
+    (lr,) = (line for line in lines if "training.lr: 2.0 is not allowed" in line)
+    assert lr.startswith(f"error: {run_sweep.file}: training.lr=2, model.n_head=4, ")
+    (heads,) = (line for line in lines if "model.hidden_size" in line)
+    assert "hidden_size must be divisible by n_head (5)" in heads
+    assert not run_sweep.folder.exists()
 
 
-def test_what_does_not_go_with_a_sweep(swept, capsys, monkeypatch):
-    assert swept({"training.lr": [1e-3]}, "--resume_from_checkpoint", "latest") == 2
-    assert "a sweep goes on by itself" in errors_of(capsys)[0]
-    args = train.make_parser().parse_args(["--config", str(swept.config), "--sweep", "sweep.yaml"])
+def test_a_sweep_resumes_by_itself_and_runs_in_one_process(run_sweep, capsys, monkeypatch):
+    assert run_sweep({"training.lr": [1e-3]}, "--resume_from_checkpoint", "latest") == 2
+    assert "a sweep resumes its runs itself" in errors_of(capsys)[0]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--sweep: runs in one process, not in 2"):
-        sweep.run_sweep(args, train.checked_config, train.attempt)
+    assert run_sweep({"training.lr": [1e-3]}) == 2
+    assert "--sweep: runs in one process, not in 2" in errors_of(capsys)[0]
 
 
-def test_a_sweep_from_the_first_run_to_the_table(swept, capsys):
+def test_values_reach_the_runs_unchanged(tmp_path):
+    text = 'a "path" with 😀, é and \\'
+    point = sweep.Point({"data.train_path": text}, tmp_path / "run")
+    raw = {}
+    for assignment in point.assignments():
+        set_key(raw, assignment)
+    assert raw == {
+        "data": {"train_path": text},
+        "model": {"name": "run"},
+        "logging": {"output_dir": str(tmp_path)},
+    }
+
+
+def test_the_command_of_a_point_keeps_the_other_flags(tmp_path):
+    argv = ["--config", "c.yaml", "--sweep=s.yaml", "--no-fp16", "--set", "training.ema=0.9"]
+    point = sweep.Point({"training.lr": 0.1}, tmp_path / "run")
+    _, script, *flags = sweep.train_command(argv, point, overwrite=False)
+    args = train.make_parser().parse_args(flags)
+    assert script == str(ROOT / "train.py")
+    assert (args.config, args.fp16, args.sweep) == ("c.yaml", False, None)
+    assert args.set[:2] == ["training.ema=0.9", "training.lr=0.1"]
+    assert (args.overwrite, args.resume_from_checkpoint) == (False, None)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
     grid = {"training.lr": [1e-3, 5e-3], "model.n_layer": [1, 2]}
-    assert swept(grid, "--dry-run") == 0
-    assert "tiny-lr0.005-n_layer1: training.lr=0.005, model.n_layer=1" in capsys.readouterr().out
-    assert not swept.folder.exists()
+    assert run_sweep(grid, "--dry-run") == 0
+    assert "tiny-lr0.005-n_layer1: training.lr=0.005, model.n_layer=1" in capfd.readouterr().out
+    assert not run_sweep.folder.exists()
 
-    gc.collect()
-    gc.disable()  # what is free after the sweep was freed by it
-    try:
-        assert swept(grid) == 0
-        alive = {type(o).__name__ for o in gc.get_objects()}
-    finally:
-        gc.enable()
-    assert not {"LMTrainer", "LlamaForCausalLM"} & alive, "a model of the sweep is still in memory"
-    out = capsys.readouterr().out
+    assert run_sweep(grid) == 0
+    out = capfd.readouterr().out
     assert "run 1 of 4: training.lr=0.001, model.n_layer=1" in out
     assert "run 4 of 4, about " in out
-    document = json.loads((swept.folder / sweep.RESULTS).read_text())
+
+    # sweep.json holds the values and the figures of each run
+    document = json.loads((run_sweep.folder / sweep.RESULTS).read_text())
     assert document["grid"] == grid
+    assert document["environment"]["torch"]
     rows = document["runs"]
-    assert [tuple(row["values"].values()) for row in rows] == [
-        (1e-3, 1),
-        (1e-3, 2),
-        (5e-3, 1),
-        (5e-3, 2),
-    ]
+    points = [(1e-3, 1), (1e-3, 2), (5e-3, 1), (5e-3, 2)]
+    assert [tuple(row["values"].values()) for row in rows] == points
     for row in rows:
-        metrics = json.loads((swept.folder / row["name"] / METRICS_FILE).read_text())
-        assert {
-            key: metrics["config"][key.split(".")[0]][key.split(".")[1]] for key in grid
-        } == row["values"]
+        metrics = json.loads((run_sweep.folder / row["name"] / METRICS_FILE).read_text())
+        assert metrics["config"]["training"]["lr"] == row["values"]["training.lr"]
+        assert metrics["config"]["model"]["n_layer"] == row["values"]["model.n_layer"]
         assert all(row[key] == metrics["results"][key] for key in sweep.COLUMNS)
     losses = {row["name"]: row["eval_bits_per_byte"] for row in rows}
     assert losses[document["best"]] == min(losses.values())
-    lines = (swept.folder / sweep.TABLE).read_text().splitlines()
+
+    # so does the table
+    lines = (run_sweep.folder / sweep.TABLE).read_text().splitlines()
     assert lines[0].split() == [
         "lr",
         "n_layer",
@@ -143,141 +178,159 @@ def test_a_sweep_from_the_first_run_to_the_table(swept, capsys):
         "byte",
         "tokens/s",
     ]
-    assert [line.split()[:2] for line in lines[1:]] == [
-        ["0.001", "1"],
-        ["0.001", "2"],
-        ["0.005", "1"],
-        ["0.005", "2"],
-    ]
-    assert [line.endswith("best") for line in lines[1:]] == [
-        row["name"] == document["best"] for row in rows
-    ]
+    assert [line.split()[:2] for line in lines[1:]] == [[f"{lr:g}", str(n)] for lr, n in points]
+    best = [line.endswith("best") for line in lines[1:]]
+    assert best == [row["name"] == document["best"] for row in rows]
     assert "\n".join(lines) in out
-    assert (swept.folder / sweep.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (run_sweep.folder / sweep.PLOT).read_bytes().startswith(b"\x89PNG")
 
-    # the run of a grid point is the run that the same configuration makes alone
+    # a point is trained like the same configuration without a sweep
     alone = ["--lr", "5e-3", "--set", "model.n_layer=2", "--model-name", "alone"]
-    assert train.main(["--config", str(swept.config), *alone]) == 0
-    weights = [
-        folder / "model.safetensors"
-        for folder in (swept.folder / rows[3]["name"], swept.folder.parent / "alone")
-    ]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert train.main([*run_sweep.arguments[:2], *alone]) == 0
+    point_weights = (run_sweep.folder / rows[3]["name"] / "model.safetensors").read_bytes()
+    alone_weights = (run_sweep.folder.parent / "alone" / "model.safetensors").read_bytes()
+    assert point_weights == alone_weights
 
-    # again: all are shown, none is trained
-    before = {path: path.stat().st_mtime_ns for path in swept.folder.glob("*/*")}
-    assert swept(grid) == 0
-    assert capsys.readouterr().out.count("already trained") == 4
-    assert {path: path.stat().st_mtime_ns for path in swept.folder.glob("*/*")} == before
+    # started again, the sweep shows the finished runs
+    before = {path: path.stat().st_mtime_ns for path in run_sweep.folder.glob("*/*")}
+    assert run_sweep(grid) == 0
+    assert capfd.readouterr().out.count("already trained") == 4
+    assert {path: path.stat().st_mtime_ns for path in run_sweep.folder.glob("*/*")} == before
 
 
-def test_a_best_value_at_the_edge_is_pointed_out():
-    grid = {
-        "training.lr": [1e-3, 3e-3, 1e-2],
-        "model.n_layer": [1, 2, 3],
-        "training.optimizer": ["a", "b", "c"],
-    }
-    points = sweep.points_of(grid)
-    for lr, layers, expected in ((1e-2, 2, ["training.lr: the largest value, 0.01,"]), (3e-3, 2, []),
-                                 (1e-3, 3, ["training.lr: the smallest", "model.n_layer: the largest value, 3,"])):  # fmt: skip
-        rows = [
-            {"name": str(i), "values": p, "eval_bits_per_byte": 1.0} for i, p in enumerate(points)
-        ]
-        at = points.index({"training.lr": lr, "model.n_layer": layers, "training.optimizer": "a"})
-        rows[at]["eval_bits_per_byte"] = 0.5
-        lines = sweep.edges(grid, [*rows, {"name": "x", "values": points[0], "error": "no memory"}])
-        assert len(lines) == len(expected)
-        assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
-    assert sweep.edges(grid, [{"name": "x", "values": points[0], "error": "no memory"}]) == []
-
-
-def unfinished(run_dir) -> None:
-    """A finished run as it was before its last checkpoint."""
+def make_unfinished(run_dir) -> None:
+    """Take a finished run back to the moment before its last checkpoint."""
     shutil.rmtree(checkpoints(run_dir)[0])
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def test_interrupted_runs_go_on_or_begin_anew(swept, capsys):
+def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     grid = {"training.seed": [1, 2]}
-    assert swept(grid) == 0
-    first, second = (swept.folder / f"tiny-seed{seed}" for seed in (1, 2))
+    assert run_sweep(grid) == 0
+    first = run_sweep.folder / "tiny-seed1"
+    second = run_sweep.folder / "tiny-seed2"
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] != weights[1]
-    unfinished(first)
-    unfinished(second)
-    (checkpoints(second)[0] / MANIFEST).unlink()  # not saved to its end
-    capsys.readouterr()
-    assert swept(grid) == 0
+
+    # one has a checkpoint to resume from, the other only one that was not saved completely
+    make_unfinished(first)
+    make_unfinished(second)
+    (checkpoints(second)[0] / MANIFEST).unlink()
+    assert sweep.resume_flags(first) == ["--resume_from_checkpoint", "latest"]
+    assert sweep.resume_flags(second) == ["--overwrite"]
+    assert run_sweep(grid) == 0
     assert [(folder / "model.safetensors").read_bytes() for folder in (first, second)] == weights
-    steps = [json.loads(line)["step"] for line in (first / LOG_FILE).read_text().splitlines()]
+    steps = [row["step"] for row in rows_of(first)]
     assert steps == sorted(steps)
-    unfinished(second)
-    for folder in checkpoints(second):  # only a milestone of BabyLM's is left
-        shutil.rmtree(folder)
-    (second / "chck_1M").mkdir()
-    assert swept(grid) == 0
-    assert (second / "model.safetensors").read_bytes() == weights[1]
-    assert swept({"training.seed": [1]}, "--lr", "1e-3") == 2
-    assert "training.lr: was 0.003, is 0.001" in (swept.folder / sweep.TABLE).read_text()
+
+    # a different run of the same name is not replaced
+    assert run_sweep({"training.seed": [1]}, "--lr", "1e-3") == 2
+    assert "training.lr: was 0.003, is 0.001" in (run_sweep.folder / sweep.TABLE).read_text()
 
 
-def test_values_reach_the_runs_as_they_are(tmp_path):
-    text = 'a "path" with 😀, é and \\'
-    (first, *_) = sweep.variant(
-        argparse.Namespace(set=None), {"data.train_path": text}, "x", tmp_path
-    ).set
-    raw = {}
-    set_key(raw, first)
-    assert raw == {"data": {"train_path": text}}
+def test_a_run_with_only_milestones_is_restarted(tmp_path):
+    (tmp_path / "chck_1M").mkdir()
+    assert sweep.resume_flags(tmp_path) == ["--overwrite"]
+    (tmp_path / METRICS_FILE).write_text("{}")
+    assert sweep.resume_flags(tmp_path) == []
 
 
-def test_ctrl_c_ends_the_sweep_and_keeps_what_is_done(swept, capsys, monkeypatch):
-    step, steps = LMTrainer.training_step, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_saves_its_step_and_continues(number, run_sweep, tmp_path):
+    """Ctrl-C goes to both processes, as from a terminal; SIGTERM to the sweep only."""
+    flags = ["--num-epochs", "6", "--set", "training.logging_steps=1"]
+    run_sweep.file.write_text("training.seed: [1, 2]\n")
+    command = [sys.executable, str(ROOT / "train.py"), *run_sweep.arguments, *flags]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a background job would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = run_sweep.folder / "tiny-seed1" / LOG_FILE
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and log.read_text().count("\n") > 2:
+            break
+        time.sleep(0.005)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].endswith(
+        "sweep.yaml: interrupted in run 1 of 2; the same command continues"
+    )
+    assert sweep.resume_flags(log.parent) == ["--resume_from_checkpoint", "latest"], errors
+    with pytest.raises(ProcessLookupError):  # no child is left
+        os.killpg(process.pid, 0)
 
-    def interrupted(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if steps.count(3) == 2:  # in the second run
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(LMTrainer, "training_step", interrupted)
-    assert swept({"training.seed": [1, 2, 3]}) == 130
-    assert "interrupted in run 2 of 3; the same command goes on" in capsys.readouterr().out
-    assert [
-        row["name"] for row in json.loads((swept.folder / sweep.RESULTS).read_text())["runs"]
-    ] == ["tiny-seed1"]
+    assert run_sweep(run_sweep.file.read_text(), *flags) == 0
+    assert [row["name"] for row in read_rows(run_sweep.folder)] == ["tiny-seed1", "tiny-seed2"]
 
 
-def test_a_failed_run_does_not_lose_the_others(swept, corpus_dir, tmp_path, capsys):
+def test_a_failed_run_does_not_stop_the_others(run_sweep, corpus_dir, tmp_path, capsys):
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "a.train").write_text("Only this.")
     grid = {"data.train_path": [str(tmp_path / "few"), str(corpus_dir / "train")]}
-    assert swept(grid) == 2
-    failed, done = json.loads((swept.folder / sweep.RESULTS).read_text())["runs"]
+    assert run_sweep(grid) == 2
+    failed, finished = read_rows(run_sweep.folder)
     assert "do not fill one chunk of 32" in failed["error"]
-    assert done["eval_loss"] > 0 and "error" not in done
-    lines = (swept.folder / sweep.TABLE).read_text().splitlines()
-    assert "failed: train: " in lines[1] and lines[2].endswith("best")
+    assert finished["eval_loss"] > 0
+    assert "error" not in finished
+    lines = (run_sweep.folder / sweep.TABLE).read_text().splitlines()
+    assert "failed: train: " in lines[1]
+    assert lines[2].endswith("best")
     assert len(errors_of(capsys)) == 1
 
 
-def test_a_run_without_memory_is_one_that_failed(swept, monkeypatch, capsys):
-    def full(self, *args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(LMTrainer, "training_step", full)
-    assert swept({"training.seed": [1, 2]}) == 2
-    assert len(errors_of(capsys)) == 2
-    assert (swept.folder / sweep.TABLE).read_text().count(
-        "the same step fits in less with --batch-size 4"
-    ) == 2
-    assert not (swept.folder / sweep.PLOT).exists()
+def test_a_crashed_run_is_reported_with_its_last_line(capsys):
+    crash = "import sys; print('working', file=sys.stderr); raise RuntimeError('no memory')"
+    assert sweep.train_point([sys.executable, "-c", crash]) == "RuntimeError: no memory"
+    assert "Traceback" in capsys.readouterr().err
+    silent = "import os; os._exit(7)"
+    assert sweep.train_point([sys.executable, "-c", silent]) == "train.py ended with exit code 7"
 
 
-def test_a_sweep_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such"):
-        sweep.read_grid(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError):
-        (tmp_path / "empty.yaml").write_text("")
-        sweep.read_grid(str(tmp_path / "empty.yaml"))
+# ---- results ------------------------------------------------------------------------------------
+
+
+def test_a_best_value_at_the_edge_gets_a_note():
+    grid = {
+        "training.lr": [1e-3, 3e-3, 1e-2],
+        "model.n_layer": [1, 2, 3],
+        "training.optimizer": ["a", "b", "c"],
+    }
+    points = sweep.combinations(grid)
+    failed = {"name": "x", "values": points[0], "error": "no memory"}
+    for lr, n_layer, expected in (
+        (1e-2, 2, ["training.lr: the largest value, 0.01,"]),
+        (3e-3, 2, []),
+        (1e-3, 3, ["training.lr: the smallest", "model.n_layer: the largest value, 3,"]),
+    ):
+        rows = [
+            {"name": str(i), "values": values, "eval_bits_per_byte": 1.0}
+            for i, values in enumerate(points)
+        ]
+        best = {"training.lr": lr, "model.n_layer": n_layer, "training.optimizer": "a"}
+        rows[points.index(best)]["eval_bits_per_byte"] = 0.5
+        lines = sweep.edge_notes(grid, [*rows, failed])
+        assert len(lines) == len(expected)
+        for line, start in zip(lines, expected, strict=True):
+            assert line.startswith(start)
+    assert sweep.edge_notes(grid, [failed]) == []
+
+
+def test_a_sweep_without_a_finished_run_has_no_plot(tmp_path):
+    rows = [{"name": "x", "values": {"training.lr": 0.1}, "error": "no memory\nat all"}]
+    sweep.write_sweep(tmp_path, {"training.lr": [0.1]}, rows)
+    document = json.loads((tmp_path / sweep.RESULTS).read_text())
+    assert document["best"] is None
+    assert (tmp_path / sweep.TABLE).read_text().endswith("failed: no memory\n")
+    assert not (tmp_path / sweep.PLOT).exists()

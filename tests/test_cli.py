@@ -1,0 +1,62 @@
+"""What every script does with errors, Ctrl-C and a lack of memory."""
+
+import argparse
+
+import pytest
+import torch
+
+from babyllama.cli import add_flag, check_at_least, duration, run_script
+
+
+def raising(error):
+    """Return a body that raises an error."""
+
+    def body() -> int:
+        raise error
+
+    return body
+
+
+def test_the_exit_code_is_that_of_the_body():
+    assert run_script(lambda: 0) == 0
+    assert run_script(lambda: 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "output"),
+    [
+        (ValueError("one\ntwo"), 2, "error: one\nerror: two\n"),
+        (FileNotFoundError("no such file"), 2, "error: no such file\n"),
+        (OSError(), 2, "error: OSError\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt("stopped at step 3"), 130, "stopped at step 3\n"),
+        (MemoryError(), 2, "error: out of memory: buy more\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory: buy more\n"),
+        (RuntimeError("can't allocate memory"), 2, "error: out of memory: buy more\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(error, code, output, capsys):
+    advice = "buy more"
+    for memory_advice in (advice, lambda: advice):
+        result = run_script(raising(error), interrupted="stopped", memory_advice=memory_advice)
+        assert result == code
+        assert capsys.readouterr().err == output
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(raising(RuntimeError("a bug")))
+
+
+def test_flags_have_two_spellings_and_a_minimum():
+    parser = argparse.ArgumentParser()
+    add_flag(parser, "batch-size", type=float)
+    for flag in ("--batch-size", "--batch_size"):
+        check_at_least(parser.parse_args([flag, "2"]), {"batch_size": 2})
+        for value in ("1.5", "nan", "inf"):
+            with pytest.raises(ValueError, match=f"--batch-size {value} must be 2 or more"):
+                check_at_least(parser.parse_args([flag, value]), {"batch_size": 2})
+
+
+def test_durations_have_a_suitable_unit():
+    assert [duration(s) for s in (42, 420, 12600)] == ["42 s", "7 min", "3.5 h"]

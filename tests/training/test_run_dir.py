@@ -1,0 +1,436 @@
+"""Run directories of real tiny runs: what is kept, replaced, resumed and refused."""
+
+import gc
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, errors_of, rows_of, timeless
+
+import train
+from babyllama.files import exclusive_folder, is_model
+from babyllama.training.run_dir import (
+    CONFIG_FILE,
+    DATA_REPORT_FILE,
+    LOG_FILE,
+    MANIFEST,
+    MEASURED,
+    METRICS_FILE,
+    RESULTS,
+    checkpoint_error,
+    checkpoint_step,
+    checkpoints,
+    find_checkpoint,
+    resolve_checkpoint,
+    seal_checkpoint,
+    start_run_dir,
+)
+
+
+def test_running_again_shows_the_finished_run(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    before = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
+    assert train.main(["--config", str(config_path)]) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()} == before
+    metrics = json.loads((run_dir / METRICS_FILE).read_text())
+    for key in ("steps", "steps_run", "epochs"):  # which runs of before did not note
+        del metrics["results"][key]
+    (run_dir / METRICS_FILE).write_text(json.dumps(metrics))
+    assert train.main(["--config", str(config_path)]) == 0
+
+
+def test_a_different_run_of_the_same_name_needs_overwrite(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    weights = (run_dir / "model.safetensors").read_bytes()
+    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
+    error = capsys.readouterr().err
+    assert "training.lr: was 0.003, is 0.001" in error
+    assert "--overwrite" in error
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    assert train.main(["--config", str(config_path), "--lr", "1e-3", "--overwrite"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() != weights
+
+
+def test_resume_is_suggested_only_if_it_would_work(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
+    assert "--resume_from_checkpoint" not in capsys.readouterr().err
+    assert train.main(["--config", str(config_path), "--num-epochs", "3"]) == 2
+    assert "add --resume_from_checkpoint latest to resume it" in capsys.readouterr().err
+    assert (
+        train.main(
+            [
+                "--config",
+                str(config_path),
+                "--num-epochs",
+                "3",
+                "--resume_from_checkpoint",
+                "latest",
+            ]
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE])
+@pytest.mark.parametrize("text", ["", "a: [", "- a", '{"a": 1'])
+def test_a_corrupted_run_file_is_a_one_line_error(finished_copy, name, text, capsys):
+    config_path, run_dir = finished_copy
+    (run_dir / name).write_text(text)
+    assert train.main(["--config", str(config_path)]) == 2
+    (line,) = errors_of(capsys)
+    assert f"{run_dir / name} is corrupted" in line and "--overwrite" in line
+
+
+def test_metrics_without_results_are_a_one_line_error(finished_copy, capsys):
+    (finished_copy[1] / METRICS_FILE).write_text('{"results": 3}')
+    assert train.main(["--config", str(finished_copy[0])]) == 2
+    assert "training_metrics.json is corrupted" in capsys.readouterr().err
+
+
+def test_overwrite_deletes_old_measurements_but_no_other_files(finished_copy):
+    config_path, run_dir = finished_copy
+    for name in MEASURED:
+        (run_dir / name).write_text("of the old weights")
+    (run_dir / "thesis.txt").write_text("mine")
+    assert train.main(["--config", str(config_path), "--overwrite", "--num-epochs", "1"]) == 0
+    assert (
+        not any((run_dir / name).exists() for name in MEASURED)
+        and (run_dir / "thesis.txt").is_file()
+    )
+
+
+def test_weights_get_the_permissions_of_the_other_files(finished):
+    _, run_dir = finished
+    weights = list(run_dir.rglob("*.safetensors"))
+    assert len(weights) > 1
+    assert {path.stat().st_mode for path in weights} == {(run_dir / "config.json").stat().st_mode}
+
+
+def test_a_directory_with_other_files_is_not_replaced(config_file, tmp_path, capsys):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "thesis.tex").write_text("years of work")
+    assert train.main(["--config", str(config_file()), "--overwrite"]) == 2
+    assert "was not written by this script" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "models" / "tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_locked_by_another_process_stays_untouched(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    back_to_checkpoint(run_dir)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    for flags in (["--overwrite"], ["--resume_from_checkpoint", "latest"]):
+        with exclusive_folder(
+            run_dir, ""
+        ):  # each opening of a directory is a holder of its own, also in one process
+            assert train.main(["--config", str(config_path), *flags]) == 2
+        (line,) = errors_of(capsys)
+        assert (
+            "another process is writing there; wait until it ends, or choose another --model_name"
+            in line
+        )
+        assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert train.main(["--config", str(config_path), *flags]) == 0
+
+
+def test_persistent_workers_do_not_keep_the_lock(config_file):
+    arguments = [
+        "--config",
+        str(config_file(training__num_epochs=1)),
+        "--dataloader-num-workers",
+        "1",
+    ]
+    gc.disable()  # what keeps the workers is a cycle
+    try:
+        assert train.main(arguments) == 0
+        assert train.main([*arguments, "--overwrite"]) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_run_that_saved_nothing_can_be_replaced(config_file, tmp_path):
+    config = train.load_config(config_file())
+    run_dir = tmp_path / "models" / "tiny"
+    start_run_dir(run_dir, config, {"train": {}}, checkpoint=None)
+    assert (
+        resolve_checkpoint(run_dir, config, {"train": {"words": 1}}, resume=None, overwrite=False)
+        is None
+    )
+
+
+# ---- resume ---------------------------------------------------------------------------------------
+
+
+def back_to_checkpoint(run_dir: Path) -> str:
+    """Take a finished run back to the moment after its second last checkpoint was saved."""
+    newest, earlier = checkpoints(run_dir)
+    shutil.rmtree(newest)
+    for name in ("model.safetensors", "training_metrics.json", "README.md"):
+        (run_dir / name).unlink()
+    return earlier.name
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_resume_is_exact(kind, config_file, tmp_path):
+    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1} if kind == "GPT2" else {}
+    path, run_dir = config_file(model__type=kind, **dropout), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    weights, log = (run_dir / "model.safetensors").read_bytes(), rows_of(run_dir)
+    results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
+    back_to_checkpoint(run_dir)
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+
+    assert timeless(rows_of(run_dir)) == timeless(log)
+    again = json.loads((run_dir / "training_metrics.json").read_text())["results"]
+    assert again["eval_loss"] == results["eval_loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_bit_for_bit(number, config_file, tmp_path):
+    """A real signal in a real process: the step is saved; then latest: the same weights as of a run left alone."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    path = config_file(training__num_epochs=6, training__logging_steps=1, training__save_steps=1000)
+    command = [sys.executable, "train.py", "--config", str(path)]
+    run_dir = tmp_path / "models" / "tiny"
+    hears = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # a background job may not
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **hears
+    )
+    deadline, log = time.monotonic() + 120, run_dir / "metrics.jsonl"
+    while (
+        child.poll() is None
+        and time.monotonic() < deadline
+        and not (log.is_file() and log.read_text().count("\n") > 2)
+    ):
+        time.sleep(0.005)
+    child.send_signal(number)
+    error = child.communicate(timeout=120)[1]
+    assert child.returncode == 130, error
+    (saved,) = checkpoints(run_dir)
+    assert (
+        f"interrupted after step {checkpoint_step(saved)}; resume from {saved.name} with --resume_from"
+        in error
+    )
+    assert checkpoint_error(saved) is None and not (run_dir / "training_metrics.json").exists()
+    assert train.main(["--config", str(path)]) == 2  # neither forgotten nor overwritten
+    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main(["--config", str(path), "--model_name", "whole"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == (
+        run_dir.parent / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before, (
+        "what was there comes back"
+    )
+
+
+def test_resume_at_the_last_step_only_writes_the_results(config_file, tmp_path, capsys):
+    """Killed after its last checkpoint, with nothing written; and one that has gone further than is asked for now."""
+    path = str(config_file(training__lr_scheduler="constant"))
+    run_dir, steps = (
+        tmp_path / "models" / "tiny",
+        ["--set", "training.max_steps=10"],
+    )  # in the second epoch
+    assert train.main(["--config", path, *steps]) == 0
+    weights = (run_dir / "model.safetensors").read_bytes()
+    for name in RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+    assert train.main(["--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    metrics = json.loads((run_dir / METRICS_FILE).read_text())
+    assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"]
+    fewer = ["--set", "training.max_steps=3", "--resume_from_checkpoint", "latest"]
+    assert train.main(["--config", path, *fewer]) == 2
+    assert "checkpoint-10 is past the last step of this run, 3" in capsys.readouterr().err
+    assert (run_dir / METRICS_FILE).is_file()
+
+
+def test_resume_at_the_last_step_without_a_log_is_a_one_line_error(config_file, tmp_path, capsys):
+    path, run_dir = str(config_file()), tmp_path / "models" / "tiny"
+    assert train.main(["--config", path]) == 0
+    for name in (*RESULTS, LOG_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    assert train.main(["--config", path, "--resume_from_checkpoint", "latest"]) == 2
+    (line,) = errors_of(capsys)
+    assert "metrics.jsonl is missing" in line and is_model(run_dir)
+
+
+def test_resume_survives_a_truncated_or_missing_log(config_file, tmp_path):
+    path, run_dir = config_file(), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    log = (run_dir / "metrics.jsonl").read_text()
+    for text in (log[: log.index("\n", len(log) // 3) + 40], None):  # in the middle of a line
+        from_step = int(back_to_checkpoint(run_dir).partition("-")[2])
+        (run_dir / "metrics.jsonl").unlink()
+        if text is not None:
+            (run_dir / "metrics.jsonl").write_text(text)
+        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        kept = [json.loads(line) for line in (text or "").splitlines()[:-1]]
+        assert rows[: len(kept)] == kept and rows[len(kept)]["step"] > from_step
+        before = next(
+            row["tokens"] for row in map(json.loads, log.splitlines()) if row["step"] == from_step
+        )
+        timed = rows[-1]["tokens"] - before + (kept[-1]["tokens"] if kept else 0)
+        found = json.loads((run_dir / "training_metrics.json").read_text())["results"][
+            "tokens_per_second"
+        ]
+        assert found == pytest.approx(timed / rows[-1]["seconds"], rel=0.01)
+
+
+def test_resume_from_an_earlier_checkpoint_deletes_later_ones(config_file, tmp_path):
+    """What was saved after it goes, and what is saved in its place is whole."""
+    path, run_dir = config_file(), tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path)]) == 0
+    newest, earlier = checkpoints(run_dir)
+    (run_dir / "training_metrics.json").unlink()
+    resume = [
+        "--resume_from_checkpoint",
+        str(earlier),
+        "--num-epochs",
+        "3",
+        "--set",
+        "training.save_steps=3",
+    ]
+    assert train.main(["--config", str(path), *resume, "--set", "training.logging_steps=2"]) == 0
+    assert not newest.exists() or checkpoint_step(newest) % 3 == 0
+    assert all(checkpoint_error(folder) is None for folder in checkpoints(run_dir))
+    steps = [
+        json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    later = [step for step in steps if step > checkpoint_step(earlier)]
+    assert {step for step in later if step % 2 == 0} >= set(range(later[0], later[-1], 2)), (
+        "the new interval rules"
+    )
+
+
+def test_resume_refuses_a_different_run(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    back_to_checkpoint(run_dir)
+    resume = ["--config", str(config_path), "--resume_from_checkpoint", "latest"]
+    assert train.main([*resume, "--batch-size", "4", "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "training.batch_size: was 8, is 4" in error
+    assert "training.seed: was 42, is 1" in error
+    assert train.main([*resume[:-1], "no/such/place"]) == 2
+    assert "no such checkpoint; give its directory or latest" in capsys.readouterr().err
+    assert train.main([*resume[:-1], str(run_dir)]) == 2
+    assert (
+        "is a run directory, not a checkpoint; give one of its checkpoints, such as "
+        in capsys.readouterr().err
+    )
+    assert train.main([*resume, "--overwrite"]) == 2
+    assert "choose one" in capsys.readouterr().err and checkpoints(run_dir)
+
+
+def test_a_checkpoint_of_another_directory_is_refused(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    checkpoint = str(checkpoints(run_dir)[0])
+    assert (
+        train.main(
+            [
+                "--config",
+                str(config_path),
+                "--model-name",
+                "new",
+                "--resume_from_checkpoint",
+                checkpoint,
+            ]
+        )
+        == 2
+    )
+    assert "does not belong to this run" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_an_error_for_a_finished_run_too(finished_copy, capsys):
+    resume = ["--resume_from_checkpoint", str(finished_copy[1] / "checkpoint-9999")]
+    assert train.main(["--config", str(finished_copy[0]), *resume]) == 2
+    assert "checkpoint-9999: no such checkpoint" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint_is_an_error(config_file, capsys):
+    assert train.main(["--config", str(config_file()), "--resume_from_checkpoint", "latest"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "flip", "unsealed"])
+def test_latest_ignores_a_damaged_checkpoint(finished_copy, harm, caplog):
+    _, run_dir = finished_copy
+    newest, earlier = checkpoints(run_dir)
+    for victim in [p.name for p in newest.iterdir() if p.name != MANIFEST]:
+        copy = run_dir.parent / "victim"
+        shutil.copytree(run_dir, copy)
+        path = copy / newest.name / (MANIFEST if harm == "unsealed" else victim)
+        content = bytearray(path.read_bytes())
+        if harm in ("delete", "unsealed"):
+            path.unlink()
+        elif harm == "truncate":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 3] ^= 1
+            path.write_bytes(content)
+        assert find_checkpoint("latest", copy).name == earlier.name, victim
+        with pytest.raises(ValueError, match="cannot resume from it"):
+            find_checkpoint(str(copy / newest.name), copy)
+        shutil.rmtree(copy)
+    assert ": ignored: " in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", '{"files": [1]}', '{"files": {"model.safetensors": 3}}'])
+def test_an_unreadable_manifest_is_an_error(content, tmp_path):
+    (tmp_path / MANIFEST).write_text(content)
+    assert checkpoint_error(tmp_path) == f"{MANIFEST} cannot be read"
+
+
+def test_a_checkpoint_saved_twice_is_intact(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    seal_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"second")
+    assert checkpoint_error(tmp_path) == "model.safetensors has changed since it was saved"
+    seal_checkpoint(tmp_path)
+    assert checkpoint_error(tmp_path) is None
+
+
+def test_each_checkpoint_has_a_row_in_the_log(config_file, tmp_path):
+    """Seconds and tokens of a resumed run begin with those of its checkpoint, however seldom the log is written."""
+    path = config_file(training__logging_steps=1000, training__save_steps=3, training__num_epochs=2)
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    rows = [json.loads(line) for line in (run_dir / LOG_FILE).read_text().splitlines()]
+    timed = {row["step"]: row["tokens"] for row in rows if "tokens_per_second" in row}
+    steps = [checkpoint_step(folder) for folder in checkpoints(run_dir)]
+    assert len(steps) == 2 and set(steps) <= set(timed)
+    assert set(range(3, max(steps) + 1, 3)) <= set(timed)
+
+
+def test_the_last_two_checkpoints_are_kept_even_if_an_earlier_one_is_better(config_file, tmp_path):
+    """A learning rate that soon does harm: the checkpoint of the best evaluation takes no later one's place."""
+    harmful = {
+        "training__lr": 1e-2,
+        "training__lr_scheduler": "constant",
+        "training__adam_beta2": 0.5,
+    }
+    path = config_file(
+        **harmful, training__save_steps=7, training__eval_steps=7, training__num_epochs=40
+    )
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {
+        row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] % 7 == 0
+    }
+    kept = [checkpoint_step(folder) for folder in checkpoints(run_dir)]
+    assert min(losses, key=losses.get) < min(kept)
+    saved = sorted({*losses, rows[-1]["step"]})
+    assert kept == saved[: -len(kept) - 1 : -1] and len(kept) == 2
