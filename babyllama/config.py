@@ -4,7 +4,7 @@ All problems are reported at once, each with its path, the value, what is allowe
 key. This module opens nothing but the YAML file: train.py checks that the tokenizer and the text
 exist. It does not import torch, so a wrong configuration is reported within a second.
 
-    python -m babyllama.config            write config/schema.json and TRAINING_GUIDE.md's key table
+    python -m babyllama.config            write config/schema.json and API_REFERENCE.md's key table
     python -m babyllama.config --check    exit with 1 if either is out of date
 """
 
@@ -432,7 +432,7 @@ def json_schema() -> str:
 
 
 def key_table() -> str:
-    """Return the Markdown table of all keys for TRAINING_GUIDE.md."""
+    """Return the Markdown table of all keys for API_REFERENCE.md."""
     rows = ["| key | holds | default | typical | what it does |", "|---|---|---|---|---|"]
     for name, section in SECTIONS.items():
         properties = section.model_json_schema()["properties"]
@@ -454,12 +454,12 @@ def key_table() -> str:
 
 def generated_files() -> dict[Path, str]:
     """Return the path and the up-to-date content of each generated file."""
-    guide = ROOT / "TRAINING_GUIDE.md"
-    head, _, rest = guide.read_text(encoding="utf-8").partition(BEGIN)
+    reference = ROOT / "API_REFERENCE.md"
+    head, _, rest = reference.read_text(encoding="utf-8").partition(BEGIN)
     _, _, tail = rest.partition(END)
     return {
         ROOT / "config" / "schema.json": json_schema(),
-        guide: head + BEGIN + key_table() + END + tail,
+        reference: head + BEGIN + key_table() + END + tail,
     }
 
 
