@@ -106,6 +106,7 @@ def compute_limit(args: argparse.Namespace) -> dict:
 
     from babyllama.device import fast_dtype
     from babyllama.evaluation import minimal_pairs, tasks
+    from babyllama.evaluation.fast_choices import skip_shared_tokens
     from babyllama.evaluation.loading import context_length, load_model
 
     model, tokenizer = load_model(args.model, args.device)
@@ -114,7 +115,7 @@ def compute_limit(args: argparse.Namespace) -> dict:
     # each distinct prefix goes through the layers, and the head if a scored token follows
     ids, starts = minimal_pairs.scored_spans(tokenizer, items, True)
     two_each = np.full(len(items), 2)
-    begins = minimal_pairs._begins(ids, starts, two_each, context_length(model))
+    begins = skip_shared_tokens(ids, starts, two_each, context_length(model))
     prefixes = set()
     contexts = set()
     for text, begin in zip(ids, begins, strict=True):

@@ -291,7 +291,7 @@ def test_unigram_table_is_the_counts_of_the_training_text(
         )
     assert np.exp(table).sum() == pytest.approx(1)
     assert minimal_pairs.unigram_table(model_dirs["Llama"], tokenizer, 400) is None
-    with pytest.raises(ValueError, match=r"the tokenizer makes token \d+, the model knows 0..99"):
+    with pytest.raises(ValueError, match=r"the tokenizer yields token \d+, the model's vocabulary is 0\.\.99"):
         minimal_pairs.unigram_table(tmp_path, tokenizer, 100)
     items = [tasks.Item("s", ("The", "The"), (" cat", " dog"))]
     model, _ = load_model(model_dirs["Llama"], "cpu")

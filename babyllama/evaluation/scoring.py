@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from babyllama.evaluation.loading import check_ids, context_length, encode
 
-CPU_BATCH_TOKENS = 2048  # in one forward pass, including padding
+CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 32768
 MAX_LOGITS = 2**23  # in memory at a time: 32 MB in float32
 
@@ -93,11 +93,11 @@ def ids_logprobs(
     windows.sort(key=lambda window: -len(window.inputs))
     scores = np.empty((5 if stats else 1, total))
     if windows:
-        default = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
-        batches = list(_batches(windows, batch_tokens or default))
+        limit = batch_tokens or default_batch_tokens(model)
+        window_batches = list(batches(windows, lambda window: len(window.inputs), limit))
         with float32_inference(model):
             body, head = _split_model(model, windows[0].inputs[:16])
-            for batch in tqdm(batches, desc="scoring", disable=None, delay=5):
+            for batch in tqdm(window_batches, desc="scoring", disable=None, delay=5):
                 batch_scores = _score_batch(model, body, head, batch, stats)
                 for window, values in zip(batch, batch_scores, strict=True):
                     scores[:, window.offset : window.offset + len(window.targets)] = values
@@ -148,12 +148,18 @@ def _windows(
         end = min(len(ids), end + stride)
 
 
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[Sequence[_Window]]:
-    """Yield runs of windows (longest first) whose padded size is at most `batch_tokens`."""
-    while windows:
-        rows = max(1, batch_tokens // len(windows[0].inputs))
-        yield windows[:rows]
-        windows = windows[rows:]
+def batches(rows: Sequence, length: Callable, batch_tokens: int) -> Iterator[Sequence]:
+    """Yield runs of rows (longest first) whose padded size is at most `batch_tokens`."""
+    start = 0
+    while start < len(rows):
+        end = start + max(1, batch_tokens // length(rows[start]))
+        yield rows[start:end]
+        start = end
+
+
+def default_batch_tokens(model) -> int:
+    """Return how many tokens, including padding, one forward pass reads by default."""
+    return CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import transformers
 from conftest import build_tiny_model, tiny_config
 
 from babyllama.config import check_config
-from babyllama.evaluation import minimal_pairs
+from babyllama.evaluation import fast_choices
 from babyllama.evaluation.generation import generate
 from babyllama.training import kernels
 from babyllama.training.loss import NextTokenLoss
@@ -186,8 +186,8 @@ def test_the_gpu_generates_what_the_cpu_does(kind, tokenizer):
 def test_a_gpu_scores_a_little_in_float32():
     rng, model = np.random.default_rng(1), build_tiny_model("Llama")
     texts = [[1, *rng.integers(3, 400, n).tolist()] for n in rng.integers(4, 20, 1200)]
-    expected, _ = minimal_pairs.relative_scores(model, texts, [1] * 1200, [2] * 600)
-    scores, precision = minimal_pairs.relative_scores(model.cuda(), texts, [1] * 1200, [2] * 600)
+    expected, _ = fast_choices.relative_scores(model, texts, [1] * 1200, [2] * 600)
+    scores, precision = fast_choices.relative_scores(model.cuda(), texts, [1] * 1200, [2] * 600)
     assert precision == {"items": 600, "float32_items": 600}
     gaps = scores[::2] - scores[1::2]
     assert gaps == pytest.approx(
