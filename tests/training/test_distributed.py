@@ -1,4 +1,4 @@
-"""Several processes: who gets which chunks, and two real ones (gloo, on the CPU) against one."""
+"""Compare two real processes (gloo on the CPU) with one, and check which chunks each process gets."""
 
 import json
 import os
@@ -32,20 +32,20 @@ LAUNCHERS = {
 
 @pytest.fixture
 def processes(monkeypatch):
-    """processes(4, rank=1): this process takes itself for the second of four."""
+    """Return a function: processes(4, rank=1) makes this process the second of four."""
 
-    def pretend(count, rank=0):
+    def set_processes(count, rank=0):
         monkeypatch.setenv("WORLD_SIZE", str(count))
         monkeypatch.setenv("RANK", str(rank))
 
-    return pretend
+    return set_processes
 
 
-# ---- who gets what ------------------------------------------------------------------------------
+# ---- which chunks each process gets -------------------------------------------------------------
 
 
 class Shuffled:
-    """The numbers 0 to n - 1 in a fixed order."""
+    """A sampler of the numbers 0 to n - 1 in a fixed random order."""
 
     def __init__(self, n):
         self.order = np.random.default_rng(n).permutation(n).tolist()
@@ -57,55 +57,57 @@ class Shuffled:
         return len(self.order)
 
 
-def by_step(dealt: list[list[list[int]]], accumulation: int) -> list[list[int]]:
-    """The chunks of each optimiser step, of all processes together, from the batches of each."""
-    rounds = len(dealt[0])
-    return [
-        sorted(
-            i for batches in dealt for batch in batches[start : start + accumulation] for i in batch
-        )
-        for start in range(0, rounds, accumulation)
-    ]
+def chunks_by_step(batches_by_rank: list[list[list[int]]], accumulation: int) -> list[list[int]]:
+    """Return the sorted chunks of each optimizer step, over all processes."""
+    steps = []
+    for start in range(0, len(batches_by_rank[0]), accumulation):
+        step = []
+        for batches in batches_by_rank:
+            for batch in batches[start : start + accumulation]:
+                step.extend(batch)
+        steps.append(sorted(step))
+    return steps
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (3, 1), (1, 3), (1, 1)])
-def test_each_chunk_goes_to_one_process_once(processes, count, batch_size, accumulation):
+def test_every_chunk_is_in_one_batch_of_one_process(processes, count, batch_size, accumulation):
+    """Steps are those of one process; what is too little for a step of its own joins the last."""
     per_step = count * batch_size * accumulation
     for n in range(count, 3 * per_step + count + 2):
-        order, dealt = Shuffled(n), []
+        order = Shuffled(n)
+        batches_by_rank = []
         for rank in range(count):
             processes(count, rank)
-            dealer = distributed.ExactBatchSampler(order, batch_size, accumulation)
-            dealt.append(list(dealer))
-            assert len(dealer) == len(dealt[-1])
-        assert len({len(batches) for batches in dealt}) == 1, (
-            "all processes take the same number of batches"
-        )
-        assert sorted(i for batches in dealt for batch in batches for i in batch) == list(range(n))
-        assert all(batch for batches in dealt for batch in batches), "an empty batch"
-        left = n % per_step
-        largest = max(len(batch) for batches in dealt for batch in batches)
-        assert largest <= batch_size + (0 < left < count or batch_size == 1)
-        steps = by_step(dealt, accumulation)
+            sampler = distributed.ExactBatchSampler(order, batch_size, accumulation)
+            batches_by_rank.append(list(sampler))
+            assert len(sampler) == len(batches_by_rank[-1])
+        batches = [batch for rank_batches in batches_by_rank for batch in rank_batches]
+        assert len({len(rank_batches) for rank_batches in batches_by_rank}) == 1
+        assert sorted(chunk for batch in batches for chunk in batch) == list(range(n))
+        assert all(batches), "an empty batch"
+        rest = n % per_step
+        joins_last_step = 0 < rest < count
+        assert max(map(len, batches)) <= batch_size + (joins_last_step or batch_size == 1)
+
         expected = [sorted(order.order[i : i + per_step]) for i in range(0, n, per_step)]
-        if 0 < left < count and len(expected) > 1:  # too few for a step of their own
+        if joins_last_step and len(expected) > 1:
             expected[-2:] = [sorted(expected[-2] + expected[-1])]
+        steps = chunks_by_step(batches_by_rank, accumulation)
         assert steps == expected
         assert len(steps) == distributed.steps_per_epoch(n, per_step)
-        for done in range(2 * len(steps) + 1):
-            assert distributed.chunks_after(done, n, per_step) == sum(
-                len(step) for step in (2 * steps)[:done]
-            )
+        two_epochs = [len(step) for step in 2 * steps]
+        for n_steps in range(len(two_epochs) + 1):
+            assert distributed.chunks_after(n_steps, n, per_step) == sum(two_epochs[:n_steps])
 
 
-def test_more_processes_than_chunks(processes):
+def test_more_processes_than_chunks_is_an_error(processes):
     processes(4)
     with pytest.raises(ValueError, match="3 chunks for 4 processes"):
         distributed.ExactBatchSampler(Shuffled(3), 1, 1)
 
 
-def test_one_process_needs_nothing():
+def test_one_process_needs_no_process_group():
     with distributed.main_first():
         pass
     distributed.start()
@@ -124,7 +126,7 @@ def launch(launcher: str, script: str, *arguments, cache: Path) -> subprocess.Co
         "OMP_NUM_THREADS": "1",
         "BABYLLAMA_CACHE": str(cache),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, also where there is a GPU
+        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, even on a machine with a GPU
     }
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / script), *map(str, arguments)]
     return subprocess.run(
@@ -134,16 +136,27 @@ def launch(launcher: str, script: str, *arguments, cache: Path) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
-    """A folder with pair.yaml, models/one (one process, twice the accumulation) and the runs of two_processes.py."""
-    root = tmp_path_factory.mktemp("ranks")
-    config = tiny_config(root, tokenizer_file, corpus_dir, data__eval_samples=21, training__batch_size=4,
-                         training__gradient_accumulation_steps=2, training__logging_steps=1, training__save_steps=14)  # fmt: skip
+    """Return a folder with pair.yaml, models/one (one process) and the runs of two_processes.py.
+
+    The one process has twice the accumulation, so its steps are those of the two.
+    """
+    root = tmp_path_factory.mktemp("two-processes")
+    keys = {
+        "data__eval_samples": 21,
+        "training__batch_size": 4,
+        "training__gradient_accumulation_steps": 2,
+        "training__logging_steps": 1,
+        "training__save_steps": 14,
+    }
+    config = tiny_config(root, tokenizer_file, corpus_dir, **keys)
     path = root / "pair.yaml"
     path.write_text(yaml.safe_dump(config))
-    one = ["--config", path, "--model-name", "one", "--gradient-accumulation-steps", 4]
-    done = launch("python", "train.py", *one, cache=root / "cache")
+    one_process = ["--config", path, "--model-name", "one", "--gradient-accumulation-steps", 4]
+    done = launch("python", "train.py", *one_process, cache=root / "cache")
     assert done.returncode == 0, done.stderr[-4000:]
-    done = launch("torchrun", "tests/training/two_processes.py", path, root, cache=root / "cache-two")
+    done = launch(
+        "torchrun", "tests/training/two_processes.py", path, root, cache=root / "cache-two"
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 
@@ -155,37 +168,36 @@ def weights_of(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["llama-before", "fsdp-before"])
-def test_two_processes_are_one_with_twice_the_accumulation(folder, name):
-    one, two = rows_of(folder / "models" / "one"), rows_of(folder / "models" / name)
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    assert len([row for row in one if "loss" in row]) == 24, "186 chunks by 16, twice"
-    for a, b in zip(one, two, strict=True):
-        for key in a.keys() - CLOCK - {"epoch", "samples"}:  # an epoch is counted in batches
-            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
-    assert two[-1]["tokens"] == 2 * 186 * 32
-    a, b = weights_of(folder / "models" / "one"), weights_of(folder / "models" / name)
-    assert a.keys() == b.keys()
-    assert max(np.abs(a[key] - b[key]).max() for key in a) < 1e-4
+def test_two_processes_train_like_one_with_twice_the_accumulation(folder, name):
+    single_rows = rows_of(folder / "models" / "one")
+    pair_rows = rows_of(folder / "models" / name)
+    assert [row["step"] for row in single_rows] == [row["step"] for row in pair_rows]
+    assert len([row for row in single_rows if "loss" in row]) == 24, "186 chunks by 16, twice"
+    for single, pair in zip(single_rows, pair_rows, strict=True):
+        for key in single.keys() - CLOCK - {"epoch", "samples"}:  # Trainer's epoch counts batches
+            assert pair[key] == pytest.approx(single[key], rel=1e-5), (single["step"], key)
+    assert pair_rows[-1]["tokens"] == 2 * 186 * 32
+    single = weights_of(folder / "models" / "one")
+    pair = weights_of(folder / "models" / name)
+    assert single.keys() == pair.keys()
+    assert max(np.abs(single[key] - pair[key]).max() for key in single) < 1e-4
 
 
-def test_shards_in_half_precision_have_sums_in_float32(folder):
-    """The mean loss of the first step: a sum over some thousand tokens in bf16 would be off by up to 4e-3."""
+def test_fsdp_in_bf16_sums_losses_in_float32(folder):
+    """A sum over thousands of tokens in bf16 would be off by up to 4e-3 in the first step."""
     one, half = rows_of(folder / "models" / "one")[0], rows_of(folder / "models" / "fsdp-half")[0]
     assert half["loss"] == pytest.approx(one["loss"], rel=5e-4)
 
 
-def test_two_processes_leave_one_set_of_files(folder):
-    one, two = (
-        {p.name for p in (folder / "models" / name).iterdir()} for name in ("one", "llama-before")
-    )
-    assert one == two
-    files = {p.name for p in (folder / "models" / "llama-before" / "checkpoint-14").iterdir()}
+def test_two_processes_write_one_set_of_files(folder):
+    run_dir = folder / "models" / "llama-before"
+    single_run_files = {path.name for path in (folder / "models" / "one").iterdir()}
+    assert {path.name for path in run_dir.iterdir()} == single_run_files
+    files = {path.name for path in (run_dir / "checkpoint-14").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", MANIFEST} <= files
-    sealed = json.loads(
-        (folder / "models" / "llama-before" / "checkpoint-14" / MANIFEST).read_text()
-    )["files"]
-    assert set(sealed) == files - {MANIFEST}, "sealed before every process had written"
-    metrics = json.loads((folder / "models" / "llama-before" / METRICS_FILE).read_text())
+    sealed_files = json.loads((run_dir / "checkpoint-14" / MANIFEST).read_text())["files"]
+    assert set(sealed_files) == files - {MANIFEST}, "sealed before every process wrote its file"
+    metrics = json.loads((run_dir / METRICS_FILE).read_text())
     assert metrics["plan"]["processes"] == 2
     assert metrics["plan"]["tokens_per_step"] == 4 * 2 * 2 * 32
     assert metrics["plan"]["steps"] == 24
@@ -196,11 +208,11 @@ def test_two_processes_leave_one_set_of_files(folder):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "fsdp"])
 def test_two_processes_resume_exactly(folder, name):
-    """gpt2 has dropout: each process must find its own random numbers again."""
-    before, after = folder / "models" / f"{name}-before", folder / "models" / name
+    """gpt2 has dropout, so each process must restore its random state."""
+    before = folder / "models" / f"{name}-before"
+    after = folder / "models" / name
     assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
-    first, second = (timeless(rows_of(folder)) for folder in (before, after))
-    assert first == second
+    assert timeless(rows_of(before)) == timeless(rows_of(after))
 
 
 def test_a_nan_in_one_process_ends_both(folder):
@@ -208,7 +220,7 @@ def test_a_nan_in_one_process_ends_both(folder):
     assert [row["step"] for row in rows_of(folder / "models" / "nan")] == [1, 2]
 
 
-def test_one_process_does_not_go_on_with_the_run_of_two(folder, capsys, monkeypatch):
+def test_one_process_cannot_resume_a_run_of_two(folder, capsys, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(folder / "cache"))
     arguments = ["--config", str(folder / "pair.yaml"), "--model-name", "llama"]
     for flags in ([], ["--resume_from_checkpoint", "latest"]):
@@ -217,11 +229,11 @@ def test_one_process_does_not_go_on_with_the_run_of_two(folder, capsys, monkeypa
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_mistake_is_one_line_and_ends_all(launcher, folder):
-    """The launcher adds its own report, with the code of each process, and exits with 1."""
+def test_an_error_is_one_line_and_ends_all_processes(launcher, folder):
+    """The launcher adds a report with the exit code of each process, and exits with 1."""
     config = folder / "pair.yaml"
-    done = launch(launcher, "train.py", "--config", config, "--model-name", "no", "--set", "data.train_path=nowhere",
-                  cache=folder / "cache")  # fmt: skip
+    flags = ["--config", config, "--model-name", "no", "--set", "data.train_path=nowhere"]
+    done = launch(launcher, "train.py", *flags, cache=folder / "cache")
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1
     assert "error: nowhere not found (data.train_path): prepare the text first" in done.stderr
@@ -229,7 +241,7 @@ def test_a_mistake_is_one_line_and_ends_all(launcher, folder):
     assert not (folder / "models" / "no").exists()
 
 
-def test_sharding_goes_with_what_was_tried():
+def test_fsdp_rejects_ema_and_muon():
     config = yaml.safe_load((ROOT / "config" / "llama-10M.yaml").read_text())
     for key, value in (("ema", 0.99), ("optimizer", "muon")):
         wrong = {**config, "training": {**config["training"], "fsdp": True, key: value}}
@@ -239,7 +251,7 @@ def test_sharding_goes_with_what_was_tried():
             check_config(wrong)
 
 
-def test_accelerate_does_not_shard_its_own_way(processes, monkeypatch, capsys):
+def test_fsdp_configured_in_accelerate_is_an_error(processes, monkeypatch, capsys):
     processes(2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert train.main(["--config", "any.yaml"]) == 2

@@ -1,6 +1,6 @@
-"""What two processes do together, on a CPU with gloo: run by tests/training/test_distributed.py as `torchrun ... two_processes.py`.
+"""Train in two processes on a CPU: test_distributed.py runs `torchrun ... two_processes.py`.
 
-Every assertion holds in both processes; the test reads what train.py left on disk.
+Both processes check every assertion; the test then reads what train.py wrote.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from babyllama.training.run_dir import RESULTS, checkpoints
 
 
 def on_main(act):
-    """Let rank 0 alone change files, and the other wait."""
+    """Call `act` in rank 0, which changes files, while the other waits."""
     if distributed.is_main():
         act()
     distributed.barrier()
 
 
-def back_to(run_dir: Path, step: int) -> None:
-    """A run directory as it was after its checkpoint of this step; what it was in the end goes to <name>-before."""
+def rewind(run_dir: Path, step: int) -> None:
+    """Copy a finished run to <name>-before, and reset it to its checkpoint of this step."""
     shutil.copytree(run_dir, run_dir.with_name(run_dir.name + "-before"))
     for folder in checkpoints(run_dir):
         if folder.name != f"checkpoint-{step}":
@@ -40,30 +40,29 @@ def back_to(run_dir: Path, step: int) -> None:
 def train_and_resume(config: str, name: str, *flags: str) -> None:
     arguments = ["--config", config, "--model-name", name, *flags]
     assert train.main(arguments) == 0
-    on_main(lambda: back_to(Path(os.environ["MODELS"]) / name, 14))
+    on_main(lambda: rewind(Path(os.environ["MODELS"]) / name, 14))
     assert train.main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
 
 
-def in_turn(path: Path) -> None:
+def check_main_first(path: Path) -> None:
     with distributed.main_first():
         if distributed.is_main():
             path.write_text("prepared")
         assert path.read_text() == "prepared"
-    for guilty, said in ((0, "no text"), (1, "rank 1: no text")):
-        with pytest.raises(distributed.OtherRankError, match=f"^{said}$"), distributed.main_first():
-            if distributed.rank() == guilty:
+    for failing_rank, message in ((0, "no text"), (1, "rank 1: no text")):
+        raises = pytest.raises(distributed.OtherRankError, match=f"^{message}$")
+        with raises, distributed.main_first():
+            if distributed.rank() == failing_rank:
                 raise FileNotFoundError("no text")
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
-        distributed.print_error(distributed.OtherRankError("of all"))
-        distributed.print_error(ValueError("of one"))
-    assert (
-        error.getvalue()
-        == ["error: of all\nerror: of one\n", "error: rank 1: of one\n"][distributed.rank()]
-    )
+        distributed.print_error(distributed.OtherRankError("in all ranks"))
+        distributed.print_error(ValueError("in one rank"))
+    expected = ["error: in all ranks\nerror: in one rank\n", "error: rank 1: in one rank\n"]
+    assert error.getvalue() == expected[distributed.rank()]
 
 
-def evaluation() -> None:
+def check_evaluation() -> None:
     model, lengths = build_tiny_model("Llama"), torch.arange(400)
     rows = [
         {"input_ids": row}
@@ -76,23 +75,23 @@ def evaluation() -> None:
         assert (together["tokens"], together["bytes"]) == (alone["tokens"], alone["bytes"])
 
 
-def nan_of_one(config: str, name: str) -> None:
-    """A loss that is NaN in process 1 alone ends both, at the same step, with code 2."""
+def check_nan_in_one_process(config: str, name: str) -> None:
+    """A loss that is NaN in rank 1 only ends both ranks at the same step, with code 2."""
 
     class Bad(trainer.LMTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss * (
-                float("nan") if distributed.rank() == 1 and self.state.global_step == 2 else 1.0
-            )
+            if distributed.rank() == 1 and self.state.global_step == 2:
+                return loss * float("nan")
+            return loss
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "LMTrainer", Bad)  # where train.py takes it from
         assert train.main(["--config", config, "--model-name", name]) == 2
 
 
-def sharded(config: str, name: str) -> None:
-    """FSDP. accelerate has it for GPUs only, but the GPUs are not what it needs: let it take this CPU for one."""
+def check_fsdp(config: str, name: str) -> None:
+    """Train with FSDP, which accelerate offers for GPUs only: let it take the CPU for one."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
@@ -101,20 +100,18 @@ def sharded(config: str, name: str) -> None:
         self.device = torch.device("cpu")
         return "gloo", DistributedType.MULTI_GPU
 
-    held, losses = [], []
+    sizes = []  # (elements of a weight, elements in this process)
+    loss_dtypes = []
 
     class Spy(trainer.LMTrainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.dtype)
+            loss_dtypes.append(loss.dtype)
             return loss
 
         def best_model(self):
-            held.extend(
-                (p.numel(), p.to_local().numel())
-                for p in self.model.parameters()
-                if isinstance(p, DTensor)
-            )
+            shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+            sizes.extend((p.numel(), p.to_local().numel()) for p in shards)
             return super().best_model()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -124,9 +121,9 @@ def sharded(config: str, name: str) -> None:
         train_and_resume(config, name, "--set", "training.fsdp=true")
         half = ["--bf16", "--set", "training.fsdp=true", "--set", "training.max_steps=2"]
         assert train.main(["--config", config, "--model-name", f"{name}-half", *half]) == 0
-    assert set(losses) == {torch.float32}
-    whole, here = (sum(column) for column in zip(*held, strict=True))
-    assert 0.4 < here / whole < 0.6, "each process should hold one half of the weights"
+    assert set(loss_dtypes) == {torch.float32}
+    total, local = (sum(column) for column in zip(*sizes, strict=True))
+    assert 0.4 < local / total < 0.6, "each process should hold half of the weights"
 
 
 def main(config: str, folder: str) -> None:
@@ -134,23 +131,18 @@ def main(config: str, folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "stop", lambda: None)  # several runs in one pair of processes
         distributed.start()
-        in_turn(Path(folder) / "prepared")
-        evaluation()
+        check_main_first(Path(folder) / "prepared")
+        check_evaluation()
         train_and_resume(config, "llama")
-        seldom = [
-            "--set",
-            "training.logging_steps=1000",
-        ]  # each checkpoint has a row, which all processes gather
-        assert train.main(["--config", config, "--model-name", "seldom", *seldom]) == 0
-        train_and_resume(
-            config, "gpt2", "--set", "model.type=GPT2", "--set", "model.resid_pdrop=0.1"
-        )
-        assert (
-            train.main(["--config", config, "--model-name", "no", "--set", "training.fsdp=true"])
-            == 2
-        )
-        nan_of_one(config, "nan")
-        sharded(config, "fsdp")
+        # every checkpoint has a row in the log, for which all processes gather the loss
+        rare_rows = ["--model-name", "rare-rows", "--set", "training.logging_steps=1000"]
+        assert train.main(["--config", config, *rare_rows]) == 0
+        dropout = ["--set", "model.type=GPT2", "--set", "model.resid_pdrop=0.1"]
+        train_and_resume(config, "gpt2", *dropout)
+        fsdp_on_cpus = ["--model-name", "no-gpus", "--set", "training.fsdp=true"]
+        assert train.main(["--config", config, *fsdp_on_cpus]) == 2
+        check_nan_in_one_process(config, "nan")
+        check_fsdp(config, "fsdp")
     distributed.stop()
 
 
