@@ -137,13 +137,13 @@ def test_messages_of_the_troubleshooting_table_are_in_the_code():
 
 
 def test_the_sweep_of_the_guide(tmp_path):
-    from babyllama.training.sweep import points_of, read_grid
+    from babyllama.training.sweep import combinations, read_grid
 
     (text,) = (
         b for b in blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "yaml") if b.startswith("training.lr:")
     )
     (tmp_path / "sweep.yaml").write_text(text)
-    points = points_of(read_grid(str(tmp_path / "sweep.yaml")))
+    points = combinations(read_grid(str(tmp_path / "sweep.yaml")))
     assert len(points) == 6
     for point in points:
         args = argparse.Namespace(set=[f"{key}={value}" for key, value in point.items()])
