@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from babyllama.data.documents import find_files, new_report, read_documents
+from babyllama.data.documents import find_files, new_report, read_document_parts
 from babyllama.files import nan_to_null
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,16 @@ def passages(text: str) -> Iterator[str]:
         yield text
 
 
+def _numbered_parts(path: Path, report: dict) -> Iterator[tuple[int, str]]:
+    """Yield the parts of all held-out documents, each with the number of its document, from 1."""
+    number = 0
+    for file in find_files(path, "dev"):
+        for parts in read_document_parts(file, report):
+            number += 1
+            for text in parts:
+                yield number, text
+
+
 def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[int], int]:
     """(`count` passages drawn evenly from all held-out documents, in their order; the number of the document that each
     is of; how many passages there are)."""
@@ -59,12 +69,9 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
         raise FileNotFoundError(
             f"no held-out text at {path}: name a file or a directory with --eval-data"
         )
-    rng, kept, total, document, report = random.Random(seed), [], 0, 0, new_report()
-    for piece in (
-        piece for file in find_files(path, "dev") for piece in read_documents(file, report)
-    ):
-        document += piece.first
-        for passage in passages(piece.text):
+    rng, kept, total, report = random.Random(seed), [], 0, new_report()
+    for document, text in _numbered_parts(path, report):
+        for passage in passages(text):
             place = (
                 len(kept) if len(kept) < count else rng.randrange(total + 1)
             )  # reservoir sampling

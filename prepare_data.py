@@ -1,25 +1,25 @@
-"""Turn downloaded BabyLM directories into the clean files that training reads, and train the tokenizer on them.
+"""Turn downloaded BabyLM directories into clean text files, and train the tokenizer on them.
 
-    python prepare_data.py --babylm-10m ./raw/train_10M --babylm-dev ./raw/dev --tokenizer-vocab 16000
-    python prepare_data.py --babylm-100m ./raw/train_100M --babylm-dev ./raw/dev --clean-domains open_subtitles,childes
+    python prepare_data.py --babylm-10m ./raw/train_10M --babylm-dev ./raw/dev
+    python prepare_data.py --babylm-100m ./raw/train_100M --clean-domains open_subtitles,childes
     python prepare_data.py --babylm-dev ./raw/dev --skip-tokenizer
 
-Every document is cleaned by the cleaner of its domain (the name of its file) and then by the general one, and goes to
-<output-dir>/train/<domain>.train or <output-dir>/dev/<domain>.dev, two blank lines between documents. A table says what
-came out; manifest.json records sources, outputs, counts and hashes. The word budget of the track and the overlap of
-train and dev (whole documents, and runs of 13 words) are reported, not enforced. Text streams through in pieces,
-nothing in the output directory changes before all of it is ready, and the same input gives the same files.
+Each document is cleaned by the cleaner of its domain (the name of its file) and by the general one,
+and written to <output-dir>/train/<domain>.train or <output-dir>/dev/<domain>.dev, with two empty
+lines between documents. The script prints a table per split and records sources, outputs, counts
+and hashes in manifest.json. It reports the word budget of the track and the overlap of train and
+dev (documents, and runs of 13 words), but enforces neither. Text is read as a stream, the output
+directory changes only when all of it is ready, and the same input gives the same files.
 
-It does not download, deduplicate or split data, and it does not overwrite a file that it did not write.
+It does not download, deduplicate or split data, and never replaces a file that it did not write.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,19 +27,29 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from babyllama.cli import add_flag, run_script
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import clean_pieces, domain_of, find_files, new_report, read_documents
+from babyllama.data.documents import (
+    domain_of,
+    find_files,
+    new_report,
+    read_document_parts,
+    read_parts,
+)
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.tokenizer import load_tokenizer
-from babyllama.files import exclusive_folder, sha256, write_json
+from babyllama.files import atomic_write, check_replaceable, exclusive_folder, sha256, write_json
 from babyllama.schema import TRACKS
 from train_tokenizer import check_request, summary_text, train_on_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tqdm import tqdm
 
+Sources = dict[str, dict[str, list[Path]]]  # split -> domain -> input files
 
-BATCH_PIECES = 128  # handed to the tokenizer at once when tokens are counted
+DOCUMENT_END = b"\n\n\n"
+BATCH_PARTS = 128  # parts of documents that the tokenizer counts at a time
 REPAIRS = (
     "empty_files",
     "bom_removed",
@@ -51,162 +61,238 @@ REPAIRS = (
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 
 
-def clean_fully(cleaner: Callable[[str], str] | None, text: str) -> str:
-    """`text` after the cleaner of its domain, if there is one, and the general one."""
-    return clean_text(cleaner(text) if cleaner else text)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = argparse.ArgumentParser(description="Clean BabyLM data and train the tokenizer.")
+    train = parser.add_mutually_exclusive_group()
+    add_flag(train, "babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track")
+    add_flag(train, "babylm-100m", type=Path, metavar="DIR", help="train text, strict track")
+    add_flag(parser, "babylm-dev", type=Path, metavar="DIR", help="held-out text")
+    add_flag(
+        parser,
+        "output-dir",
+        type=Path,
+        default=Path("./data"),
+        metavar="DIR",
+        help="default ./data",
+    )
+    add_flag(
+        parser,
+        "tokenizer-vocab",
+        type=int,
+        default=16000,
+        metavar="N",
+        help="tokens; default 16000",
+    )
+    add_flag(
+        parser,
+        "tokenizer-output",
+        type=Path,
+        default=Path("./models/tokenizer.json"),
+        metavar="FILE",
+        help="default ./models/tokenizer.json",
+    )
+    cleaning = parser.add_mutually_exclusive_group()
+    add_flag(
+        cleaning,
+        "clean-domains",
+        nargs="+",
+        metavar="DOMAIN",
+        help="use the cleaners of these domains only (separated by commas or blanks); default all",
+    )
+    add_flag(cleaning, "skip-cleaning", action="store_true", help="copy the text as it is")
+    add_flag(
+        parser,
+        "skip-tokenizer",
+        action="store_true",
+        help="train no tokenizer; count tokens with the existing one",
+    )
+    return parser
 
 
-def clean_files(
-    files: list[Path], cleaner: Callable | None, target: Path, overlap: Overlap | None, bar
-) -> dict:
-    """Clean all files of one domain into `target` (no cleaner: copy); returns the record for the manifest."""
-    sources, documents, words, kept = [], 0, 0, 0
-    with open(target, "wb") as out:
-        for path in files:
-            report, seen = new_report(), 0
-            read = read_documents(path, report)
-            for piece in clean_pieces(read, cleaner) if cleaner else read:
-                if piece.first:
-                    out.write(b"\n\n\n" if documents else b"")
-                    documents += 1
-                kept += out.write(piece.text.encode())
-                lower = piece.text.lower().split()
-                words += len(lower)
-                if overlap:
-                    overlap.add(lower, piece.last)
-                bar.update(report["bytes_on_disk"] - seen)
-                seen = report["bytes_on_disk"]
-            facts = {
-                "path": str(path),
-                "sha256": sha256(path),
-                "bytes": path.stat().st_size,
-                "read": report,
-            }
-            sources.append(facts)
-        out.write(b"\n" if documents else b"")
-    return {
-        "file": f"{target.parent.name}/{target.name}",
-        "sha256": sha256(target),
-        "bytes": target.stat().st_size,
-        "documents": documents,
-        "documents_left_empty": sum(source["read"]["documents"] for source in sources) - documents,
-        "words": words,
-        "tokens": None,
-        "text_bytes_read": sum(source["read"]["bytes"] for source in sources),
-        "text_bytes_kept": kept,
-        "sources": sources,
-    }
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_script(
+        lambda: prepare_and_print(args),
+        interrupted="interrupted; the output directory is unchanged",
+        memory_advice="close other programs",
+    )
 
 
-def count_tokens(path: Path, backend: Tokenizer) -> int:
-    """Tokens of the text of one prepared file, read as training reads it; <s> and </s> are not counted."""
-    texts = (piece.text for piece in read_documents(path))
-    tokens = 0
-    while batch := list(islice(texts, BATCH_PIECES)):
-        tokens += sum(map(len, backend.encode_batch_fast(batch, add_special_tokens=False)))
-    return tokens
+def prepare_and_print(args: argparse.Namespace) -> int:
+    """Prepare the data, print what came out, and return the exit code."""
+    manifest, new_splits = prepare(args)
+    for split in new_splits:
+        print_table(split, manifest["splits"][split]["files"])
+    print_repairs(manifest, new_splits)
+    print_budget(manifest["word_budget"])
+    print_overlap(manifest["overlap"])
+    folders = [f"{args.output_dir / split}/" for split in new_splits]
+    written = ", ".join([*folders, str(args.output_dir / "manifest.json")])
+    tokenizer = manifest["tokenizer"]
+    counted = f"tokens counted with {tokenizer['path']}" if tokenizer else "tokens not counted"
+    print(f"wrote {written}; {counted}")
+    return 0
 
 
-def find_sources(args: argparse.Namespace) -> dict[str, dict[str, list[Path]]]:
-    """The input files by split and domain, dev first as the overlap check wants it; checks the flags on the way."""
+def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
+    """Write the files that the command line asks for; return the manifest and the new splits."""
+    # check everything that can be wrong before any work
+    sources = find_sources(args)
+    cleaners = None if args.skip_cleaning else choose_cleaners(sources, args.clean_domains)
+    if "train" in sources and not args.skip_tokenizer:
+        check_request(args.tokenizer_vocab, args.tokenizer_output)
+
+    with exclusive_folder(args.output_dir, "give another --output-dir"):
+        manifest_file = args.output_dir / "manifest.json"
+        manifest = read_manifest(manifest_file)
+        check_outputs(args.output_dir, list(sources), manifest)
+        overlap = Overlap() if len(sources) == 2 else None
+
+        # clean and count beside the output; the folders move into place when all is ready
+        with contextlib.ExitStack() as stack:
+            folders = {}
+            for split in sources:
+                target = (args.output_dir / split).resolve()
+                folders[split] = stack.enter_context(atomic_write(target))
+            splits = clean_splits(sources, cleaners, folders, overlap)
+            if "train" in splits and not args.skip_tokenizer:
+                train_tokenizer(args, splits["train"], folders["train"])
+            tokenizer = count_tokens(args.tokenizer_output, splits, folders)
+
+        # splits that this run did not touch keep their records
+        manifest["splits"] |= splits
+        manifest["tokenizer"] = tokenizer
+        if "train" in splits:
+            track = "strict-small" if args.babylm_10m else "strict"
+            manifest["word_budget"] = word_budget(splits["train"], TRACKS[track])
+        manifest["overlap"] = None
+        if overlap:
+            manifest["overlap"] = name_places(overlap.result(), splits["dev"]["files"])
+        write_json(manifest_file, manifest)
+    return manifest, list(splits)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def find_sources(args: argparse.Namespace) -> Sources:
+    """Return the input files by split and domain; dev comes first, as the overlap needs it."""
     directories = {"dev": args.babylm_dev, "train": args.babylm_10m or args.babylm_100m}
-    if not any(directories.values()):
-        raise ValueError(
-            "nothing to prepare: give --babylm-10m DIR or --babylm-100m DIR, and --babylm-dev DIR"
-        )
-    sources: dict[str, dict[str, list[Path]]] = {}
+    outputs = [(args.output_dir / split).resolve() for split in directories]
+    sources: Sources = {}
     for split, directory in directories.items():
         if directory is None:
             continue
-        written = [(args.output_dir / split).resolve() for split in directories]
-        if any(folder.is_relative_to(directory.resolve()) for folder in written):
-            raise ValueError(f"{directory} holds --output-dir {args.output_dir}, so that what is written would be read "
-                             "the next time; choose another --output-dir")  # fmt: skip
+        if any(output.is_relative_to(directory.resolve()) for output in outputs):
+            raise ValueError(
+                f"{directory} contains --output-dir {args.output_dir}: the next run would read "
+                "what this one writes; choose another --output-dir"
+            )
         sources[split] = {}
         for path in find_files(directory, split):
             sources[split].setdefault(domain_of(path), []).append(path)
+    if not sources:
+        raise ValueError(
+            "nothing to prepare: give --babylm-10m DIR or --babylm-100m DIR, and --babylm-dev DIR"
+        )
     return sources
 
 
-def choose_cleaners(
-    sources: dict[str, dict[str, list[Path]]], wanted: list[str] | None
-) -> dict[str, Callable]:
-    """Domain -> its cleaner, for the domains of the input that have one (only the `wanted` ones when given)."""
+def choose_cleaners(sources: Sources, domains: list[str] | None) -> dict[str, Callable]:
+    """Return the cleaner of each domain of the input that has one; `domains` selects some."""
     registry = create_cleaner_registry()
-    domains = sorted({domain for by_domain in sources.values() for domain in by_domain})
-    cleaners = {domain: registry[domain] for domain in domains if domain in registry}
-    for domain in sorted(set(domains) - set(registry)):
-        print(f"note: no cleaner for domain {domain!r}, only the general one", file=sys.stderr)
-    if wanted is None:
+    cleaners = {}
+    for domain in sorted(set().union(*sources.values())):
+        if domain in registry:
+            cleaners[domain] = registry[domain]
+        else:
+            print(
+                f"note: no cleaner for domain {domain!r}, using only the general one",
+                file=sys.stderr,
+            )
+    if domains is None:
         return cleaners
-    names = [name for name in re.split(r"[,\s]+", " ".join(wanted)) if name]
-    if unknown := [name for name in names if name not in cleaners]:
-        there = ", ".join(cleaners) or "no domain with a cleaner"
+    names = [name for name in re.split(r"[,\s]+", " ".join(domains)) if name]
+    unknown = [name for name in names if name not in cleaners]
+    if unknown:
+        available = ", ".join(cleaners) or "no domain with a cleaner"
         raise ValueError(
-            f"--clean-domains {', '.join(unknown)}: not in the input, which has {there}"
+            f"--clean-domains {', '.join(unknown)}: not in the input, which has {available}"
         )
     return {name: cleaners[name] for name in names}
 
 
-def read_manifest(path: Path) -> tuple[dict, dict[str, str]]:
-    """The manifest of an earlier run (or an empty one) and file -> SHA-256 of all that it recorded."""
+def read_manifest(path: Path) -> dict:
+    """Return the manifest of an earlier run, or an empty one."""
     if not path.exists():
-        return {"splits": {}}, {}
+        return {"splits": {}, "tokenizer": None, "word_budget": None, "overlap": None}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        records = [
-            record for split in manifest["splits"].values() for record in split["files"].values()
-        ]
-        return manifest, {record["file"]: record["sha256"] for record in records}
+        recorded_hashes(manifest)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path} is not a manifest of this script; move it or choose another --output-dir"
+            f"{path} is not a manifest of this script; move it away or choose another --output-dir"
         ) from None
+    return manifest
 
 
-def earlier_files(output_dir: Path, splits: list[str], recorded: dict[str, str]) -> list[Path]:
-    """What an earlier run left in `splits`. Raises ValueError for a file that none wrote, or that was changed since."""
-    found = [
-        path
-        for split in splits
-        for path in sorted((output_dir / split).rglob("[!.]*"))
-        if path.is_file()
-    ]
-    foreign = [
-        path for path in found if recorded.get(str(path.relative_to(output_dir))) != sha256(path)
-    ]
-    if foreign:
-        names = ", ".join(map(str, foreign))
-        raise ValueError(
-            f"{names}: not written by this script, or changed since; move away or set another --output-dir"
-        )
-    return found
+def recorded_hashes(manifest: dict) -> dict[str, str]:
+    """Return the SHA-256 of every file in a manifest, by its path in the output directory."""
+    hashes = {}
+    for split in manifest["splits"].values():
+        for record in split["files"].values():
+            hashes[record["file"]] = record["sha256"]
+    return hashes
+
+
+def check_outputs(output_dir: Path, splits: list[str], manifest: dict) -> None:
+    """Raise ValueError if a folder to replace has a file that no earlier run wrote as it is."""
+    hashes = recorded_hashes(manifest)
+    for split in splits:
+        for path in sorted((output_dir / split).rglob("*")):
+            if path.is_file():
+                recorded = hashes.get(path.relative_to(output_dir).as_posix())
+                is_ours = recorded == sha256(path)
+                check_replaceable(
+                    path,
+                    is_ours,
+                    "if you wrote or edited it, move it away or choose another --output-dir",
+                )
+
+
+# ---- cleaning -----------------------------------------------------------------------------------
 
 
 def clean_splits(
-    sources: dict, cleaners: dict[str, Callable] | None, staging: Path, overlap: Overlap | None
-) -> dict:
-    """Clean every split into `staging` (`cleaners` None: copy); returns split -> its part of the manifest."""
+    sources: Sources,
+    cleaners: dict[str, Callable] | None,
+    folders: dict[str, Path],
+    overlap: Overlap | None,
+) -> dict[str, dict]:
+    """Clean every split into its folder (copy if `cleaners` is None); return their records."""
     from tqdm import tqdm
 
     splits = {}
-    total = sum(
-        path.stat().st_size
-        for by_domain in sources.values()
-        for files in by_domain.values()
-        for path in files
-    )
-    with tqdm(total=total, unit="B", unit_scale=True, desc="cleaning", disable=None) as bar:
-        for split, by_domain in sources.items():
-            (staging / split).mkdir(parents=True)
+    n_bytes = 0
+    for files_by_domain in sources.values():
+        for files in files_by_domain.values():
+            n_bytes += sum(path.stat().st_size for path in files)
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="cleaning", disable=None) as bar:
+        for split, files_by_domain in sources.items():
+            folders[split].mkdir()
             if overlap and split == "train":
                 overlap.start_train()
             records = {}
-            for domain, files in by_domain.items():
-                target = staging / split / f"{domain}.{split}"
-                cleaner = None if cleaners is None else partial(clean_fully, cleaners.get(domain))
-                records[domain] = clean_files(files, cleaner, target, overlap, bar)
-                records[domain]["domain_cleaner"] = domain in (cleaners or {})
+            for domain, files in files_by_domain.items():
+                target = folders[split] / f"{domain}.{split}"
+                cleaner = None
+                if cleaners is not None:
+                    cleaner = partial(clean_fully, cleaners.get(domain))
+                record = clean_domain(files, cleaner, target, overlap, bar)
+                record["domain_cleaner"] = domain in (cleaners or {})
+                records[domain] = {"file": f"{split}/{target.name}", **record}
             splits[split] = {
                 "cleaner_version": None if cleaners is None else CLEANER_VERSION,
                 "tokenizer_sha256": None,
@@ -215,234 +301,187 @@ def clean_splits(
     return splits
 
 
-def prepare_tokenizer(args: argparse.Namespace, splits: dict, staging: Path) -> dict | None:
-    """Train the tokenizer unless told not to, count tokens with it; returns its record, None where there is none."""
-    if "train" in splits and not args.skip_tokenizer:
-        if not any(record["words"] for record in splits["train"]["files"].values()):
-            raise ValueError(
-                f"{args.babylm_10m or args.babylm_100m}: no text in it, or none that cleaning left"
+def clean_fully(cleaner: Callable[[str], str] | None, text: str) -> str:
+    """Return the text after the cleaner of its domain, if there is one, and the general one."""
+    return clean_text(cleaner(text) if cleaner else text)
+
+
+def clean_domain(
+    files: list[Path],
+    cleaner: Callable[[str], str] | None,
+    target: Path,
+    overlap: Overlap | None,
+    bar: tqdm,
+) -> dict:
+    """Clean the files of a domain into one (copy without a cleaner); return its record."""
+    sources = []
+    documents = 0
+    words = 0
+    text_bytes = 0
+    with target.open("wb") as out:
+        for path in files:
+            report = new_report()
+            bar_start = bar.n
+            for parts in read_document_parts(path, report, cleaner):
+                out.write(DOCUMENT_END if documents else b"")
+                documents += 1
+                for part in parts:
+                    text_bytes += out.write(part.encode())
+                    part_words = part.lower().split()
+                    words += len(part_words)
+                    if overlap:
+                        overlap.add(part_words)
+                    bar.update(bar_start + report["bytes_on_disk"] - bar.n)
+                if overlap:
+                    overlap.end_document()
+            sources.append(
+                {
+                    "path": str(path),
+                    "sha256": sha256(path),
+                    "bytes": path.stat().st_size,
+                    "read": report,
+                }
             )
-        files = [staging / record["file"] for record in splits["train"]["files"].values()]
-        print(
-            summary_text(
-                train_on_files(files, args.tokenizer_vocab, args.tokenizer_output),
-                args.tokenizer_vocab,
-            )
-        )
-    elif not args.tokenizer_output.exists():
-        return None
-    backend = load_tokenizer(args.tokenizer_output).backend_tokenizer
-    backend.encode_special_tokens = True  # "</s>" in a text is text
-    digest = sha256(args.tokenizer_output)
-    for split in splits.values():
-        split["tokenizer_sha256"] = digest
-        for record in split["files"].values():
-            record["tokens"] = count_tokens(staging / record["file"], backend)
+        out.write(b"\n" if documents else b"")
+    documents_read = sum(source["read"]["documents"] for source in sources)
     return {
-        "path": str(args.tokenizer_output),
-        "sha256": digest,
-        "vocab_size": backend.get_vocab_size(),
+        "sha256": sha256(target),
+        "bytes": target.stat().st_size,
+        "documents": documents,
+        "documents_left_empty": documents_read - documents,
+        "words": words,
+        "tokens": None,
+        "text_bytes_read": sum(source["read"]["bytes"] for source in sources),
+        "text_bytes_kept": text_bytes,
+        "sources": sources,
     }
 
 
-def install(staging: Path, output_dir: Path, splits: dict, earlier: list[Path]) -> None:
-    """Move the finished files into place and remove those of an earlier run that have no successor."""
-    new = {
-        output_dir / record["file"]
-        for split in splits.values()
-        for record in split["files"].values()
-    }
-    for path in earlier:
-        if path not in new:
-            path.unlink()
-    for path in sorted(new):
-        path.parent.mkdir(exist_ok=True)
-        os.replace(staging / path.relative_to(output_dir), path)
-
-
-def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
-    """Do what the command line asks for; returns the manifest that was written and the splits that are new in it."""
-    sources = find_sources(args)
-    cleaners = None if args.skip_cleaning else choose_cleaners(sources, args.clean_domains)
-    if "train" in sources and not args.skip_tokenizer:
-        check_request(args.tokenizer_vocab, args.tokenizer_output)
-    with exclusive_folder(args.output_dir, "give another --output-dir"):
-        return write_splits(args, sources, cleaners)
-
-
-def write_splits(
-    args: argparse.Namespace, sources: dict, cleaners: dict | None
-) -> tuple[dict, list[str]]:
-    """The work of `prepare`, after its checks."""
-    manifest_file = args.output_dir / "manifest.json"
-    manifest, recorded = read_manifest(manifest_file)
-    earlier = earlier_files(args.output_dir, list(sources), recorded)
-    overlap = Overlap() if len(sources) == 2 else None
-    staging = args.output_dir / ".prepare_data"  # nothing outside it changes before all is ready
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        splits = clean_splits(sources, cleaners, staging, overlap)
-        tokenizer = prepare_tokenizer(args, splits, staging)
-        install(staging, args.output_dir, splits, earlier)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    budget = manifest.get("word_budget")  # what this run did not touch keeps its record
-    if "train" in splits:
-        limit = TRACKS["strict-small" if args.babylm_10m else "strict"]
-        words = sum(record["words"] for record in splits["train"]["files"].values())
-        budget = {"limit_words": limit, "words": words, "over_budget": words > limit}
-    manifest = {
-        "splits": manifest["splits"] | splits,
-        "tokenizer": tokenizer,
-        "word_budget": budget,
-        "overlap": name_places(overlap.result(), splits["dev"]["files"]) if overlap else None,
-    }
-    write_json(manifest_file, manifest)
-    return manifest, list(splits)
+def word_budget(train: dict, limit: int) -> dict:
+    """Return the words of the train split beside the limit of its track."""
+    words = sum(record["words"] for record in train["files"].values())
+    return {"limit_words": limit, "words": words, "over_budget": words > limit}
 
 
 def name_places(overlap: dict, files: dict[str, dict]) -> dict:
-    """The result of Overlap with the shared documents by file and number (from 1) instead of by number alone."""
-    names = [
-        f"{record['file']} {i}"
-        for record in files.values()
-        for i in range(1, record["documents"] + 1)
-    ]
+    """Return the result of Overlap with shared documents as file and number (from 1) in it."""
+    names = []
+    for record in files.values():
+        names += [f"{record['file']} {i}" for i in range(1, record["documents"] + 1)]
     return {**overlap, "places": [names[place] for place in overlap["places"]]}
 
 
-def print_split(split: str, entry: dict) -> None:
-    """Print the table of one split: a row for each domain and the total."""
+# ---- tokenizer ----------------------------------------------------------------------------------
+
+
+def train_tokenizer(args: argparse.Namespace, train: dict, folder: Path) -> None:
+    """Train the tokenizer on the cleaned train split in `folder`."""
+    if not any(record["words"] for record in train["files"].values()):
+        source = args.babylm_10m or args.babylm_100m
+        raise ValueError(f"{source} has no text, or cleaning left none")
+    files = [folder / Path(record["file"]).name for record in train["files"].values()]
+    summary = train_on_files(files, args.tokenizer_vocab, args.tokenizer_output)
+    print(summary_text(summary, args.tokenizer_vocab))
+
+
+def count_tokens(path: Path, splits: dict[str, dict], folders: dict[str, Path]) -> dict | None:
+    """Add each file's tokens to its record; return the tokenizer's record, None without one."""
+    if not path.exists():
+        return None
+    backend = load_tokenizer(path).backend_tokenizer
+    backend.encode_special_tokens = True  # "</s>" in a text is text
+    digest = sha256(path)
+    for split, entry in splits.items():
+        entry["tokenizer_sha256"] = digest
+        for record in entry["files"].values():
+            file = folders[split] / Path(record["file"]).name
+            record["tokens"] = tokens_in(file, backend)
+    return {"path": str(path), "sha256": digest, "vocab_size": backend.get_vocab_size()}
+
+
+def tokens_in(path: Path, backend: Tokenizer) -> int:
+    """Return the tokens of the text of a prepared file, without <s> and </s>."""
+    tokens = 0
+    parts = read_parts(path)
+    while batch := list(islice(parts, BATCH_PARTS)):
+        tokens += sum(map(len, backend.encode_batch_fast(batch, add_special_tokens=False)))
+    return tokens
+
+
+# ---- printing -----------------------------------------------------------------------------------
+
+
+def print_table(split: str, files: dict[str, dict]) -> None:
+    """Print the table of a split: a row for each domain, and the total."""
     keys = ("documents", "words", "bytes", "tokens", "text_bytes_read", "text_bytes_kept")
-    rows = {
-        domain: {key: record[key] or 0 for key in keys} for domain, record in entry["files"].items()
-    }
+    rows = {}
+    for domain, record in files.items():
+        rows[domain] = {key: record[key] or 0 for key in keys}
     rows["total"] = {key: sum(row[key] for row in rows.values()) for key in keys}
-    print(
-        "\n" + ROW.format(split, "documents", "words", "bytes", "tokens", "bytes/tok", "removed %")
-    )
+    header = ("documents", "words", "bytes", "tokens", "bytes/tok", "removed %")
+    print("\n" + ROW.format(split, *header))
     for domain, row in rows.items():
         tokens = f"{row['tokens']:,}" if row["tokens"] else "-"
-        ratio = f"{row['text_bytes_kept'] / row['tokens']:.3f}" if row["tokens"] else "-"
+        bytes_per_token = "-"
+        if row["tokens"]:
+            bytes_per_token = f"{row['text_bytes_kept'] / row['tokens']:.3f}"
         removed = 100 * (1 - row["text_bytes_kept"] / max(1, row["text_bytes_read"]))
-        counts = (f"{row[key]:,}" for key in ("documents", "words", "bytes"))
-        print(ROW.format(domain, *counts, tokens, ratio, f"{removed:.2f}"))
+        counts = [f"{row[key]:,}" for key in ("documents", "words", "bytes")]
+        print(ROW.format(domain, *counts, tokens, bytes_per_token, f"{removed:.2f}"))
 
 
-def print_checks(manifest: dict, splits: list[str]) -> None:
-    """Print what was repaired or left out, the word budget and the overlap; warnings go to stderr."""
-    for record in [
-        record for split in splits for record in manifest["splits"][split]["files"].values()
-    ]:
-        if record["documents_left_empty"]:
-            print(
-                f"note: {record['file']}: {record['documents_left_empty']:,} documents were empty after cleaning"
-            )
-        for source in record["sources"]:
-            if repaired := ", ".join(
-                f"{key} {source['read'][key]}" for key in REPAIRS if source["read"].get(key)
-            ):
-                print(f"note: {source['path']}: {repaired}")
-    for split in manifest["splits"].keys() - set(splits):
-        print(f"note: {split} is that of an earlier run, which this one did not touch")
-    if budget := manifest["word_budget"]:
-        words, limit = budget["words"], budget["limit_words"]
-        print(f"word budget: {words:,} of {limit:,} words")
-        if budget["over_budget"]:
-            print(
-                f"warning: train is {words - limit:,} words over the budget of {limit:,}",
-                file=sys.stderr,
-            )
-    if overlap := manifest["overlap"]:
-        shared, total = overlap["dev_documents_in_train"], overlap["dev_documents"]
-        print(f"overlap: {shared:,} of {total:,} documents of dev are in train,", end=" ")
-        shared, total = overlap["dev_ngrams_in_train"], overlap["dev_ngrams"]
+def print_repairs(manifest: dict, new_splits: list[str]) -> None:
+    """Print what was repaired or dropped, and which splits are older."""
+    for split in new_splits:
+        for record in manifest["splits"][split]["files"].values():
+            if record["documents_left_empty"]:
+                n_empty = record["documents_left_empty"]
+                print(f"note: {record['file']}: dropped {n_empty:,} documents, empty when cleaned")
+            for source in record["sources"]:
+                counts = [f"{key} {source['read'][key]}" for key in REPAIRS if source["read"][key]]
+                if counts:
+                    print(f"note: {source['path']}: {', '.join(counts)}")
+    for split in manifest["splits"]:
+        if split not in new_splits:
+            print(f"note: {split} is from an earlier run; this run did not change it")
+
+
+def print_budget(budget: dict | None) -> None:
+    """Print the words of the train split, and a warning if they exceed the track's limit."""
+    if budget is None:
+        return
+    words = budget["words"]
+    limit = budget["limit_words"]
+    print(f"word budget: {words:,} of {limit:,} words")
+    if budget["over_budget"]:
         print(
-            f"{shared:,} of {total:,} runs of {NGRAM} words ({100 * shared / max(1, total):.3f} %)"
+            f"warning: train is {words - limit:,} words over the budget of {limit:,}",
+            file=sys.stderr,
         )
-        if shared > total / 2:
-            print(
-                "warning: most of dev stands in train too, on which held-out scores flatter",
-                file=sys.stderr,
-            )
-        if overlap["places"]:
-            shown = ", ".join(overlap["places"][:10]) + ", ..." * (len(overlap["places"]) > 10)
-            print(
-                f"warning: documents of dev in train, on which held-out scores flatter: {shown}",
-                file=sys.stderr,
-            )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(description="Clean BabyLM data, train the tokenizer.")
-    add = parser.add_argument
-    train = parser.add_mutually_exclusive_group()
-    train.add_argument(
-        "--babylm-10m",
-        "--babylm_10m",
-        type=Path,
-        metavar="DIR",
-        help="train text, strict-small track",
-    )
-    train.add_argument(
-        "--babylm-100m", "--babylm_100m", type=Path, metavar="DIR", help="train text, strict track"
-    )
-    add("--babylm-dev", "--babylm_dev", type=Path, metavar="DIR", help="held-out text")
-    add(
-        "--output-dir",
-        "--output_dir",
-        type=Path,
-        default=Path("./data"),
-        metavar="DIR",
-        help="default ./data",
-    )
-    add(
-        "--tokenizer-vocab",
-        "--tokenizer_vocab",
-        type=int,
-        default=16000,
-        metavar="N",
-        help="tokens; default 16000",
-    )
-    add("--tokenizer-output", "--tokenizer_output", type=Path, default=Path("./models/tokenizer.json"), metavar="FILE",
-        help="default ./models/tokenizer.json")  # fmt: skip
-    cleaning = parser.add_mutually_exclusive_group()
-    cleaning.add_argument("--clean-domains", "--clean_domains", nargs="+", metavar="DOMAIN",
-        help="clean only these with the cleaner of their domain (commas or spaces between); default all")  # fmt: skip
-    cleaning.add_argument(
-        "--skip-cleaning", "--skip_cleaning", action="store_true", help="copy the text as it is"
-    )
-    add(
-        "--skip-tokenizer",
-        "--skip_tokenizer",
-        action="store_true",
-        help="train none; count with the existing one",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    try:
-        manifest, splits = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the output directory is as it was", file=sys.stderr)
-        return 130
-    for split in splits:
-        print_split(split, manifest["splits"][split])
-    print_checks(manifest, splits)
-    written = [f"{args.output_dir / split}/" for split in splits] + [
-        str(args.output_dir / "manifest.json")
-    ]
+def print_overlap(overlap: dict | None) -> None:
+    """Print how much of dev is also in train, and warnings if held-out scores suffer from it."""
+    if overlap is None:
+        return
+    documents = overlap["dev_documents_in_train"]
+    ngrams = overlap["dev_ngrams_in_train"]
+    n_ngrams = overlap["dev_ngrams"]
+    percent = 100 * ngrams / max(1, n_ngrams)
     print(
-        f"wrote {', '.join(written)}; tokens are of {(manifest['tokenizer'] or {'path': 'no tokenizer'})['path']}"
+        f"overlap: {documents:,} of {overlap['dev_documents']:,} documents of dev are in train, "
+        f"{ngrams:,} of {n_ngrams:,} runs of {NGRAM} words ({percent:.3f} %)"
     )
-    return 0
+    if ngrams > n_ngrams / 2:
+        print(
+            "warning: most of dev is also in train, which inflates held-out scores", file=sys.stderr
+        )
+    if overlap["places"]:
+        places = ", ".join(overlap["places"][:10]) + ", ..." * (len(overlap["places"]) > 10)
+        print(
+            f"warning: dev documents in train, which inflate held-out scores: {places}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

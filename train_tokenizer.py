@@ -1,77 +1,178 @@
 """Train the byte-level BPE tokenizer that every model of this project uses.
 
-    python train_tokenizer.py --data-dir ./data/train --vocab-size 16000 --output ./models/tokenizer.json
+    python train_tokenizer.py --data-dir ./data/train --vocab-size 16000
+    python train_tokenizer.py --data-dir ./my_text --output ./models/mine/tokenizer.json
 
-It reads the training files of a directory (.train, .txt, .jsonl, each also gzipped) and writes one tokenizer.json. All
-256 bytes are in the alphabet and nothing is normalised, so any Unicode text survives the round trip. <pad>, <s>, </s>
-are the ids 0, 1, 2; <s> is put in front of every text, </s> is never appended. The same text gives the same file, byte
-for byte. <name>.source.json beside it lists the files it was learned from and their words, which BabyLM counts. By a
-file called tokenizer.json lies also a small tokenizer_config.json that names the special tokens, so that AutoTokenizer,
-PreTrainedTokenizerFast and GPT2TokenizerFast load the *directory* of the file to the same ids.
+Reads the training files of a directory (.train, .txt, .jsonl, each also gzipped) and writes one
+tokenizer.json. All 256 bytes are in the alphabet and nothing is normalized, so any Unicode text
+survives the round trip. <pad>, <s>, </s> have the ids 0, 1, 2; <s> is put in front of every text,
+</s> is never appended. The same text gives the same file, byte for byte.
 
-It does not clean text (prepare_data.py does). A text that spells a special token, such as "</s>", is read as that
-token, as with every Hugging Face tokenizer; `encode_special_tokens = True` on a tokenizers.Tokenizer, or
-`split_special_tokens=True` in transformers, has it read as plain characters.
+Beside it, <name>.source.json lists the files that the tokenizer was trained on and their words,
+which BabyLM counts. If the file is called tokenizer.json, a tokenizer_config.json names the special
+tokens, so that AutoTokenizer, PreTrainedTokenizerFast and GPT2TokenizerFast load the same tokenizer
+from the *directory*.
+
+It does not clean text (prepare_data.py does). Every Hugging Face tokenizer reads "</s>" in a text
+as the special token. To read it as plain characters, set `encode_special_tokens = True` on a
+tokenizers.Tokenizer, or pass `split_special_tokens=True` to a tokenizer of transformers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.data.documents import find_files, new_report, read_documents, source_of
+from babyllama.cli import add_flag, run_script
+from babyllama.data.documents import find_files, new_report, read_parts, source_of
 from babyllama.data.tokenizer import SPECIAL_TOKENS, tokenizer_record_path, tokenizer_sources
-from babyllama.files import sha256, write_text
+from babyllama.files import check_replaceable, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1_000_000
 SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token afterwards
 
 
-def check_request(vocab_size: int, output: Path | None = None) -> None:
-    """Raise ValueError for a vocabulary that cannot hold the bytes, or an output that is a folder or another's file."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer on the training files of a directory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_flag(
+        parser,
+        "data-dir",
+        type=Path,
+        default=Path("./data/train"),
+        help="directory with the training text",
+    )
+    add_flag(
+        parser,
+        "vocab-size",
+        type=int,
+        default=16000,
+        help=f"number of tokens, at least {MIN_VOCAB_SIZE}",
+    )
+    add_flag(
+        parser, "output", type=Path, default=Path("./models/tokenizer.json"), help="file to write"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_script(lambda: train_and_print(args), memory_advice="use less text")
+
+
+def train_and_print(args: argparse.Namespace) -> int:
+    """Train the tokenizer, print what came out, and return the exit code."""
+    files = find_files(args.data_dir, "train")
+    summary = train_on_files(files, args.vocab_size, args.output)
+    print(summary_text(summary, args.vocab_size))
+    print(f"wrote {args.output}")
+    return 0
+
+
+def check_request(vocab_size: int, output: Path) -> None:
+    """Raise ValueError if the vocabulary size is impossible or the output must not be replaced."""
+    _check_vocab_size(vocab_size)
+    if output.is_dir():
+        example = output / "tokenizer.json"
+        raise ValueError(f"{output} is a directory; name a file, such as {example}")
+    # an empty file is a temporary one that the caller created for the tokenizer
+    is_ours = output.is_file() and (
+        output.stat().st_size == 0 or tokenizer_sources(output) is not None
+    )
+    check_replaceable(output, is_ours, "move it away or name another file")
+
+
+def _check_vocab_size(vocab_size: int) -> None:
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"vocabulary of {vocab_size} tokens: it must be at least {MIN_VOCAB_SIZE} (256 bytes and the "
-            f"{len(SPECIAL_TOKENS)} special tokens) and at most {MAX_VOCAB_SIZE:,}; 8,000 to 16,000 suit 10M words"
+            f"a vocabulary of {vocab_size} tokens is not possible: it needs at least "
+            f"{MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) and has at "
+            f"most {MAX_VOCAB_SIZE:,}; use 8,000 to 16,000 for 10M words"
         )
-    if output is not None and output.exists() and not output.is_file():
-        what = "a directory" if output.is_dir() else "no regular file"
-        raise ValueError(
-            f"{output} is {what}; name the tokenizer file, such as {output / 'tokenizer.json'}"
-        )
-    if (
-        output is not None
-        and output.is_file()
-        and output.stat().st_size
-        and tokenizer_sources(output) is None
-    ):
-        raise ValueError(
-            f"{output}: no record that this script wrote it as it is; move it away or name another file"
-        )
+
+
+def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
+    """Train on the documents of `files`, write `output` and its record, and return a summary.
+
+    Its keys: files, bytes (UTF-8, of the text), vocab_size, bytes_per_token (on an even sample of
+    about 4 MB), seconds, and replaces (True if a different tokenizer had this name). Raises
+    ValueError if the files have no text, and as check_request does.
+    """
+    check_request(vocab_size, output)
+    started = time.monotonic()
+    reports: list[dict] = []
+    sample: list[str] = []
+    tokenizer = train_bpe_tokenizer(_read_texts(files, reports, sample), vocab_size)
+    n_bytes = sum(report["bytes"] for report in reports)
+    if not n_bytes:
+        raise ValueError(f"no text to train on: all files in {files[0].parent} are empty")
+
+    old_text = output.read_text(encoding="utf-8") if output.is_file() else ""
+    save_tokenizer(tokenizer, output)
+    sources = []
+    for file, report in zip(files, reports, strict=True):
+        sources.append({**source_of(file), "words": report["words"]})
+    record = {"tokenizer_sha256": sha256(output), "sources": sources}
+    write_json(tokenizer_record_path(output), record)
+
+    encodings = tokenizer.encode_batch_fast(sample, add_special_tokens=False)
+    return {
+        "files": len(files),
+        "bytes": n_bytes,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "bytes_per_token": sum(len(text.encode()) for text in sample) / sum(map(len, encodings)),
+        "seconds": time.monotonic() - started,
+        "replaces": old_text not in ("", tokenizer.to_str()),
+    }
+
+
+def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> Iterator[str]:
+    """Yield the text of all files in parts.
+
+    Appends the counts of each file to `reports`, and some parts, evenly spread, to `sample`.
+    """
+    from tqdm import tqdm
+
+    n_bytes = sum(file.stat().st_size for file in files)
+    n_sampled = 0
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+        for file in files:
+            report = new_report()
+            file_start = bar.n
+            for text in read_parts(file, report):
+                bar.update(file_start + report["bytes_on_disk"] - bar.n)
+                if n_sampled * n_bytes <= SAMPLE_BYTES * bar.n:
+                    sample.append(text)
+                    n_sampled += len(text.encode())
+                yield text
+            reports.append(report)
+        bar.set_description("merging")
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens (256 bytes and the special tokens included).
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, the special ones included.
 
-    The order of `texts` does not matter and merges of equal count are settled by token id, so equal text gives an equal
-    tokenizer whatever the number of threads. A merge needs a pair that occurs twice: a small text can give fewer tokens
-    than asked for, see `tokenizer.get_vocab_size()`. Raises ValueError when `vocab_size` is below 259.
+    Neither the order of `texts` nor the number of threads matters: merges of equal count are sorted
+    by token id. A merge needs a pair that occurs twice, so a small text can give fewer tokens than
+    `vocab_size`. Raises ValueError if `vocab_size` is below 259.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    check_request(vocab_size)
+    _check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
-    # The GPT-2 split: it keeps "<", "s" and ">" apart, so that no merge can build the string of a special token.
+    # The GPT-2 split keeps "<", "s" and ">" apart, so merges never build a special token's string.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -92,12 +193,11 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the tokenizer file and, where transformers can find it, the configuration that names the special tokens.
+    """Write the tokenizer file and, if transformers looks for it, tokenizer_config.json.
 
-    transformers looks for tokenizer_config.json only beside a file called tokenizer.json. `unk_token` is null because
-    every byte is known, and because GPT2TokenizerFast would otherwise add "<|endoftext|>", one token too many.
+    transformers looks for it only beside a file called tokenizer.json. `unk_token` is null because
+    every byte has a token, and because GPT2TokenizerFast would otherwise add "<|endoftext|>".
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, tokenizer.to_str())
     if path.name == "tokenizer.json":
         config = {
@@ -107,127 +207,26 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "padding_side": "right",
         }
-        write_text(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
-
-
-def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
-    """Train on the documents of `files` and write `output`; returns what was read and what came out.
-
-    Keys: files, bytes (UTF-8 bytes of the text read), vocab_size, bytes_per_token (on an even sample of about 4 MB),
-    seconds, and replaces (whether another tokenizer had this name). Raises ValueError when there is no text; see also
-    `check_request`.
-    """
-    check_request(vocab_size, output)
-    started = time.monotonic()
-    sample: list[str] = []
-    counted = {"bytes": 0, "sources": []}
-    tokenizer = train_bpe_tokenizer(_texts_with_progress(files, sample, counted), vocab_size)
-    if not counted["bytes"]:
-        raise ValueError(f"no text to train on: {files[0].parent} has only empty files")
-    replaces = output.is_file() and output.read_text(encoding="utf-8") not in (
-        "",
-        tokenizer.to_str(),
-    )
-    save_tokenizer(tokenizer, output)
-    record = {"tokenizer_sha256": sha256(output), "sources": counted["sources"]}
-    write_text(tokenizer_record_path(output), json.dumps(record, indent=1) + "\n")
-    tokens = sum(
-        len(encoding) for encoding in tokenizer.encode_batch_fast(sample, add_special_tokens=False)
-    )
-    return {
-        "files": len(files),
-        "bytes": counted["bytes"],
-        "vocab_size": tokenizer.get_vocab_size(),
-        "bytes_per_token": sum(len(text.encode()) for text in sample) / tokens,
-        "seconds": time.monotonic() - started,
-        "replaces": replaces,
-    }
-
-
-def _texts_with_progress(files: list[Path], sample: list[str], counted: dict) -> Iterator[str]:
-    """Yield the pieces of all documents, keep an even sample of them and count bytes, and words by file, on the way."""
-    from tqdm import tqdm
-
-    total = sum(file.stat().st_size for file in files)
-    sampled = before = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for file in files:
-            report = new_report()
-            for piece in read_documents(file, report):
-                n_bytes, read = (
-                    len(piece.text.encode()),
-                    before + report["bytes_on_disk"],
-                )  # less where compressed
-                if sampled * total <= SAMPLE_BYTES * read:
-                    sample.append(piece.text)
-                    sampled += n_bytes
-                counted["bytes"] += n_bytes
-                bar.update(read - bar.n)
-                yield piece.text
-            before += report["bytes_on_disk"]
-            counted["sources"].append({**source_of(file), "words": report["words"]})
-        bar.set_description("merging")
+        write_json(path.with_name("tokenizer_config.json"), config)
 
 
 def summary_text(summary: dict[str, float], vocab_size: int) -> str:
-    """The lines that say what came out of `train_on_files` when `vocab_size` tokens were asked for."""
+    """Return the lines to print about a tokenizer for which `vocab_size` tokens were requested."""
     lines = [
-        f"{summary['files']} files, {summary['bytes'] / 1e6:.2f} MB of text, {summary['seconds']:.1f} s",
-        f"{summary['vocab_size']} tokens, {summary['bytes_per_token']:.3f} bytes per token"
-        f" (on a sample of up to {SAMPLE_BYTES / 1e6:.0f} MB of the training text)",
+        f"{summary['files']} files, {summary['bytes'] / 1e6:.2f} MB of text, "
+        f"{summary['seconds']:.1f} s",
+        f"{summary['vocab_size']} tokens, {summary['bytes_per_token']:.3f} bytes per token (on a "
+        f"sample of up to {SAMPLE_BYTES / 1e6:.0f} MB of the training text)",
     ]
-    if (reached := summary["vocab_size"]) < vocab_size:
+    actual_size = summary["vocab_size"]
+    if actual_size < vocab_size:
         lines.append(
-            f"note: {vocab_size} tokens were asked for, but the text gives only {reached - MIN_VOCAB_SIZE} merges"
-            f" instead of {vocab_size - MIN_VOCAB_SIZE}: ask for {reached} tokens or use more text"
+            f"note: the text gives only {actual_size - MIN_VOCAB_SIZE} merges instead of "
+            f"{vocab_size - MIN_VOCAB_SIZE}: use --vocab-size {actual_size} or more text"
         )
     if summary["replaces"]:
-        lines.append(
-            "note: another tokenizer had this name: runs that were made with it cannot be taken up again"
-        )
+        lines.append("note: replaced a different tokenizer; runs that use it cannot be resumed")
     return "\n".join(lines)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer on the training files of a directory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--data-dir",
-        "--data_dir",
-        type=Path,
-        default=Path("./data/train"),
-        help="directory with the training text",
-    )
-    parser.add_argument(
-        "--vocab-size",
-        "--vocab_size",
-        type=int,
-        default=16000,
-        help="number of tokens, at least 259",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    try:
-        summary = train_on_files(find_files(args.data_dir, "train"), args.vocab_size, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(summary_text(summary, args.vocab_size))
-    print(f"wrote {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

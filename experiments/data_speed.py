@@ -29,9 +29,9 @@ BATCH = 48  # texts that the tokenizer encodes at a time
 
 def read_texts(data_dir: str) -> list[str]:
     """Return the text of all training files, in parts of bounded size."""
-    from babyllama.data.documents import find_files, read_documents
+    from babyllama.data.documents import find_files, read_parts
 
-    return [piece.text for path in find_files(data_dir, "train") for piece in read_documents(path)]
+    return [text for path in find_files(data_dir, "train") for text in read_parts(path)]
 
 
 def measure(way: str, data_dir: str, tokenizer_file: str) -> dict:

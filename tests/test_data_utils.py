@@ -17,20 +17,14 @@ from hypothesis import strategies as st
 
 from babyllama.data import cleaners, documents
 from babyllama.data.cleaners import clean_text
-from babyllama.data.documents import domain_of, find_files, new_report, read_documents
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents, read_parts
 from babyllama.data.tokenizer import SPECIAL_TOKENS, byte_lengths, load_tokenizer
 from data_utils import DataProcessor
 
 
 def documents_of(path, report=None) -> list[str]:
-    """The documents that read_documents says, after a check of the pieces' marks."""
-    found, inside = [], False
-    for piece in read_documents(path, report):
-        assert piece.first == (not inside) and piece.text
-        found.append(piece.text) if piece.first else found.append(found.pop() + piece.text)
-        inside = not piece.last
-    assert not inside
-    return found
+    """Return the text of each document that read_documents yields."""
+    return ["".join(lines) for lines in read_documents(path, report)]
 
 
 def written(tmp_path: Path, name: str, data: str | bytes) -> Path:
@@ -163,7 +157,7 @@ def test_domain_of():
          "\n1\n00:00:01,000 --> 00:00:02,000\ny", None),
     ],
 )  # fmt: skip
-def test_where_documents_end(tmp_path, name, text, expected):
+def test_documents_start_at_titles_empty_lines_and_first_subtitles(tmp_path, name, text, expected):
     found = documents_of(written(tmp_path, name, text))
     if (
         expected is None
@@ -233,7 +227,7 @@ def test_hostile_text_is_repaired_and_counted(tmp_path, kind, packed):
     assert {key: report[key] for key in counts} == counts
     assert report["files"] == 1 and report["bytes_on_disk"] == path.stat().st_size
     if kind.startswith("invalid"):
-        assert report["first_invalid"] == f"{path}: byte {5 if 'bom' in kind else 3}"
+        assert report["first_invalid"] == f"{path}: line 1"
 
 
 def test_broken_files_are_named(tmp_path):
@@ -285,19 +279,38 @@ WORDS = st.sampled_from(
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(words=st.lists(WORDS, max_size=60), block=st.integers(1, 40), piece=st.integers(4, 60))
-def test_any_blocks_and_pieces_give_the_same_documents(tmp_path, monkeypatch, words, block, piece):
+@given(words=st.lists(WORDS, max_size=60), block=st.integers(1, 40), part=st.integers(4, 60))
+def test_documents_do_not_depend_on_the_sizes_of_blocks_and_parts(
+    tmp_path, monkeypatch, words, block, part
+):
     text = "".join(words)
     blank = "\n".join(
         "" if line.isspace() else line for line in text.replace("\r\n", "\n").split("\n")
     )
     path = written(tmp_path, "x.txt", text)
     monkeypatch.setattr(documents, "BLOCK", block)
-    monkeypatch.setattr(documents, "PIECE", piece)
-    assert all(len(p.text) <= piece for p in read_documents(path))
+    monkeypatch.setattr(documents, "PART", part)
+    assert all(len(text) <= part for text in read_parts(path))
+    assert "".join(read_parts(path)) == "".join(documents_of(path))
     report = new_report()
     assert documents_of(path, report) == naive_documents(blank)
     assert report["bytes"] == sum(len(document.encode()) for document in naive_documents(blank))
+
+
+def test_a_long_line_comes_in_parts_and_stays_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 30)
+    monkeypatch.setattr(documents, "LONG_LINE", 50)
+    words = " ".join(sentences(40))
+    text = f"a\n{words}\n= = = not a title\n{words} = = = nor this = = =\n\n\n{'x' * 500} 1"
+    for name in ("x.txt", "x.jsonl"):
+        path = written(tmp_path, name, json.dumps(text) if name == "x.jsonl" else text)
+        report = new_report()
+        found = documents_of(path, report)
+        assert "\n\n\n".join(found) == text and len(found) == (1 if name == "x.jsonl" else 2)
+        assert report["bytes"] == sum(map(len, found))
+    longest = max(len(line) for document in read_documents(tmp_path / "x.txt") for line in document)
+    assert longest <= 80
+    assert report["words"] == len(text.split())
 
 
 # ---- chunks
@@ -348,7 +361,7 @@ def test_tokens_of_the_pieces_are_those_of_the_whole(
 ):
     text = "".join(word + gap for word, gap in parts)
     processor = DataProcessor(newline_tokenizer, cache_dir=tmp_path)
-    monkeypatch.setattr(documents, "PIECE", 40)
+    monkeypatch.setattr(documents, "PART", 40)
     ids = reference(processor, [text])
     assert processor.tokenize_and_chunk({"text": text}, max_length=7) == {
         "input_ids": chunks(ids, 7)
@@ -389,7 +402,7 @@ def test_load_text_files(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("clean", [False, True])
 def test_prepare_dataset_is_the_naive_stream(tokenizer, corpus_dir, tmp_path, monkeypatch, clean):
-    monkeypatch.setattr(documents, "PIECE", 200)  # many pieces to a document
+    monkeypatch.setattr(documents, "PART", 200)  # many pieces to a document
     train = tmp_path / "train"
     train.mkdir()
     first = (corpus_dir / "train" / "toy.train").read_text()
@@ -464,7 +477,7 @@ def test_cache_is_used_and_knows_what_it_depends_on(tokenizer, corpus_dir, tmp_p
 @pytest.mark.parametrize(
     ("ending", "content"), [(".json", b"{"), (".json", b"\xff"), (".arrow", b""), (".arrow", None)]
 )
-def test_a_damaged_cache_is_named_and_mended_by_deleting_it(
+def test_a_corrupted_cache_file_is_named_and_rebuilt_after_deleting_it(
     ending, content, tokenizer, corpus_dir, tmp_path
 ):
     def prepare():
@@ -475,7 +488,7 @@ def test_a_damaged_cache_is_named_and_mended_by_deleting_it(
     (arrow,) = tmp_path.glob("train-*.arrow")
     victim = arrow.with_suffix(ending)
     victim.write_bytes(victim.read_bytes()[:300] if content is None else content)
-    with pytest.raises(ValueError, match=f"{arrow.name}: damaged .*delete it"):
+    with pytest.raises(ValueError, match=f"{arrow.name} is corrupted .*delete it"):
         prepare()
     arrow.unlink()
     assert prepare()["train"][:]["input_ids"] == want
@@ -516,7 +529,7 @@ def test_interrupted_run_leaves_nothing_that_looks_finished(tokenizer, corpus_di
 def test_too_little_text(tokenizer, corpus_dir, tmp_path):
     written(tmp_path, "a.dev", "a")
     ids = reference(DataProcessor(tokenizer, cache_dir=tmp_path), ["a"])
-    with pytest.raises(ValueError, match=rf"validation: {len(ids)} tokens.*a\.dev.*128"):
+    with pytest.raises(ValueError, match=rf"validation: the {len(ids)} tokens.*a\.dev.*128"):
         DataProcessor(tokenizer, cache_dir=tmp_path / "c").prepare_dataset(
             str(corpus_dir / "train"), str(tmp_path), max_length=128
         )
@@ -525,9 +538,7 @@ def test_too_little_text(tokenizer, corpus_dir, tmp_path):
 def test_large_vocabularies_are_int32(tokenizer, corpus_dir, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    large = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, **SPECIAL_TOKENS
-    )
+    large = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **SPECIAL_TOKENS)
     large.add_tokens([f"zq{i}" for i in range(66_000)])
     written(tmp_path, "a.txt", "zq65999 " * 40)
     both = DataProcessor(large, cache_dir=tmp_path / "c").prepare_dataset(
@@ -546,24 +557,19 @@ def test_needs_a_fast_tokenizer_with_marks(tokenizer):
         DataProcessor(object())
 
 
-def test_cleaned_documents_in_pieces_are_those_of_the_whole(tmp_path, monkeypatch):
+def test_cleaning_in_parts_gives_the_same_text_as_cleaning_at_once(tmp_path, monkeypatch):
     text = "\n\n".join(
         f"MARY: {a}\n[laughs]\nJOHN: {b}"
         for a, b in zip(sentences(80), sentences(80, seed=3), strict=True)
     )
     path = written(tmp_path, "switchboard.train", f"[applause]\n\n\n{text}\n\n\nA.1: Bye .\n")
     cleaner = cleaners.create_cleaner_registry()["switchboard"]
-    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(documents, "PART", 500)
     report = new_report()
-    pieces = list(documents.clean_pieces(documents.read_documents(path, report), cleaner))
-    assert (
-        report["documents"] == 3
-        and sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == 2
-    )
-    assert len(pieces) > 8 and max(len(piece.text) for piece in pieces) <= 502
-    assert (
-        "".join(piece.text for piece in pieces[:-1]) == cleaner(text) and pieces[-1].text == "Bye."
-    )
+    first, second = map(list, documents.read_document_parts(path, report, cleaner))
+    assert report["documents"] == 3  # "[applause]" is empty when cleaned
+    assert len(first) > 8 and max(map(len, first)) <= 502
+    assert "".join(first) == cleaner(text) and second == ["Bye."]
 
 
 SMALL_MEMORY = r"""
@@ -613,22 +619,18 @@ def test_real_files(tmp_path, tokenizer, name):
         name != "wikipedia" or len(found) > 60
     )
     processor = DataProcessor(tokenizer, cache_dir=tmp_path)
-    ids = [
-        i
-        for _, batch, _ in processor._encode((0, p) for p in read_documents(path))
-        for i in batch.tolist()
-    ]
-    assert ids == reference(processor, found)
+    dataset = processor.prepare_dataset(path, path, max_length=1, clean=False)
+    assert [i for (i,) in dataset["train"]["input_ids"][:]] == reference(processor, found)
 
 
 @pytest.mark.parametrize("length", [0, -3, "128", None, True, 1.5])
 def test_a_senseless_length_is_refused(tokenizer, corpus_dir, tmp_path, length):
     processor = DataProcessor(tokenizer, tmp_path)
     with pytest.raises(
-        ValueError, match=f"max_length: {re.escape(repr(length))} is not a number of tokens"
+        ValueError, match=f"max_length must be 1 token or more, not {re.escape(repr(length))}"
     ):
         processor.tokenize_and_chunk({"text": "The cat"}, max_length=length)
-    with pytest.raises(ValueError, match="use 1 or more"):
+    with pytest.raises(ValueError, match="must be 1 token or more"):
         processor.prepare_dataset(corpus_dir / "train", corpus_dir / "dev", max_length=length)
     assert processor.prepare_dataset(
         corpus_dir / "train", corpus_dir / "dev", max_length=32, num_proc=None

@@ -242,7 +242,7 @@ def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path, capsys):
     before = manifest_of(tmp_path)
     assert "earlier run" not in capsys.readouterr().out
     assert run("--skip-cleaning", train=None) == 0
-    assert "note: train is that of an earlier run" in capsys.readouterr().out
+    assert "note: train is from an earlier run" in capsys.readouterr().out
     after = manifest_of(tmp_path)
     assert after["splits"]["train"] == before["splits"]["train"]
     assert after["word_budget"] == before["word_budget"]
@@ -293,7 +293,8 @@ def measure(dev: list[list[str]], train: list[list[str]], cut: int) -> tuple[int
             overlap.start_train()
         for words in documents:
             for i in range(0, len(words), cut):
-                overlap.add(words[i : i + cut], last=i + cut >= len(words))
+                overlap.add(words[i : i + cut])
+            overlap.end_document()
     result = overlap.result()
     return tuple(
         result[key] for key in ("dev_documents_in_train", "dev_ngrams", "dev_ngrams_in_train")
@@ -344,7 +345,7 @@ def test_overlap_by_hand(run, raw, tmp_path, capsys):
         "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in captured.out
     )
     assert (
-        "warning: documents of dev in train, on which held-out scores flatter: dev/letters.dev 2"
+        "warning: dev documents in train, which inflate held-out scores: dev/letters.dev 2"
         in captured.err
     )
     assert captured.out.splitlines()[-1].startswith(
@@ -415,7 +416,7 @@ def test_mistakes_are_one_line_and_lose_nothing(case, run, raw, tmp_path, capsys
     }[case]()
     error = capsys.readouterr().err
     said = {"missing": "nowhere", "empty": "empty", "no text": "other", "broken": "letters.jsonl", "vocab": "259",
-            "nothing": "--babylm-10m", "in place": "would be read the next time", "manifest": "manifest.json"}  # fmt: skip
+            "nothing": "--babylm-10m", "in place": "the next run would read", "manifest": "manifest.json"}  # fmt: skip
     assert code == 2
     assert error.split("error: ")[1].count("\n") == 1 and said[case] in error
     assert "Traceback" not in error

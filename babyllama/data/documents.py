@@ -1,312 +1,342 @@
-"""Text files -> documents: a stream of bounded pieces, whatever the file is like, with a count of what was repaired.
+"""Read text files as documents, and documents as lines.
 
-    from documents import find_files, read_documents
+    from babyllama.data.documents import find_files, read_documents
     for path in find_files("data/train", "train"):
-        for piece in read_documents(path):
-            print(piece.first, piece.last, len(piece.text))
+        for document in read_documents(path):
+            text = "".join(document)
 
-Reads .train, .dev, .test, .txt and .jsonl files, also gzipped, of any size and with lines of any length. It cleans only
-with the function that it is given.
+Reads .train, .dev, .test, .txt and .jsonl files, also gzipped. Files, documents and lines may have
+any length: a document is an iterator over its lines, and a very long line comes in several strings.
+Repairs what no tokenizer takes (invalid bytes, NUL) and counts it, but does not clean text.
 """
 
 from __future__ import annotations
 
-import codecs
 import gzip
-import hashlib
 import io
+import itertools
 import json
-import logging
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
-log = logging.getLogger(__name__)
-READER_VERSION = (
-    1  # a new number for every change of what a document or a cut is: it is part of cache keys
-)
-BLOCK = 1 << 18  # bytes read at a time
-PIECE = 1 << 15  # characters of a document that are cleaned and tokenised in one go, at most
+from babyllama.files import sha256
+
+# Part of cache keys: increase it whenever what a document is, or where a text is cut, changes.
+READER_VERSION = 1
+BLOCK = 1 << 18  # characters that are read at a time
+LONG_LINE = 1 << 20  # characters; a longer line comes in several strings
+PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
 
+# ---- files --------------------------------------------------------------------------------------
+
+
 def domain_of(path: str | os.PathLike) -> str:
-    """The domain that a file's name says: "open_subtitles" for data/Open_Subtitles.train.gz."""
+    """Return the domain in a file's name: "open_subtitles" for data/Open_Subtitles.train.gz."""
     return re.sub(r"(?:\.(?:train|dev|test|txt|jsonl))?(?:\.gz)?$", "", Path(path).name.lower())
 
 
 def source_of(path: Path, name: str = "") -> dict:
-    """What identifies a file of text: `file` (its own name unless another is given), `sha256`, `domain`."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": name or path.name, "sha256": digest, "domain": domain_of(path)}
+    """Return the record that identifies a text file: file (`name` or its name), sha256, domain."""
+    return {"file": name or path.name, "sha256": sha256(path), "domain": domain_of(path)}
 
 
 def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
-    """The input files of a split ("train"; "dev" or "validation"; "test"), sorted: data_dir is a folder or one file.
+    """Return the input files of a split in sorted order; `data_dir` is a folder or a single file.
 
-    A folder is searched to the bottom for files with the split's suffix (.train; .dev, else .test) and for .txt and
-    .jsonl, each also .gz. FileNotFoundError says what was looked for and what is there.
+    Searches the folder and its subfolders for files that end in the split's suffix (.train for
+    "train"; .dev, or .test if there are none, for "dev" and "validation"), in .txt or in .jsonl,
+    each also with .gz. Raises FileNotFoundError if there are none.
     """
     root = Path(data_dir)
     if root.is_file():
         return [root]
-    found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder that was visited
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [
-            path
-            for name in names
-            if not name.startswith(".") and (path := Path(folder, name)).is_file()
+    candidates = list(_walk(root))
+
+    def ending_in(*suffixes: str) -> list[Path]:
+        return [
+            path for path in candidates if path.name.lower().removesuffix(".gz").endswith(suffixes)
         ]
 
-    def ending(*suffixes: str) -> list[Path]:
-        return [path for path in found if path.name.lower().removesuffix(".gz").endswith(suffixes)]
-
-    own = (".dev", ".test") if split in ("dev", "validation") else (f".{split}",)
-    files = next((some for suffix in own if (some := ending(suffix))), []) + ending(
-        ".txt", ".jsonl"
-    )
+    suffixes = [".dev", ".test"] if split in ("dev", "validation") else [f".{split}"]
+    files_by_suffix = [ending_in(suffix) for suffix in suffixes]
+    files = next(filter(None, files_by_suffix), []) + ending_in(".txt", ".jsonl")
     if files:
         return sorted(files)
-    there = ", ".join(sorted(path.name for path in found)[:8]) or "no files"
-    what = f"there: {there}" if root.is_dir() else "there is no such file or folder"
-    wanted = ", ".join((*own, ".txt", ".jsonl"))
+    if root.is_dir():
+        names = sorted(path.name for path in candidates)
+        content = f"the folder has {', '.join(names[:8]) or 'no files'}"
+    else:
+        content = "there is no such file or folder"
+    expected = ", ".join([*suffixes, ".txt", ".jsonl"])
     raise FileNotFoundError(
-        f"{root}: no {split} text; expected a file ending in {wanted} (or these and .gz); {what}"
+        f"{root}: no {split} text; expected a file ending in {expected}, or these and .gz; "
+        f"{content}"
     )
 
 
-class Piece(NamedTuple):
-    """A bounded stretch of a document; the document is the pieces from one with `first` to one with `last`, joined."""
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files under a folder that are not hidden; links are followed, each folder once."""
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
+            subfolders.clear()
+            continue
+        visited.add(real_path)
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file() and not name.startswith("."):
+                yield path
 
-    text: str
-    first: bool
-    last: bool
+
+# ---- from bytes to lines ------------------------------------------------------------------------
 
 
 def new_report() -> dict:
-    """The counts that reading fills in: documents, words (between blanks) and UTF-8 bytes of the text, and repairs."""
-    counts = "files empty_files bytes_on_disk documents words bytes"
-    repairs = "invalid_bytes nul_removed bom_removed surrogates_replaced"
-    return {**dict.fromkeys(f"{counts} {repairs}".split(), 0), "first_invalid": None}
+    """Return the counts that reading adds to, all zero.
 
-
-def _blocks(path: Path, report: dict) -> Iterator[str]:
-    """The file as text, block by block: no byte-order mark, newlines only, U+FFFD for each byte that is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    before = report["bytes_on_disk"]
-    offset = 0
-    with path.open("rb") as raw:
-        source = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        while True:
-            try:
-                data = source.read(BLOCK)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{path}: broken gzip file after {offset} bytes of text ({error})"
-                ) from None
-            if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise ValueError(f"{path}: this is UTF-16 text (byte 0); convert it to UTF-8")
-            if offset == 0 and data.startswith(codecs.BOM_UTF8):
-                report["bom_removed"] += 1
-                data, offset = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-            report["bytes_on_disk"] = before + raw.tell()
-            try:
-                text = decoder.decode(data, not data)
-            except UnicodeDecodeError as error:
-                held = len(decoder.getstate()[0])
-                report["first_invalid"] = (
-                    report["first_invalid"] or f"{path}: byte {offset - held + error.start}"
-                )
-                decoder.errors = "surrogateescape"
-                text, n = _SURROGATE.subn("\ufffd", decoder.decode(data, not data))
-                decoder.errors = "strict"
-                report["invalid_bytes"] += n
-            offset += len(data)
-            text = newlines.decode(text, not data)
-            if "\0" in text:
-                report["nul_removed"] += text.count("\0")
-                text = text.replace("\0", "")
-            if text:
-                yield text
-            if not data:
-                return
+    documents, words (between white space) and bytes (UTF-8) are those of the text that was read;
+    bytes_on_disk are those of the files. The rest are repairs.
+    """
+    counts = ["files", "empty_files", "bytes_on_disk", "documents", "words", "bytes"]
+    repairs = ["invalid_bytes", "nul_removed", "bom_removed", "surrogates_replaced"]
+    return {**dict.fromkeys(counts + repairs, 0), "first_invalid": None}
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate, which no UTF-8 can hold and no tokenizer takes."""
-    return _SURROGATE.sub("\ufffd", text)
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """Return the text with U+FFFD for lone surrogates, which are not UTF-8, and their number."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.subn("\ufffd", text)
+    return text, 0
 
 
-_LOOK_AHEAD = 400  # characters that decide whether newlines end a document
-_NEXT_TITLE = r"= = = [^=\n][^\n]{0,250} = = =[ \t]*(?:\n|\Z)"
-_NEXT_CUE = r"\d{1,6}[ \t]{0,9}\n[ \t]{0,9}\d\d?:\d\d:\d\d[^\n]{0,30}-->"
-_END = (
-    r"\n(?<!\n\n)\n*+(?:(?<=\n\n\n)(?!"
-    + _NEXT_CUE
-    + r")|(?=1[ \t]{0,9}\n)(?="
-    + _NEXT_CUE
-    + r")|(?="
-    + _NEXT_TITLE
-)
-_DOCUMENT_END = re.compile(_END + "))")
-_WIKI_END = re.compile(_END + r"| ?= (?![=\s])[^\n]{0,250}(?<![=\s]) = ?(?:\n|\Z)|<doc ))")
-_LONG_GAP = re.compile(r"\n{4,}")
-_BLANK_LINE = re.compile(r"(?<=\n)[ \t]++(?=\n)")
-_CUTS = [re.compile(gap) for gap in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
-
-
-def _spans(blocks: Iterable[str], end: re.Pattern) -> Iterator[tuple[str, bool]]:
-    """(text, whether a document ends behind it), in order; `end` finds the newlines between two documents."""
-    buffer = "\n"  # so that a first line of blanks is an empty line too
-    for block in blocks:
-        buffer += block
-        if "\n " in buffer or "\n\t" in buffer:
-            buffer = _BLANK_LINE.sub("", buffer)
-        if "\n\n\n\n" in buffer:
-            buffer = _LONG_GAP.sub("\n\n\n", buffer)
-        horizon, start = len(buffer) - _LOOK_AHEAD, 0
-        for match in end.finditer(buffer):
-            if match.start() >= horizon:
-                break
-            yield buffer[start : match.start()], True
-            start = match.end()
-        while horizon > start and buffer[horizon - 1] == "\n":
-            horizon -= 1
-        horizon = max(horizon, start)
-        yield buffer[start:horizon], False
-        buffer = buffer[horizon:]
-    *whole, rest = end.split(_BLANK_LINE.sub("", buffer + "\n"))
-    yield from ((text, True) for text in whole)
-    yield rest, True
-
-
-def cut(text: str, start: int) -> int:
-    """Where the piece from `start` on ends: in its second half before a blank line, a newline or a blank, else full.
-
-    The GPT-2 pattern starts a new word there whatever follows, so the tokens of the pieces are those of the whole.
-    """
-    if len(text) - start <= PIECE:
-        return len(text)
-    for gap in _CUTS:
-        at = 0
-        for match in gap.finditer(text, start + PIECE // 2, start + PIECE):
-            at = match.start()
-        if at:
-            return at
-    return start + PIECE
-
-
-def _pieces(spans: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
-    """Documents, newlines at their ends stripped, in pieces of at most PIECE characters."""
-    held, ready, first = "", None, True
-    for text, ends in spans:
-        held = held + text if held or not first else text.lstrip("\n")
-        start = 0
-        while len(held) - start > PIECE:
-            if ready is not None:
-                yield Piece(ready, first, False)
-                first = False
-            end = cut(held, start)
-            ready, start = held[start:end], end
-        held = held[start:]
-        if ends:
-            held = held.rstrip("\n")
-            if ready is not None and held:
-                yield Piece(ready, first, False)
-                first = False
-            if ready is not None or held:
-                yield Piece(held or ready.rstrip("\n"), first, True)
-            held, ready, first = "", None, True
-
-
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    """The lines of a file without their newlines."""
-    parts: list[str] = []
-    for block in blocks:
-        *lines, rest = block.split("\n")
-        for line in lines:
-            yield "".join([*parts, line])
-            parts = []
-        parts.append(rest)
-    yield "".join(parts)
-
-
-def _json_spans(blocks: Iterable[str], path: Path, report: dict) -> Iterator[tuple[str, bool]]:
-    """As _spans, for a file whose lines are JSON: an object with "text" or a string, one document each."""
-    for number, line in enumerate(_lines(blocks), 1):
-        if not line.strip():
-            continue
+def _read_blocks(path: Path, report: dict) -> Iterator[str]:
+    """Yield a file's text in blocks: no byte-order mark, no NUL, U+FFFD for each invalid byte."""
+    bytes_before = report["bytes_on_disk"]
+    line_number = 1
+    with path.open("rb") as raw:
+        data = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        # this error handler turns each invalid byte into one surrogate, so that they can be counted
+        file = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline=None)
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
-        text = record.get("text") if isinstance(record, dict) else record
-        if not isinstance(text, str):
-            raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
-        text, n = _SURROGATE.subn("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-        report["surrogates_replaced"] += n
-        report["nul_removed"] += text.count("\0")
-        text = text.replace("\0", "")
-        for start in range(0, len(text), BLOCK):  # not at once: cutting copies the rest
-            yield text[start : start + BLOCK], False
-        yield "", True
+            head = file.read(2)
+            if head in ("\udcff\udcfe", "\udcfe\udcff"):
+                raise ValueError(f"{path} is UTF-16 text; convert it to UTF-8")
+            report["bom_removed"] += head.startswith("\ufeff")
+            blocks = iter(partial(file.read, BLOCK), "")
+            for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
+                report["bytes_on_disk"] = bytes_before + raw.tell()
+                text, invalid_bytes = replace_surrogates(block)
+                if invalid_bytes and not report["first_invalid"]:
+                    line_number += block.count("\n", 0, _SURROGATE.search(block).start())
+                    report["first_invalid"] = f"{path}: line {line_number}"
+                report["invalid_bytes"] += invalid_bytes
+                report["nul_removed"] += text.count("\0")
+                line_number += block.count("\n")
+                yield text.replace("\0", "")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: broken gzip file ({error})") from None
 
 
-def read_documents(path: str | os.PathLike, report: dict | None = None) -> Iterator[Piece]:
-    """The documents of a file, piece by piece, and in `report` (see new_report) what was found and mended.
+def _read_lines(path: Path, report: dict) -> Iterator[str]:
+    """Yield the lines of a file, each with a newline at its end.
 
-    A document ends at two blank lines, before a title line (= = = T = = =; in wiki domains also = T = and <doc>) and
-    before a subtitle numbered 1; each line of a .jsonl file is one. ValueError names a broken file and its line.
+    A line longer than LONG_LINE comes in several strings, split behind a blank if it has one; only the
+    last of them ends in a newline.
     """
-    path, report = Path(path), new_report() if report is None else report
-    blocks = _blocks(path, report)
+    line_start = ""
+    for block in _read_blocks(path, report):
+        *lines, line_start = (line_start + block).split("\n")
+        for line in lines:
+            yield line + "\n"
+        if len(line_start) >= LONG_LINE:
+            end = line_start.rfind(" ") + 1 or len(line_start)
+            yield line_start[:end]
+            line_start = line_start[end:]
+    if line_start:
+        yield line_start + "\n"
+
+
+# ---- from lines to documents --------------------------------------------------------------------
+
+_TITLE = re.compile(r"= = = [^=\n].{0,250} = = =[ \t]*\n")  # fixed lengths: a title is short
+_WIKI_TITLE = re.compile(r" ?= [^=\s](?:.{0,248}[^=\s])? = ?\n|<doc ")
+_CUE_NUMBER = re.compile(r"(\d{1,6})[ \t]{0,9}\n")
+_CUE_TIME = re.compile(r"[ \t]{0,9}\d\d?:\d\d:\d\d.{0,30}-->")
+
+
+def _starts_document(line: str, next_line: str, blank_lines: int, is_wiki: bool) -> bool:
+    """Return True if a document starts with `line`, which follows on so many blank lines."""
+    # a subtitle is a line with its number, a line with its times, and lines of text
+    if "-->" in next_line and _CUE_TIME.match(next_line):
+        cue = _CUE_NUMBER.fullmatch(line)
+        if cue:
+            return cue[1] == "1"
+    if blank_lines >= 2 or _TITLE.fullmatch(line):
+        return True
+    return is_wiki and bool(_WIKI_TITLE.match(line))
+
+
+def _number_lines(lines: Iterable[str], is_wiki: bool) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty, with the number of their document.
+
+    A line begins with the newlines that separate it from the line before in its document: three at
+    most, so two empty lines. A line of blanks and tabs counts as empty.
+    """
+    number = 0
+    newlines = "\n"  # in front of the next line; none within a long line
+    for line, next_line in itertools.pairwise(itertools.chain(lines, [""])):
+        at_line_start = newlines != ""
+        if at_line_start and line.strip(" \t") == "\n":
+            newlines += "\n"
+            continue
+        blank_lines = len(newlines) - 1
+        starts = at_line_start and _starts_document(line, next_line, blank_lines, is_wiki)
+        if starts or number == 0:
+            number += 1
+            newlines = ""
+        text = line.removesuffix("\n")
+        yield number, newlines[:3] + text
+        newlines = line[len(text) :]
+
+
+def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterator[tuple[int, str]]:
+    """Yield the lines of the texts in a .jsonl file, each with the number of its document."""
+    record = ""
+    number = 0
+    for line in lines:
+        record += line
+        if not line.endswith("\n"):  # a long line goes on
+            continue
+        number += 1
+        if record.strip():
+            for text_line in io.StringIO(_record_text(record, path, number, report), newline="\n"):
+                yield number, text_line
+        record = ""
+
+
+def _record_text(record: str, path: Path, number: int, report: dict) -> str:
+    """Return the text of a line of JSON, which is an object with "text" or a string."""
+    try:
+        value = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
+    text, surrogates = replace_surrogates(text)
+    report["surrogates_replaced"] += surrogates
+    report["nul_removed"] += text.count("\0")
+    return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+
+
+def read_documents(path: str | os.PathLike, report: dict | None = None) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, each as an iterator over its lines; joined, they are its text.
+
+    Read a document before you ask for the next one. In a text file a document starts behind two
+    empty lines, at a title (= = = T = = =; in wiki domains also = T = and <doc>) and at a subtitle
+    numbered 1. In a .jsonl file each line is a document. Adds to the counts in `report`, see
+    new_report. Raises ValueError if the file is broken.
+    """
+    path = Path(path)
+    report = new_report() if report is None else report
+    documents_before = report["documents"]
     report["files"] += 1
+    lines = _read_lines(path, report)
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        spans = _json_spans(blocks, path, report)
+        numbered_lines = _number_json_lines(lines, path, report)
     else:
-        spans = _spans(blocks, _WIKI_END if domain_of(path) in WIKI_DOMAINS else _DOCUMENT_END)
-    before, within = report["documents"], False
-    for piece in _pieces(spans):
-        report["documents"] += piece.first
-        within &= not piece.first and bool(piece.text[:1].strip())
-        report["words"] += (
-            len(piece.text.split()) - within
-        )  # a piece can begin within a word of more than its size
-        within = bool(piece.text[-1:].strip())
-        report["bytes"] += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
-        yield piece
-    report["empty_files"] += report["documents"] == before
+        numbered_lines = _number_lines(lines, is_wiki=domain_of(path) in WIKI_DOMAINS)
+    counted_lines = _count(numbered_lines, report)
+    for _, document in itertools.groupby(counted_lines, key=itemgetter(0)):
+        report["documents"] += 1
+        yield map(itemgetter(1), document)
+    report["empty_files"] += report["documents"] == documents_before
 
 
-def clean_pieces(pieces: Iterable[Piece], cleaner: Callable[[str], str]) -> Iterator[Piece]:
-    """The pieces cleaned one by one, joined by what stood at the cut; documents left empty are dropped."""
-    held: Piece | None = None
-    for piece in pieces:
-        if piece.first:
-            held, gap = None, ""
-        else:
-            start = piece.text[:2]
-            gap = max(gap, start[: len(start) - len(start.lstrip())], key=len)
-        text = cleaner(piece.text)
-        if text != piece.text or not held:
-            text = text.strip("\n" if text == piece.text else None)
-            text = gap + text if held and text else text
+def _count(numbered_lines: Iterable[tuple[int, str]], report: dict) -> Iterator[tuple[int, str]]:
+    """Pass lines on and add their words and bytes to the report."""
+    for number, line in numbered_lines:
+        report["words"] += len(line.split())
+        report["bytes"] += len(line) if line.isascii() else len(line.encode())
+        yield number, line
+
+
+# ---- from lines to bounded parts ----------------------------------------------------------------
+
+# Before a blank line, a newline or a blank. The GPT-2 pattern starts a new word there whatever
+# follows, so a text has the same tokens in parts as in one.
+_CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
+
+
+def _part_end(text: str, start: int) -> int:
+    """Return where the part from `start` on ends: at the last good cut in its second half."""
+    for cut in _CUTS:
+        ends = [match.start() for match in cut.finditer(text, start + PART // 2, start + PART)]
+        if ends:
+            return ends[-1]
+    return start + PART
+
+
+def text_parts(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the text of a document in parts of at most PART characters, with the same tokens."""
+    text = ""
+    for line in lines:
+        text += line
+        if len(text) > PART:
+            start = 0
+            while len(text) - start > PART:
+                end = _part_end(text, start)
+                yield text[start:end]
+                start = end
+            text = text[start:]
+    if text:
+        yield text
+
+
+def clean_parts(lines: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:
+    """Yield the cleaned text of a document in parts; it yields none if cleaning leaves no text.
+
+    Each part is cleaned alone. The white space at the cuts stays.
+    """
+    is_first = True
+    gap = ""  # the white space between the last cleaned part and the next
+    for part in text_parts(lines):
+        white_space = part[: len(part) - len(part.lstrip())]
+        gap = max(gap, white_space, key=len)
+        text = cleaner(part).strip()
         if text:
-            if held:
-                yield held
-            held, gap = Piece(text, held is None, False), ""
-        if piece.last and held:
-            yield held._replace(last=True)
+            yield text if is_first else gap + text
+            is_first = False
+            gap = ""
+
+
+def read_document_parts(
+    path: str | os.PathLike, report: dict | None = None, cleaner: Callable[[str], str] | None = None
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, each as an iterator over its parts, cleaned if asked to.
+
+    Drops documents that cleaning leaves empty. As with read_documents, read one before the next.
+    """
+    for document in read_documents(path, report):
+        parts = clean_parts(document, cleaner) if cleaner else text_parts(document)
+        first_part = next(parts, None)
+        if first_part is not None:
+            yield itertools.chain([first_part], parts)
+
+
+def read_parts(path: str | os.PathLike, report: dict | None = None) -> Iterator[str]:
+    """Yield the text of all documents of a file in parts."""
+    return itertools.chain.from_iterable(read_document_parts(path, report))

@@ -38,14 +38,12 @@ class WordFile:
     text, gives no file, and None for the words of every source.
     """
 
-    def __init__(
-        self, path: Path, byte_lengths: np.ndarray | None, bos: int, eos: int, sources: list[dict]
-    ):
+    def __init__(self, path: Path, byte_lengths: np.ndarray | None, tokenizer, sources: list[dict]):
         """byte_lengths (V,): bytes of text that each id stands for; each of sources gets `tokens` and `words`."""
         self.path, self.sources = path, sources
         self.lengths = None if byte_lengths is None else byte_lengths.copy()
         if self.lengths is not None:
-            self.lengths[[bos, eos]] = (
+            self.lengths[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = (
                 1  # a newline in the text that is looked at: they part words too
             )
         self.inside = False  # whether the text so far ends within a word
@@ -58,38 +56,25 @@ class WordFile:
 
     def __exit__(self, *error) -> None:
         self.file.close()
-        if self.lengths is None:
+        if self.lengths is None or error[0]:
             self.path.unlink()
+        if self.lengths is None:
             for source in self.sources:
                 source["words"] = None
 
-    def add(
-        self,
-        batch: Sequence[tuple[int, tuple[str, bool, bool]]],
-        ids: np.ndarray,
-        sizes: Sequence[int],
-    ) -> None:
-        """Take in pieces of documents (text, first, last), each with the number of its source.
-
-        `ids` are the tokens of all, `sizes` how many each piece has, <s> and </s> at the ends of a document included.
-        """
-        starts = self._starts([piece for _, piece in batch], ids)
-        at = 0
-        for (number, _), size in zip(batch, sizes, strict=True):
-            self.sources[number]["tokens"] += size
-            if starts is not None:
-                self.sources[number]["words"] += int(starts[at : at + size].sum(dtype=np.int64))
-            at += size
+    def add(self, source: dict, items: Sequence[str | int], ids: np.ndarray) -> None:
+        """Take in texts and single special ids of a source, and the tokens of all."""
+        starts = self._starts(items, ids)
+        source["tokens"] += len(ids)
         if starts is not None:
+            source["words"] += int(starts.sum(dtype=np.int64))
             self.file.write(starts.tobytes())
 
-    def _starts(
-        self, pieces: Sequence[tuple[str, bool, bool]], ids: np.ndarray
-    ) -> np.ndarray | None:
-        """Words that begin in each token of the pieces: uint8 (len(ids),); None where they cannot be located."""
+    def _starts(self, items: Sequence[str | int], ids: np.ndarray) -> np.ndarray | None:
+        """Words that begin in each token: uint8 (len(ids),); None if they cannot be located."""
         if self.lengths is None:
             return None
-        text = "".join("\n" * first + text + "\n" * last for text, first, last in pieces).encode()
+        text = "".join(item if isinstance(item, str) else "\n" for item in items).encode()
         ends = np.cumsum(self.lengths[ids])
         if ends[-1] != len(text):
             self.lengths = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.data.documents import find_files, read_documents
+from babyllama.data.documents import find_files, read_parts
 from babyllama.evaluation.fast_choices import relative_scores
 from babyllama.evaluation.loading import encode, training_text_of
 from babyllama.evaluation.scoring import ids_logprobs
@@ -115,8 +115,8 @@ def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | 
     counts = np.ones(vocab_size)
     for file in files:
         chars_left = UNIGRAM_CHARS // len(files)
-        for piece in read_documents(file):
-            text = piece.text[:chars_left]
+        for part in read_parts(file):
+            text = part[:chars_left]
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if max(ids, default=0) >= vocab_size:
                 raise ValueError(
@@ -124,7 +124,7 @@ def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | 
                     f" 0..{vocab_size - 1}"
                 )
             counts += np.bincount(ids, minlength=vocab_size)
-            chars_left -= len(piece.text)
+            chars_left -= len(part)
             if chars_left <= 0:
                 break
     return np.log(counts / counts.sum())

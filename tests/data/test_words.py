@@ -73,8 +73,8 @@ def prepared(folder, cache, tokenizer, length):
 def test_words_of_every_chunk(tmp_path_factory, monkeypatch, tokenizer, texts, length, piece):
     """Several files of odd text, pieces cut within words, chunks that end within tokens' words and characters."""
     root = tmp_path_factory.mktemp("text")
-    monkeypatch.setattr(documents, "PIECE", piece)
-    monkeypatch.setattr(data_utils, "BATCH", 2)
+    monkeypatch.setattr(documents, "PART", piece)
+    monkeypatch.setattr(data_utils, "BATCH", 60)
     for i, text in enumerate([*texts, "some more words " * 3]):
         (root / f"f{i}.txt").write_text(text, encoding="utf-8", newline="")
     dataset, report, words = prepared(root, root / "cache", tokenizer, length)
