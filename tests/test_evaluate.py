@@ -339,7 +339,7 @@ def test_a_checkpoint_is_measured_on_the_text_of_its_run(run_dir, capsys, caplog
     (run_dir.parent / "text" / "toy.dev").write_bytes(b"The cat sees a caf\xe9.\n\n\nThe dog.\n")
     assert evaluate.main([str(run_dir / "checkpoint-5"), "--device", "cpu"]) == 0
     assert "2 of 2 passages" in capsys.readouterr().out
-    assert re.fullmatch(r"1 bytes not UTF-8, first at .*toy.dev: byte 18", caplog.messages[0])
+    assert re.fullmatch(r"1 bytes not UTF-8, first at .*toy.dev: line 1", caplog.messages[0])
 
 
 def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
