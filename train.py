@@ -236,13 +236,13 @@ def prepare_data(config: dict) -> Data:
     lengths = byte_lengths(tokenizer)
     floor = grammar_floor(config["data"]["eval_path"])
     if "distillation" in config:
-        from babyllama.training.distillation import check_teachers, identify
+        from babyllama.training.distillation import check_teachers, identify_teachers
 
         check_teachers(config, tokenizer)
 
     train, held_out, report = prepare_datasets_with_report(config, tokenizer)
     if "distillation" in config:
-        report = {**report, "teachers": identify(config, report["train"]["key"])}
+        report = {**report, "teachers": identify_teachers(config, report["train"]["key"])}
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}
     warn_about_leaks(report)
@@ -308,9 +308,9 @@ def train_and_save(run: Run) -> None:
     """Train the model and write the results into the run directory."""
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog
-    from babyllama.training.distillation import make_trainer
+    from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.results import print_summary, write_results
-    from babyllama.training.trainer import training_arguments
+    from babyllama.training.trainer import LMTrainer, training_arguments
 
     config = run.config
     plan = run.plan
@@ -319,9 +319,10 @@ def train_and_save(run: Run) -> None:
     run_log = RunLog(
         run.run_dir / LOG_FILE, words_per_token, plan["flops_per_token"], plan["matmul_flops"]
     )
+    make_trainer = LMTrainer
+    if "distillation" in config:
+        make_trainer = functools.partial(make_distillation_trainer, config, run.data.report)
     trainer = make_trainer(
-        config,
-        run.data.report,
         model=run.model,
         args=training_arguments(config, run.run_dir, plan["precision"], plan["steps"]),
         train_dataset=run.data.train,
@@ -330,6 +331,7 @@ def train_and_save(run: Run) -> None:
         byte_lengths=run.data.byte_lengths,
         training=config["training"],
         loss=run.loss,
+        cuda_graphs=plan["cuda_graphs"],
         callbacks=[run_log] if distributed.is_main() else [],
     )
     trainer.word_log = attach_word_counter(trainer, config, counts, run.budget)

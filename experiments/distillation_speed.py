@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import statistics
@@ -53,10 +54,10 @@ def take_turn(
     import transformers
 
     from babyllama.training.callbacks import RunLog
-    from babyllama.training.distillation import make_trainer
+    from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
     from babyllama.training.plan import describe_run
-    from babyllama.training.trainer import training_arguments
+    from babyllama.training.trainer import LMTrainer, training_arguments
     from train import create_model
 
     transformers.set_seed(0)
@@ -77,9 +78,10 @@ def take_turn(
 
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
+        make_trainer = LMTrainer
+        if "distillation" in config:
+            make_trainer = functools.partial(make_distillation_trainer, config, report)
         trainer = make_trainer(
-            config,
-            report,
             model=model,
             args=arguments,
             train_dataset=chunks,

@@ -109,12 +109,12 @@ def our_trainer(config: dict, variant: dict, tokenizer, arguments, common: dict)
     from babyllama.training.kernels import build_loss
     from babyllama.training.trainer import LMTrainer
 
-    choices = {**variant, "cuda_graphs": torch.cuda.is_available()}
     return LMTrainer(
         args=arguments,
         byte_lengths=[1] * len(tokenizer),
         training=config["training"],
-        loss=build_loss(config, common["model"], choices, tokenizer.bos_token_id),
+        loss=build_loss(config, common["model"], variant, tokenizer.bos_token_id),
+        cuda_graphs=torch.cuda.is_available(),
         **common,
     )
 

@@ -241,21 +241,20 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def forward_through_wrapper(model, function, *args):
-    """function(model, *args), from within the forward pass of what the model is wrapped in.
+def forward_through_wrapper(function, model, *args):
+    """Return function(inner model, *args), called within the forward pass of the model's wrapper.
 
-    DDP and FSDP gather weights and gradients around their forward pass; a function that calls parts of the model by
-    themselves would pass them by.
+    DDP and FSDP gather weights and gradients around their forward pass, so a function that calls parts
+    of the model, as the loss does, must run inside it. torch has no public way to do that for DDP; for
+    one call the function takes the place of the inner model's forward.
     """
-    if world_size() == 1:
-        return function(model, *args)
-    inner = getattr(model, "module", model)
-    own = inner.__dict__.get("forward")  # set by accelerate for autocast
+    inner = getattr(model, "module", model)  # DDP has one, FSDP changes the model itself
+    own_forward = inner.__dict__.pop("forward", None)  # set by accelerate for autocast
 
     def restore() -> None:
         inner.__dict__.pop("forward", None)
-        if own is not None:
-            inner.forward = own
+        if own_forward is not None:
+            inner.forward = own_forward
 
     def forward(*args):
         restore()

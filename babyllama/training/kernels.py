@@ -157,7 +157,6 @@ def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> 
         compile=plan["compile"],
         chunked=chunked,
         mask_from=bos_token_id if config["data"]["document_mask"] else None,
-        recorded=plan["cuda_graphs"],
     )
 
 

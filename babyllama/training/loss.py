@@ -1,262 +1,263 @@
-"""The loss of a language model: -log p of each token given those before it, in nats, summed.
+"""Compute the next-token loss: the sum of -log p(token | tokens before it), in nats.
 
-`next_token_nll` is the plain form, from logits. `head_nll` never holds all logits: it takes the output layer's product
-a slice of the batch at a time and computes the gradients on the way, which on a CPU is also the faster form.
-`document_mask` keeps the tokens of a chunk from seeing other documents.
+    loss = NextTokenLoss(dtype=torch.bfloat16, chunked=True)
+    prepare_for_chunks(model)                # once: faster on chunks without padding
+    loss(model, input_ids).backward()        # input_ids (B, T)
+
+It knows no Trainer, no teachers and no configuration.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, masking_utils
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-SLICE_ELEMENTS = (
-    2**23
-)  # logits held at a time: 16 MB in bf16, 32 MB in float32, which a CPU's caches help with
+# Logits in memory at a time: 16 MB in bf16 and 32 MB in float32, which fits a CPU's caches.
+SLICE_ELEMENTS = 2**23
 GPU_SLICE_ELEMENTS = 2**26
+
+# transformers builds no mask for an attention function that it does not know, and torch's fused
+# kernels need none: they are causal by themselves. For "sdpa" it would look for packed texts in
+# each batch, which waits for the GPU, and build a mask in compiled code.
+CAUSAL = "causal"
+KINDS = ("llama", "gpt2", "gptj")  # model_type of the architectures that train.py builds
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+# ---- attention and positions --------------------------------------------------------------------
+
+
+def prepare_for_chunks(model: torch.nn.Module) -> None:
+    """Make a model faster on chunks without padding. Neither its weights nor what it saves change.
+
+    Afterwards attention ignores 2-D masks, so a batch of prompts must not be padded. Eager
+    attention stays eager, and gets its mask from attention_mask. Architectures that train.py does
+    not build (teachers may be of any) stay as they are: their attention may have a sliding window.
+    """
+    if model.config.model_type not in KINDS:
+        return
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(CAUSAL)
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if getattr(rotary, "rope_type", None) == "default":
+        model.base_model.rotary_emb = RotaryTable(rotary, model.config.max_position_embeddings)
+
+
+class RotaryTable(torch.nn.Module):
+    """Look up the cosines and sines of Llama's rotary embedding instead of computing them.
+
+    Compiled, the original recomputes them for each element of each layer's queries and keys,
+    forward and backward: a sixth of a step on a CPU (docs/results.md).
+    """
+
+    def __init__(self, rotary: torch.nn.Module, length: int):
+        super().__init__()
+        positions = torch.arange(length, device=rotary.inv_freq.device)[None]
+        with torch.autocast(rotary.inv_freq.device.type, enabled=False):
+            cos, sin = rotary(rotary.inv_freq, position_ids=positions)  # (1, length, D) float32
+        self.register_buffer("cos", cos[0], persistent=False)
+        self.register_buffer("sin", sin[0], persistent=False)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+        """Return cosines and sines (B, T, D) in the dtype of x for position_ids (B, T)."""
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
+
+
+@functools.cache
+def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the additive mask (1, 1, T, T) of causal attention: 0 for visible tokens."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return _additive(visible[None, None], dtype)
+
+
+def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the additive mask (B, 1, T, T) of causal attention within documents.
+
+    A document begins at each BOS, so a token sees the earlier tokens of its document only.
+    """
+    document = (input_ids == bos_token_id).cumsum(1)  # (B, T)
+    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
+    return _additive(same.tril(), dtype)
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, hidden
+    )
+
+
+def attention_mask(
+    model: torch.nn.Module, input_ids: torch.Tensor, mask_from: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return the attention_mask argument of a model for chunks (B, T) without padding.
+
+    `mask_from` is the id of BOS if documents must not see each other. None leaves the mask to
+    transformers, for architectures that train.py does not build.
+    """
+    if mask_from is not None:
+        return document_mask(input_ids, mask_from, dtype)
+    if model.config.model_type not in KINDS:
+        return None
+    if model.config._attn_implementation == CAUSAL:
+        return torch.ones_like(input_ids)  # no padding; without it GPT-2 waits to look for some
+    return causal_mask(input_ids.shape[1], dtype, input_ids.device)
+
+
+# ---- the loss -----------------------------------------------------------------------------------
 
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Sum over the batch of -log p(token | tokens before it), in nats, in float32: logits (B, T, V), ids (B, T)."""
-    targets = F.pad(
-        input_ids[:, 1:], (0, 1), value=-100
-    )  # (B, T): all logits as they lie, without a copy of most
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+    """Return the loss in float32 from logits (B, T, V) and input_ids (B, T)."""
+    # (B, T): padding the targets avoids a copy of logits[:, :-1]
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def slice_nll(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of -log softmax(logits)[target]; G (N, V) and s (N, 1), whose product is its gradient by the logits.
+    """Return the loss of logits (N, V), and factors G (N, V) and s (N, 1) of its gradient G x s.
 
-    logits (N, V), targets (N,), -1 for none. With m the largest logit of a row and Z the sum of its exp(logit - m), G
-    is exp(logit - m), less Z at the target, and s is 1 / Z: one exponential of each logit gives both results, and the
-    products of G with other matrices are scaled instead of G. The target's own, (p - 1) Z, is worked out from its loss.
+    targets (N,) holds -1 for positions that predict nothing. With m the largest logit of a row and
+    Z the sum of its exp(logit - m), G is exp(logit - m), less Z at the target, and s is 1 / Z. So
+    one exponential of each logit serves both results, and s can scale matrix products instead of
+    G.
     """
-    wanted, places = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]  # (N, 1) both
+    is_target = (targets >= 0)[:, None]  # (N, 1)
+    columns = targets.clamp(min=0)[:, None]  # (N, 1)
     top = logits.amax(-1, keepdim=True).float()
     powers = (logits - top).exp_()  # (N, V) float32
     total = powers.sum(-1, keepdim=True)
-    nll = (total.log() - (logits.gather(1, places) - top)) * wanted  # (N, 1)
-    gradient = powers.to(logits.dtype).scatter_(
-        1, places, ((-nll).expm1() * total).to(logits.dtype)
-    )
-    return nll.sum(), gradient, wanted / total
+    nll = (total.log() - (logits.gather(1, columns) - top)) * is_target  # (N, 1)
+    at_target = (-nll).expm1() * total  # (p - 1) Z, exact for p near 1
+    gradient = powers.to(logits.dtype).scatter_(1, columns, at_target.to(logits.dtype))
+    return nll.sum(), gradient, is_target / total
 
 
-class _HeadNLL(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
+    """The loss of an output layer, a few chunks at a time: all logits are never in memory.
+
+    The gradients are computed on the way, from each slice's logits. On a CPU this is also faster
+    than logits of the whole batch: 505 to 659 ms in float32 and 360 to 473 ms in bf16 for the head
+    of llama-10M, and 148 to 166 ms with both compiled in bf16. torch's F.linear_cross_entropy
+    takes 593 and 664 ms, and in bf16 its loss is 4 % off (torch 2.13, two AVX512-BF16 cores, 32 x
+    128 tokens).
+    """
+
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, rows, dtype, kernel):
-        x, w = states.to(dtype), weight.to(dtype)  # (N, D), (V, D)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        by_states, by_weight = (
-            torch.empty_like(x),
-            torch.zeros(w.shape, dtype=torch.float32, device=w.device),
-        )
-        by_bias = (
-            None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=w.device)
-        )
-        for some, own, out in zip(
-            x.split(rows), targets.split(rows), by_states.split(rows), strict=True
-        ):
-            logits = F.linear(some, w, None if bias is None else bias.to(dtype))  # (rows, V)
-            nll, gradient, scale = kernel(logits, own)
-            total += nll
-            torch.mm(gradient, w, out=out).mul_(scale)
-            scaled = (some * scale).to(dtype)
-            if dtype == torch.float32:
-                by_weight.addmm_(gradient.t(), scaled)
-            else:
-                by_weight += gradient.t() @ scaled
-            if bias is not None:
-                by_bias += torch.mv(gradient.t().float(), scale.squeeze(1))
-        ctx.save_for_backward(by_states, by_weight, *([] if bias is None else [by_bias]))
+    def forward(ctx, states, weight, bias, input_ids, dtype, kernel, *extras):
+        """Return the sums of `kernel` over slices of states (B, T, D), for a head (V, D), (V,).
+
+        Products are in `dtype`, sums in float32. kernel(logits, targets, *extras) returns what
+        slice_nll does, or several sums of which the first one is the loss. `extras` are
+        tensors (B, T, ...) of which it gets the rows of its slice.
+        """
+        n, length = input_ids.shape
+        elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
+        rows = max(1, elements // (len(weight) * length)) * length  # complete chunks
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=-1)
+        x = states.flatten(0, 1).to(dtype)  # (N, D)
+        w = weight.to(dtype)  # (V, D)
+        b = None if bias is None else bias.to(dtype)
+        grad_x = torch.empty_like(x)
+        grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        grad_b = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        total = 0.0
+
+        parts = [part.flatten(0, 1).split(rows) for part in (targets, *extras)]
+        # autocast would halve some of the products and not others
+        with torch.autocast(x.device.type, enabled=False):
+            for x_slice, grad_slice, *labels in zip(
+                x.split(rows), grad_x.split(rows), *parts, strict=True
+            ):
+                logits = F.linear(x_slice, w, b)  # (rows, V)
+                sums, gradient, scale = kernel(logits, *labels)
+                total = total + sums
+                torch.mm(gradient, w, out=grad_slice).mul_(scale)
+                scaled = (x_slice * scale).to(dtype)
+                if dtype == torch.float32:
+                    grad_w.addmm_(gradient.t(), scaled)
+                else:
+                    grad_w += gradient.t() @ scaled
+                if bias is not None:
+                    grad_b += torch.mv(gradient.t().float(), scale.squeeze(1))
+
+        ctx.save_for_backward(grad_x.view(states.shape), grad_w, grad_b)
         ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
-    def backward(ctx, factor):
+    @once_differentiable
+    def backward(ctx, factors):
+        """Return the gradients that forward has computed, times that of the loss."""
+        factor = factors.flatten()[0]
         gradients = [
-            (saved * factor).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)
+            None if saved is None else (saved * factor).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *([None] * (7 - len(gradients))))
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def head_nll(
-    states: torch.Tensor, head: torch.nn.Linear, input_ids: torch.Tensor, dtype: torch.dtype,
-    kernel: Callable = slice_nll,
-) -> torch.Tensor:  # fmt: skip
-    """next_token_nll(head(states), input_ids) from the last hidden states (B, T, D), without all the logits at once.
-
-    Matrix products are in `dtype`, sums and softmax in float32. `kernel` is slice_nll or another loss that gives what
-    it gives, for slices of a few whole chunks in order.
-    """
-    n, length = input_ids.shape
-    targets = torch.cat(
-        [input_ids[:, 1:], input_ids.new_full((n, 1), -1)], dim=1
-    ).flatten()  # (B*T,)
-    elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
-    chunks = max(1, elements // (head.out_features * length))  # in a slice
-    with torch.autocast(
-        states.device.type, enabled=False
-    ):  # which would halve some of the products and not others
-        return _HeadNLL.apply(
-            states.flatten(0, 1), head.weight, head.bias, targets, chunks * length, dtype, kernel
-        )
+def _nll_from_logits(model, input_ids, mask):
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return next_token_nll(logits, input_ids)
 
 
-def _nothing(*args) -> None:
-    return None
-
-
-def _no() -> bool:
-    return False
-
-
-_is_tracing = getattr(masking_utils, "is_tracing", None)
-
-
-def _a_mask_is_traced(mask=None) -> bool:
-    return mask is not None and _is_tracing(mask)
-
-
-@contextmanager
-def chunks_are_whole(*more: tuple[object, str, Callable]) -> Iterator[None]:
-    """In here transformers builds no mask where causal attention alone will do, and does not wait for the device.
-
-    In a forward pass without mask and cache it looks, by their positions, for texts packed into a row: on a GPU that
-    waits for the device, and compiled it puts a mask in the place of causal attention, as releases before 5.23 do in
-    any compiled pass. Our chunks carry no such positions (data.document_mask goes by the tokens). Some torch releases
-    say of any compiled pass that it is an export. GPT-2 looks for padding in the tokens, which waits as well. `more`:
-    further replacements, each a place, a name and a function.
-    """
-    ours = [
-        (masking_utils, "find_packed_sequence_indices", _nothing),
-        (masking_utils, "is_tracing", _a_mask_is_traced),
-        (masking_utils, "is_torchdynamo_exporting", _no),
-        (PreTrainedModel, "warn_if_padding_and_no_attention_mask", _nothing),
-        *more,
-    ]
-    ours = [
-        (place, name, function) for place, name, function in ours if hasattr(place, name)
-    ]  # not all have all
-    own = [(place, name, vars(place).get(name)) for place, name, _ in ours]
-    for place, name, function in ours:
-        setattr(place, name, function)
-    try:
-        yield
-    finally:
-        for place, name, function in own:
-            if function is None:  # it was the class's
-                delattr(place, name)
-            else:
-                setattr(place, name, function)
-
-
-def rotation_table(rotary: torch.nn.Module, length: int) -> Callable:
-    """A forward of Llama's rotary embedding for whole chunks, which looks up the cosines and sines of 0 to T - 1.
-
-    Compiled, the embedding's own works them out again for each element of each layer's queries and keys, forward and
-    backward: a sixth of a step on a CPU (docs/results.md).
-    """
-    with torch.autocast(rotary.inv_freq.device.type, enabled=False):
-        positions = torch.arange(length, device=rotary.inv_freq.device)[None]
-        cos, sin = type(rotary).forward(
-            rotary, rotary.inv_freq, position_ids=positions
-        )  # (1, T, D) float32
-
-    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-    return forward
-
-
-def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive attention mask (B, 1, T, T): 0 for tokens of the same document at or before one's own, else the lowest
-    number of `dtype`. A document begins at each BOS."""
-    document = (input_ids == bos_token_id).cumsum(1)  # (B, T)
-    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
-    seen = (
-        torch.ones(input_ids.shape[1:] * 2, dtype=torch.bool, device=input_ids.device).tril() & same
-    )
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )
+def _hidden_states(model, input_ids, mask):
+    outputs = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    return outputs.last_hidden_state
 
 
 class NextTokenLoss:
-    """nll(model, input_ids (B, T)) -> summed -log p of tokens 1 to T - 1, in nats: masked, compiled or sliced as asked.
+    """Compute loss(model, input_ids (B, T)): the summed -log p of tokens 1 to T - 1, in nats.
 
-    With `compile` the batches of `batch_size` chunks go through torch.compile and others, such as the last of an epoch,
-    do not: each new shape would be compiled anew. `chunked` takes the output layer a slice at a time (loss.head_nll).
-    `recorded` is for the trainer, which then records a batch's passes (training/cuda_graphs.py).
+    With `compile`, batches of `batch_size` chunks go through torch.compile. Others, such as the
+    last batch of an epoch, do not, because each new shape takes a new compilation. `chunked`
+    computes the output layer in slices, with matrix products in `dtype` (HeadLoss). `mask_from` is
+    the id of BOS if documents must not see each other.
     """
 
     def __init__(
-        self, *, dtype=torch.float32, batch_size=0, compile=False, chunked=False, mask_from: int | None = None,
-        recorded=False,
-    ):  # fmt: skip
-        self.dtype, self.batch_size, self.compile, self.mask_from = (
-            dtype,
-            batch_size,
-            compile,
-            mask_from,
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 0,
+        compile: bool = False,
+        chunked: bool = False,
+        mask_from: int | None = None,
+    ):
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.compile = compile
+        self.mask_from = mask_from
+        self.plain = _hidden_states, _nll_from_logits
+        self.fast = tuple(torch.compile(part, dynamic=False) for part in self.plain)
+        self.kernel = self.fast_kernel = None
+        if chunked:
+            self.set_kernel(slice_nll)
+
+    def set_kernel(self, kernel: Callable) -> None:
+        """Compute the output layer in slices, each slice's loss by `kernel` (HeadLoss.forward)."""
+        self.kernel = kernel
+        self.fast_kernel = torch.compile(kernel, dynamic=False)
+
+    def __call__(self, model, input_ids: torch.Tensor, *extras: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the loss, or the sums of the kernel, which gets the `extras`."""
+        mask = attention_mask(model, input_ids, self.mask_from, self.dtype)
+        is_fast = self.compile and len(input_ids) == self.batch_size
+        hidden_states, nll_from_logits = self.fast if is_fast else self.plain
+        if self.kernel is None:
+            return nll_from_logits(model, input_ids, mask)
+        states = hidden_states(model, input_ids, mask)  # (B, T, D)
+        head = model.get_output_embeddings()
+        kernel = self.fast_kernel if is_fast else self.kernel
+        return HeadLoss.apply(
+            states, head.weight, head.bias, input_ids, self.dtype, kernel, *extras
         )
-        self.recorded = recorded
-        self.plain = functools.partial(self._sliced, slice_nll) if chunked else self._whole
-        self.fast, self.body = self.plain, None
-        self._tables: dict[tuple[torch.nn.Module, int], Callable] = {}
-        if compile and chunked:
-            self.fast = functools.partial(self._sliced, torch.compile(slice_nll, dynamic=False))
-        elif compile:
-            self.fast = torch.compile(self._whole, dynamic=False)
-
-    def __call__(self, model, input_ids: torch.Tensor) -> torch.Tensor:
-        with self.whole_chunks(model, input_ids):
-            return (self.fast if self.is_fast(input_ids) else self.plain)(model, input_ids)
-
-    def whole_chunks(self, model, input_ids: torch.Tensor):
-        """chunks_are_whole for a pass of this model over chunks (B, T), with a table for Llama's rotary embedding."""
-        rotary, length = getattr(model.base_model, "rotary_emb", None), input_ids.shape[1]
-        if not hasattr(rotary, "inv_freq"):  # GPT-J's of some releases is a table already
-            return chunks_are_whole()
-        if (rotary, length) not in self._tables:
-            self._tables[rotary, length] = rotation_table(rotary, length)
-        return chunks_are_whole((rotary, "forward", self._tables[rotary, length]))
-
-    def _mask(self, input_ids):
-        return (
-            {}
-            if self.mask_from is None
-            else {"attention_mask": document_mask(input_ids, self.mask_from, self.dtype)}
-        )
-
-    def is_fast(self, input_ids: torch.Tensor) -> bool:
-        """Whether a batch goes through what is compiled."""
-        return self.compile and len(input_ids) == self.batch_size
-
-    def _whole(self, model, input_ids):
-        return next_token_nll(
-            model(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).logits, input_ids
-        )
-
-    def states(self, model, input_ids: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (B, T, D), from the compiled model where that was asked for and the batch is full."""
-        body = model.base_model
-        if self.is_fast(input_ids):
-            if self.body is None:
-                self.body = torch.compile(model.base_model, dynamic=False)
-            body = self.body
-        return body(input_ids=input_ids, use_cache=False, **self._mask(input_ids)).last_hidden_state
-
-    def _sliced(self, kernel, model, input_ids):
-        states, head = self.states(model, input_ids), model.get_output_embeddings()
-        return head_nll(states, head, input_ids, self.dtype, kernel)

@@ -42,7 +42,7 @@ def write_results(run, trainer, model, run_log) -> dict:
         run.data.held_out,
         trainer.byte_lengths,
         config["training"]["batch_size"],
-        trainer.loss.mask_from,
+        trainer.mask_from,
     )
 
     # a plain model directory that from_pretrained loads

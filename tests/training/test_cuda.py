@@ -73,7 +73,7 @@ def train(
     trainer = LMTrainer(
         model=model, args=arguments, train_dataset=rows_of(steps * batch * training["gradient_accumulation_steps"] + extra),
         byte_lengths=[1] * 400, training=training, callbacks=list(callbacks),
-        loss=NextTokenLoss(dtype=dtype, batch_size=batch, compile=compiled, recorded=recorded),
+        loss=NextTokenLoss(dtype=dtype, batch_size=batch, compile=compiled), cuda_graphs=recorded,
     )  # fmt: skip
     trainer.train()
     return trainer

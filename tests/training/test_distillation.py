@@ -25,7 +25,7 @@ from babyllama.training.distillation import (
     cache_folder,
     distillation_loss,
     divergence,
-    slice_loss,
+    make_kernel,
     write_cache,
 )
 from babyllama.training.loss import NextTokenLoss
@@ -35,14 +35,14 @@ from babyllama.training.trainer import evaluate_chunks, training_arguments
 LN2, LN3 = math.log(2), math.log(3)
 
 
-def whole(logits: torch.Tensor, temperature: float = 1.0) -> SoftTargets:
+def complete(logits: torch.Tensor, temperature: float = 1.0) -> SoftTargets:
     return SoftTargets((logits / temperature).softmax(-1))
 
 
 # ---- the loss -----------------------------------------------------------------------------------
 
 
-def test_a_hand_worked_example():
+def test_the_loss_of_a_hand_worked_example():
     """One chunk of two tokens, a vocabulary of two, T = 2, alpha = 1/4.
 
     The student's logits are (0, 2 ln 3): p = (1/10, 9/10) at T = 1 and (1/4, 3/4) at T = 2; the teacher says (1/2, 1/2).
@@ -56,7 +56,7 @@ def test_a_hand_worked_example():
     assert loss.item() == pytest.approx(0.457863, abs=1e-6)
 
 
-def test_averages_by_hand():
+def test_averages_of_teachers_by_hand():
     """Teachers (0.9, 0.1) and (0.5, 0.5): the mean of probabilities is (0.7, 0.3), of logits (3/4, 1/4).
 
     The second: odds 9 and 1 have the geometric mean 3.
@@ -90,11 +90,11 @@ def naive(
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (2.0, 0.5), (3.5, 1.0)])
-def test_against_a_naive_loop(temperature, alpha, reduction):
+def test_the_loss_equals_a_naive_loop(temperature, alpha, reduction):
     generator = torch.Generator().manual_seed(0)
     student, other = (3 * torch.randn(3, 6, 11, generator=generator) for _ in range(2))
     ids = torch.randint(11, (3, 6), generator=generator)
-    teacher = whole(other, temperature).probs
+    teacher = complete(other, temperature).probs
     loss = distillation_loss(
         student,
         SoftTargets(teacher),
@@ -127,12 +127,12 @@ def test_batchmean_is_the_published_loss():
     assert loss.item() == pytest.approx(published.item(), rel=1e-6)
 
 
-def test_student_equal_to_teacher_gives_zero():
+def test_a_student_equal_to_its_teacher_has_no_loss():
     logits = 5 * torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(2))
     ids = torch.zeros(2, 7, dtype=torch.long)
     for reduction in ("mean", "batchmean"):
         logits.requires_grad_()
-        targets = whole(logits.detach(), 2.0)
+        targets = complete(logits.detach(), 2.0)
         loss = distillation_loss(
             logits, targets, ids, temperature=2.0, alpha=0.0, reduction=reduction
         )
@@ -145,11 +145,12 @@ def top(targets: SoftTargets, k: int) -> SoftTargets:
     return SoftTargets(*targets.probs.topk(k))
 
 
-def test_the_rest_is_one_outcome():
+def test_dropped_tokens_are_one_outcome():
     """V = 4, K = 2. Teacher (1/2, 1/4, 1/8, 1/8): kept 1/2, 1/4, rest 1/4. Student uniform: 1/4, 1/4, rest 1/2.
 
-    KL = 1/2 ln 2 + 1/4 ln 1 + 1/4 ln(1/2) = 1/4 ln 2; the whole KL is 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2 as well, since the
-    student shares out the rest as the teacher does. With the rest shared (3/16, 1/16) the whole one is larger.
+    KL = 1/2 ln 2 + 1/4 ln 1 + 1/4 ln(1/2) = 1/4 ln 2. The KL of all tokens is 1/2 ln 2 - 1/4 ln 2,
+    which is the same, because student and teacher divide the rest alike. If the teacher divides it into
+    (3/16, 1/16), the KL of all tokens is larger.
     """
     student = torch.zeros(1, 1, 4)
     teacher = torch.tensor([[[1 / 2, 1 / 4, 1 / 8, 1 / 8]]])
@@ -163,12 +164,12 @@ def test_the_rest_is_one_outcome():
     assert gap.item() == pytest.approx(lost)
 
 
-def test_top_k_of_the_whole_vocabulary_loses_nothing():
+def test_top_k_of_the_complete_vocabulary_changes_nothing():
     generator = torch.Generator().manual_seed(3)
     student, teacher = (4 * torch.randn(2, 9, 300, generator=generator) for _ in range(2))
     ids = torch.randint(300, (2, 9), generator=generator)
     losses, gradients = [], []
-    for targets in (whole(teacher, 2.0), top(whole(teacher, 2.0), 300)):
+    for targets in (complete(teacher, 2.0), top(complete(teacher, 2.0), 300)):
         logits = student.clone().requires_grad_()
         loss = distillation_loss(logits, targets, ids, temperature=2.0, alpha=0.5)
         losses.append(loss.item())
@@ -193,35 +194,30 @@ def test_a_confident_student_keeps_finite_gradients():
 
 @pytest.mark.parametrize("k", [None, 5, 40])
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
-def test_the_fast_form_is_the_definition(k, reduction):
-    """Value and gradient, for two slices of one step; the logits stay as they were."""
+def test_slice_loss_equals_the_definition_with_its_gradient(k, reduction):
+    """For two slices of one step; the logits stay unchanged."""
     generator = torch.Generator().manual_seed(4)
     student, teacher = (4 * torch.randn(3, 7, 40, generator=generator) for _ in range(2))
     ids = torch.randint(40, (3, 7), generator=generator)
-    targets = whole(teacher, 2.0) if k is None else top(whole(teacher, 2.0), k)
+    targets = complete(teacher, 2.0) if k is None else top(complete(teacher, 2.0), k)
     leaf = student.clone().requires_grad_()
     expected = distillation_loss(
         leaf, targets, ids, temperature=2.0, alpha=0.3, reduction=reduction
     )
-    (wanted,) = torch.autograd.grad(expected, leaf)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf)
+
+    section = {"temperature": 2.0, "alpha": 0.3, "reduction": reduction, "average": "logits"}
+    kernel = make_kernel(section, 7, cached=k is not None)
     next_ids = torch.cat([ids[:, 1:], ids.new_full((3, 1), -1)], 1)
-    kl_weight = 0.7 * 4 * (6 if reduction == "batchmean" else 1)
-    total, before = 0.0, student.clone()
-    for here in (slice(0, 2), slice(2, 3)):
-        some = SoftTargets(
-            *(None if part is None else part[here].flatten(0, 1) for part in targets)
-        )
-        loss, gradient, _ = slice_loss(
-            student[here].flatten(0, 1),
-            some,
-            next_ids[here].flatten(),
-            2.0,
-            0.3,
-            kl_weight,
-            reduction == "batchmean",
-        )
-        total += loss.item() / (3 * 6)
-        assert torch.allclose(gradient.view(-1, 7, 40) / (3 * 6), wanted[here], atol=2e-7)
+    labels = [teacher] if k is None else [targets.ids, targets.probs]
+    before = student.clone()
+    total = 0.0
+    for rows in (slice(0, 2), slice(2, 3)):
+        parts = [part[rows].flatten(0, 1) for part in (student, next_ids, *labels)]
+        sums, gradient, scale = kernel(*parts)
+        total += sums[0].item() / (3 * 6)
+        gradient = (gradient * scale).view(-1, 7, 40) / (3 * 6)
+        assert torch.allclose(gradient, expected_gradient[rows], atol=2e-7)
     assert total == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(student, before)
 
@@ -240,6 +236,7 @@ def make_trainer(
 ) -> DistillationTrainer:
     config = check_config(tiny_config(tmp_path, tmp_path, tmp_path))
     config["training"] |= {"num_epochs": 1, "lr_scheduler": "constant", **training}
+    average = ensemble.average if ensemble else "probabilities"
     for teacher in ensemble.models if ensemble else ():
         teacher.to(pick_device())
     return DistillationTrainer(
@@ -247,7 +244,7 @@ def make_trainer(
         train_dataset=rows, eval_dataset=chunks(2), byte_lengths=np.ones(400, dtype=np.int64),
         callbacks=[RunLog(tmp_path / "metrics.jsonl", 1.0, 1.0, 1.0)], training=config["training"],
         loss=loss or NextTokenLoss(), ensemble=ensemble,
-        distillation={"temperature": 2.0, "alpha": 0.5, "reduction": "mean", **(distillation or {})},
+        distillation={"temperature": 2.0, "alpha": 0.5, "reduction": "mean", "average": average, **(distillation or {})},
     )  # fmt: skip
 
 
@@ -256,7 +253,7 @@ def first_row(tmp_path: Path) -> dict:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
-def test_uneven_accumulation_is_one_big_batch(tmp_path, reduction):
+def test_uneven_accumulation_equals_one_big_batch(tmp_path, reduction):
     """7 chunks as 3 + 3 + 1 give the loss that a naive loop finds over all 7; the log carries its parts."""
     rows, section = chunks(7), {"reduction": reduction}
     for batch_size, accumulation in ((3, 3), (7, 1)):
@@ -279,13 +276,13 @@ def test_uneven_accumulation_is_one_big_batch(tmp_path, reduction):
         assert row["loss"] == pytest.approx(0.5 * ce / (7 * 31) + 0.5 * 4 * kl_mean, rel=1e-4)
 
 
-def test_evaluation_knows_no_teacher(tmp_path):
+def test_evaluation_ignores_the_teachers(tmp_path):
     trainer = make_trainer(tmp_path, chunks(4), two_teachers())
     expected = evaluate_chunks(build_tiny_model("Llama"), chunks(2), trainer.byte_lengths, 8)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["loss"], rel=1e-7)
 
 
-def test_the_student_nears_its_teacher(tmp_path):
+def test_the_student_approaches_its_teacher(tmp_path):
     teacher, rows = build_tiny_model("GPT2", seed=1), chunks(32)
     with torch.no_grad():
         teacher.lm_head.weight *= 20  # something to learn
@@ -313,14 +310,14 @@ def facts_of(k: int, **changes) -> dict:
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_cached_and_uncached_training_agree_with_the_whole_vocabulary(tmp_path, average):
+def test_training_from_a_cache_of_the_complete_vocabulary_changes_nothing(tmp_path, average):
     rows, folder, ensemble = chunks(9), tmp_path / "cache", two_teachers(average)
     write_cache(
         folder, facts_of(400, average=average), rows, ensemble, build_tiny_model("Llama"), 4
     )
-    make_trainer(tmp_path / "whole", rows, ensemble).train()
+    make_trainer(tmp_path / "complete", rows, ensemble).train()
     make_trainer(tmp_path / "cached", CachedChunks(rows, folder), None).train()
-    a, b = (first_row(tmp_path / name) for name in ("whole", "cached"))
+    a, b = (first_row(tmp_path / name) for name in ("complete", "cached"))
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
     assert a["kd_loss"] == pytest.approx(b["kd_loss"], abs=1e-6)
     about = json.loads((folder / "about.json").read_text())
@@ -330,7 +327,7 @@ def test_cached_and_uncached_training_agree_with_the_whole_vocabulary(tmp_path, 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason="nothing to compile with")
 @pytest.mark.parametrize("cached", [False, True])
-def test_compiled_training_is_training(tmp_path, cached):
+def test_compiled_training_has_the_same_losses(tmp_path, cached):
     """Two full batches, which are compiled, and a last one of a single chunk, which is not."""
     rows, folder, ensemble = chunks(7), tmp_path / "cache", two_teachers()
     if cached:
@@ -346,7 +343,7 @@ def test_compiled_training_is_training(tmp_path, cached):
         assert compiled[key] == pytest.approx(plain[key], rel=1e-4)
 
 
-def test_the_measured_error_sees_documents_as_the_loss_does(tmp_path):
+def test_the_measured_error_respects_the_document_mask(tmp_path):
     """A student that is the teacher differs in nothing, documents apart or not."""
     rows, model = chunks(3), build_tiny_model("Llama")
     for row in rows:
@@ -358,7 +355,7 @@ def test_the_measured_error_sees_documents_as_the_loss_does(tmp_path):
         assert about["sample_kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_cache_holds_the_best_tokens_and_says_what_is_lost(tmp_path):
+def test_the_cache_holds_the_likeliest_tokens_and_its_measured_error(tmp_path):
     rows, folder = chunks(5), tmp_path / "cache"
     student = build_tiny_model("Llama")
     write_cache(folder, facts_of(20), rows, two_teachers(), student, 2)
@@ -388,31 +385,23 @@ def test_the_cache_holds_the_best_tokens_and_says_what_is_lost(tmp_path):
     assert about["bytes"] == 5 * 32 * 20 * 6 == cached.ids.nbytes + cached.probs.nbytes
 
 
-def test_an_interrupted_cache_is_not_taken_for_whole(tmp_path):
-    class Tired(torch.nn.Module):
-        """A teacher whose second answer is Ctrl-C."""
+def test_an_interrupted_cache_leaves_nothing_behind(tmp_path):
+    class InterruptedChunks(list):
+        """Chunks of which the fifth raises Ctrl-C."""
 
-        device, answers = torch.device("cpu"), 0
-
-        def forward(self, **inputs):
-            self.answers += 1
-            if self.answers == 2:
+        def __getitem__(self, index):
+            if index == 4:
                 raise KeyboardInterrupt
-            return build_tiny_model("Llama")(**inputs)
+            return super().__getitem__(index)
 
+    student = build_tiny_model("Llama")
+    rows = InterruptedChunks(chunks(6))
     with pytest.raises(KeyboardInterrupt):
-        write_cache(
-            tmp_path / "cache",
-            facts_of(8),
-            chunks(6),
-            Ensemble([Tired()], 2.0, "logits"),
-            build_tiny_model("Llama"),
-            3,
-        )
+        write_cache(tmp_path / "cache", facts_of(8), rows, two_teachers(), student, 3)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_before_it_is_full(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 999, 1))
     with pytest.raises(
         ValueError, match=r"8 best tokens for 6 chunks take 0.0 GB.*a smaller distillation.top_k"
@@ -422,17 +411,17 @@ def test_a_full_disk_is_said_before_it_is_full(tmp_path, monkeypatch):
         )
 
 
-def test_a_damaged_cache_is_named(tmp_path):
+def test_a_truncated_cache_is_an_error(tmp_path):
     write_cache(
         tmp_path / "cache", facts_of(8), chunks(6), two_teachers(), build_tiny_model("Llama"), 3
     )
     probs = tmp_path / "cache" / "top_probs.npy"
     probs.write_bytes(probs.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cache: damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"cache is corrupted .*delete it"):
         CachedChunks(chunks(6), tmp_path / "cache")
 
 
-def test_the_key_is_content():
+def test_the_cache_is_keyed_by_content():
     base = cache_folder(facts_of(8))
     moved = [{"path": "elsewhere", "sha256": "2"}, {"path": "a", "sha256": "1"}]
     assert cache_folder(facts_of(8, teachers=moved)) == base
@@ -506,7 +495,7 @@ def test_resume_is_exact(cache, config_file, tmp_path, capsys):
     assert len(json.loads((run_dir / "data_report.json").read_text())["teachers"]) == 2
 
 
-def test_alpha_one_is_training_without_teachers(config_file, tmp_path):
+def test_alpha_one_equals_training_without_teachers(config_file, tmp_path):
     path = config_file({"alpha": 1.0}, training__num_epochs=1)
     assert train.main(["--config", str(path), "--model-name", "with"]) == 0
     config = yaml.safe_load(path.read_text())
@@ -526,17 +515,21 @@ def test_alpha_one_is_training_without_teachers(config_file, tmp_path):
     )  # Adam makes much of a gradient that is rounding alone
 
 
-def test_a_second_run_needs_no_teacher(config_file, tmp_path, teachers, tokenizer):
-    own = [str(tmp_path / "own" / Path(t).name) for t in teachers]
-    shutil.copytree(Path(teachers[0]).parent, tmp_path / "own")
-    path = config_file({"teachers": own, "cache": "top_k", "top_k": 50}, training__num_epochs=1)
+def test_a_second_run_uses_the_cache_without_the_teachers(
+    config_file, tmp_path, teachers, tokenizer
+):
+    local_teachers = [str(tmp_path / "teachers" / Path(t).name) for t in teachers]
+    shutil.copytree(Path(teachers[0]).parent, tmp_path / "teachers")
+    path = config_file(
+        {"teachers": local_teachers, "cache": "top_k", "top_k": 50}, training__num_epochs=1
+    )
     assert train.main(["--config", str(path)]) == 0
     weights = (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes()
     (cache,) = caches(tmp_path)
     written = (cache / "top_probs.npy").stat().st_mtime_ns
-    shutil.rmtree(own[0])  # one is gone, one is still there
+    shutil.rmtree(local_teachers[0])  # one teacher is left
     assert train.main(["--config", str(path), "--model-name", "second"]) == 0
-    shutil.rmtree(own[1])
+    shutil.rmtree(local_teachers[1])
     assert train.main(["--config", str(path), "--overwrite"]) == 0
     for name in ("second", "tiny"):
         assert (tmp_path / "models" / name / "model.safetensors").read_bytes() == weights
@@ -544,28 +537,28 @@ def test_a_second_run_needs_no_teacher(config_file, tmp_path, teachers, tokenize
     assert (cache / "top_probs.npy").stat().st_mtime_ns == written
 
 
-def test_what_the_cache_does_not_hold_needs_the_teacher(config_file, tmp_path, teachers, capsys):
-    shutil.copytree(Path(teachers[0]).parent, tmp_path / "own")
-    own = [str(tmp_path / "own" / Path(t).name) for t in teachers]
-    section = {"teachers": own, "cache": "top_k", "top_k": 50}
+def test_a_deleted_teacher_without_its_cache_is_an_error(config_file, tmp_path, teachers, capsys):
+    shutil.copytree(Path(teachers[0]).parent, tmp_path / "teachers")
+    local_teachers = [str(tmp_path / "teachers" / Path(t).name) for t in teachers]
+    section = {"teachers": local_teachers, "cache": "top_k", "top_k": 50}
     path = config_file(section, training__num_epochs=1)
     assert train.main(["--config", str(path)]) == 0
     build_tiny_model("GPT2", seed=77).save_pretrained(
-        own[0]
-    )  # trained anew: the cache is of another teacher
+        local_teachers[0]
+    )  # retrained: the cache is of another teacher
     assert train.main(["--config", str(path), "--overwrite"]) == 0
     assert len(caches(tmp_path)) == 2
-    build_tiny_model("GPT2", seed=78).save_pretrained(own[0])
+    build_tiny_model("GPT2", seed=78).save_pretrained(local_teachers[0])
     assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 2
     assert "data: the text, the tokenizer or a teacher has changed" in errors_of(capsys)[0]
-    shutil.rmtree(own[0])  # two caches know this path, with different content
+    shutil.rmtree(local_teachers[0])  # two caches know this path, with different content
     assert train.main(["--config", str(path), "--overwrite"]) == 2
-    assert f"{own[0]}: no trained model here" in errors_of(capsys)[0]
+    assert f"{local_teachers[0]}: no trained model here" in errors_of(capsys)[0]
     assert train.main(["--config", str(config_file({**section, "top_k": 51}))]) == 2
-    assert f"{own[0]}: no trained model here" in errors_of(capsys)[0]
+    assert f"{local_teachers[0]}: no trained model here" in errors_of(capsys)[0]
 
 
-def test_changed_teachers_or_weights_are_not_resumed(config_file, tmp_path, teachers, capsys):
+def test_resume_refuses_another_distillation_section(config_file, tmp_path, teachers, capsys):
     path = config_file(training__num_epochs=1)
     assert train.main(["--config", str(path)]) == 0
     assert train.main(["--config", str(path)]) == 0
@@ -581,7 +574,7 @@ def test_changed_teachers_or_weights_are_not_resumed(config_file, tmp_path, teac
         assert f"distillation.{key}: was" in errors_of(capsys)[0]
 
 
-def test_dry_run_writes_nothing_and_says_who_teaches(config_file, tmp_path, teachers, capsys):
+def test_dry_run_names_the_teachers_and_writes_nothing(config_file, tmp_path, teachers, capsys):
     assert (
         train.main(["--config", str(config_file({"cache": "top_k", "alpha": 0.2})), "--dry-run"])
         == 0
@@ -596,8 +589,8 @@ def test_dry_run_writes_nothing_and_says_who_teaches(config_file, tmp_path, teac
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
-def test_a_run_does_not_replace_its_own_teacher(config_file, tmp_path, capsys):
-    """Asked to learn from what stands in its own directory, it says so, and everything stays."""
+def test_a_run_does_not_overwrite_its_teacher(config_file, tmp_path, capsys):
+    """A teacher in the run's directory is an error, and the directory stays unchanged."""
     assert train.main(["--config", str(config_file({"cache": "none"}))]) == 0
     run_dir = next((tmp_path / "models").iterdir())
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
@@ -610,7 +603,9 @@ def test_a_run_does_not_replace_its_own_teacher(config_file, tmp_path, capsys):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_missing_teachers_name_the_command(config_file, tmp_path, capsys):
+def test_a_missing_teacher_is_an_error_with_the_command_that_trains_it(
+    config_file, tmp_path, capsys
+):
     for flags in ([], ["--dry-run"]):
         for cache in ("none", "top_k"):
             section = {"teachers": ["models/gpt2-705M"], "cache": cache}
@@ -624,26 +619,24 @@ def test_missing_teachers_name_the_command(config_file, tmp_path, capsys):
 
 
 @pytest.fixture
-def own_teacher(tmp_path, teachers) -> Path:
+def local_teacher(tmp_path, teachers) -> Path:
     shutil.copytree(teachers[1], tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
-def test_another_vocabulary_of_the_same_size_is_refused_before_the_text_is_read(
-    config_file, own_teacher, capsys
-):
+def test_another_vocabulary_of_the_same_size_is_refused(config_file, local_teacher, capsys):
     """The ids of two tokens are swapped: nothing but the content differs."""
-    file = own_teacher / "tokenizer.json"
+    file = local_teacher / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     a, b = sorted(vocabulary, key=vocabulary.get)[300:302]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(content))
-    path = config_file({"teachers": [str(own_teacher)]})
+    path = config_file({"teachers": [str(local_teacher)]})
     assert train.main(["--config", str(path)]) == 2
     (line,) = errors_of(capsys)
     assert (
-        f"teacher {own_teacher}: does not fit the student: another vocabulary: 2 tokens differ"
+        f"teacher {local_teacher}: does not fit the student: another vocabulary: 2 tokens differ"
         in line
     )
     assert f"the first is {a!r} (id 301 there, 300 here)" in line
@@ -659,33 +652,33 @@ def test_another_vocabulary_of_the_same_size_is_refused_before_the_text_is_read(
         ("model_type", "nonesuch", "its config.json cannot be read"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_named(
-    config_file, own_teacher, capsys, key, value, message
+def test_a_teacher_that_does_not_fit_is_an_error(
+    config_file, local_teacher, capsys, key, value, message
 ):
-    content = json.loads((own_teacher / "config.json").read_text())
-    (own_teacher / "config.json").write_text(json.dumps({**content, key: value}))
-    assert train.main(["--config", str(config_file({"teachers": [str(own_teacher)]}))]) == 2
+    content = json.loads((local_teacher / "config.json").read_text())
+    (local_teacher / "config.json").write_text(json.dumps({**content, key: value}))
+    assert train.main(["--config", str(config_file({"teachers": [str(local_teacher)]}))]) == 2
     (line,) = errors_of(capsys)
-    assert f"teacher {own_teacher}: " in line
+    assert f"teacher {local_teacher}: " in line
     assert message in line
 
 
-def test_other_special_tokens_are_refused(config_file, own_teacher, capsys):
-    content = json.loads((own_teacher / "tokenizer.json").read_text())
+def test_other_special_tokens_are_refused(config_file, local_teacher, capsys):
+    content = json.loads((local_teacher / "tokenizer.json").read_text())
     content["added_tokens"][2]["special"] = False
-    (own_teacher / "tokenizer.json").write_text(json.dumps(content))
-    assert train.main(["--config", str(config_file({"teachers": [str(own_teacher)]}))]) == 2
+    (local_teacher / "tokenizer.json").write_text(json.dumps(content))
+    assert train.main(["--config", str(config_file({"teachers": [str(local_teacher)]}))]) == 2
     assert "its special tokens are" in errors_of(capsys)[0]
 
 
-def test_settings_that_exclude_each_other(config_file, capsys):
+def test_conflicting_settings_are_errors(config_file, capsys):
     assert (
         train.main(["--config", str(config_file({"cache": "top_k"}, data__random_offset=True))])
         == 2
     )
     (line,) = errors_of(capsys)
     assert (
-        "distillation.cache: top_k keeps the teachers' answers for fixed chunks, but data.random_offset"
+        "distillation.cache: top_k caches the teachers' predictions for fixed chunks, but data.random_offset"
         in line
     )
     assert train.main(["--config", str(config_file({"cache": "top_k", "top_k": 401}))]) == 2

@@ -16,7 +16,7 @@ import torch
 from conftest import build_tiny_model
 
 import train
-from babyllama.training import distillation, distributed, trainer
+from babyllama.training import distributed, trainer
 from babyllama.training.run_dir import RESULTS, checkpoints
 
 
@@ -70,7 +70,7 @@ def check_evaluation() -> None:
     ]
     for n in (11, 8, 1):
         alone = trainer.evaluate_chunks(model, rows[:n], lengths, 2)
-        together = trainer.evaluate_chunks(model, rows[:n], lengths, 2, together=True)
+        together = trainer.evaluate_chunks(model, rows[:n], lengths, 2, across_ranks=True)
         assert together == pytest.approx(alone, rel=1e-6), n
         assert (together["tokens"], together["bytes"]) == (alone["tokens"], alone["bytes"])
 
@@ -86,7 +86,7 @@ def check_nan_in_one_process(config: str, name: str) -> None:
             return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "LMTrainer", Bad)  # where train.py takes it from
+        patch.setattr(trainer, "LMTrainer", Bad)  # where train.py takes it from
         assert train.main(["--config", config, "--model-name", name]) == 2
 
 
@@ -117,7 +117,7 @@ def check_fsdp(config: str, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialState, "_prepare_backend", backend)
         patch.setattr(distributed, "require_gpus", lambda: None)
-        patch.setattr(distillation, "LMTrainer", Spy)
+        patch.setattr(trainer, "LMTrainer", Spy)
         train_and_resume(config, name, "--set", "training.fsdp=true")
         half = ["--bf16", "--set", "training.fsdp=true", "--set", "training.max_steps=2"]
         assert train.main(["--config", config, "--model-name", f"{name}-half", *half]) == 0
