@@ -460,13 +460,15 @@ def measure_error(cached: CachedChunks, ensemble: Ensemble, student) -> dict[str
 def describe_cache(folder: Path) -> str:
     """Return one line on the content of a cache and on what truncation lost."""
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    share = about["sample_kl_cached"] / max(about["sample_kl"], 1e-9)
+    megabytes = about["bytes"] / 1e6
+    kl = about["sample_kl"]
+    kl_cached = about["sample_kl_cached"]
     return (
-        f"{about['facts']['top_k']} tokens per position, {about['bytes'] / 1e6:,.0f} MB "
-        f"in {folder}; dropped mass {about['dropped_mass']:.4f} on average. The untrained student's KL on "
-        f"{about['sample_chunks']} chunks: {about['sample_kl_cached']:.4f} nats per token with the "
-        f"cache, {about['sample_kl']:.4f} without, so the cache keeps {share:.0%} of it "
-        "(more with a larger distillation.top_k)"
+        f"{about['facts']['top_k']} tokens per position, {megabytes:,.0f} MB in {folder}; "
+        f"dropped mass {about['dropped_mass']:.4f} on average. "
+        f"The untrained student's KL on {about['sample_chunks']} chunks: {kl_cached:.4f} nats per "
+        f"token with the cache, {kl:.4f} without, so the cache keeps {kl_cached / max(kl, 1e-9):.0%} "
+        "of it (more with a larger distillation.top_k)"
     )
 
 

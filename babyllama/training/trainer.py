@@ -65,7 +65,7 @@ def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class ShiftedChunks(TrainerCallback):
-    """Cut chunks at another offset in each epoch: a row is the end of one and the start of the next.
+    """Cut chunks at another offset in each epoch: each row spans two chunks.
 
     The offset (0 to T - 1) depends on the seed and the epoch alone, so a resumed run cuts as the
     first.
