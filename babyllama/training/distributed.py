@@ -244,9 +244,9 @@ def all_reduce_sum(tensor):
 def forward_through_wrapper(function, model, *args):
     """Return function(inner model, *args), called within the forward pass of the model's wrapper.
 
-    DDP and FSDP gather weights and gradients around their forward pass, so a function that calls parts
-    of the model, as the loss does, must run inside it. torch has no public way to do that for DDP; for
-    one call the function takes the place of the inner model's forward.
+    DDP and FSDP gather weights and gradients around their forward pass, so a function that calls
+    parts of the model, as the loss does, must run inside it. torch has no public way to do that
+    with DDP. For one call the function takes the place of the inner model's forward.
     """
     inner = getattr(model, "module", model)  # DDP has one, FSDP changes the model itself
     own_forward = inner.__dict__.pop("forward", None)  # set by accelerate for autocast

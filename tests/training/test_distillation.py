@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_model, rows_of, timeless, tiny_config
-from test_train import back_to_checkpoint, chunks, errors_of
+from conftest import build_tiny_model, errors_of, rows_of, timeless, tiny_config
+from test_run_dir import back_to_checkpoint
+from test_train import chunks
 
 import train
 from babyllama.config import check_config
