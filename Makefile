@@ -1,4 +1,4 @@
-# make quickstart: from nothing to a trained and measured model.  make test: the whole test suite.  make help: the rest.
+# make quickstart: train and measure a small model.  make test: run all tests.  make help: the rest.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,10 +10,10 @@ REPORT := $(RUN)/report.html
 .DELETE_ON_ERROR:
 .PHONY: help where quickstart test lint clean
 help:
-	@echo "make quickstart   set up .venv, make data, train a tokenizer and a small Llama, measure what it learned"
-	@echo "make test         set up .venv and run the test suite"
-	@echo "make lint         check style (ruff) and that the generated files are fresh"
-	@echo "make clean        remove .venv and the caches of the tools; data/ and models/ stay"
+	@echo "make quickstart   set up .venv, create text, train a tokenizer and a small Llama, and measure it"
+	@echo "make test         set up .venv and run all tests"
+	@echo "make lint         check style (ruff) and that generated files are up to date"
+	@echo "make clean        remove .venv and tool caches; keep data/ and models/"
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or the like")'
@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# A finished quick start is shown again, an interrupted one begins anew.
+# A finished quick start is shown again, an interrupted one is restarted.
 quickstart: where $(INSTALLED)
 	$(PY) create_synthetic_data.py --num-tokens 300000 --complexity medium --output-dir data/synthetic
 	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 700 --output models/quickstart-tokenizer.json
@@ -31,7 +31,7 @@ quickstart: where $(INSTALLED)
 where:
 	@echo "The report of the quick start: $(REPORT), complete when this command ends"
 
-# What was measured stands until the weights, the tasks, the code or the libraries change.
+# Measure again only if the weights, the tasks, the code or the libraries have changed.
 $(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*.py babyllama/*/*.j2 config/benchmark*.yaml) requirements.txt
 	$(PY) evaluate.py $(RUN)
 	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json

@@ -106,6 +106,7 @@ def override_precision(raw: Any, fp16: bool | None, bf16: bool | None) -> None:
         training["bf16"] = bool(bf16)
         training["precision"] = "auto"
         return
+    # --no-bf16 also keeps auto from choosing bf16; a GPU without bf16 may still get fp16 from auto
     no_fp16 = fp16 is False and precision == "fp16"
     no_bf16 = bf16 is False and precision in ("auto", "bf16") and not training.get("fp16")
     if no_fp16 or no_bf16:
@@ -225,7 +226,7 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
     return train, held_out.with_format("numpy"), processor.reports
 
 
-def prepare_data(config: dict) -> Data:
+def load_data(config: dict) -> Data:
     """Load the tokenizer, check that teachers fit it, and tokenize the text."""
     from babyllama.data.tokenizer import byte_lengths, load_tokenizer
     from create_synthetic_data import grammar_floor
@@ -392,7 +393,7 @@ def run_once(args: argparse.Namespace) -> None:
             run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
             check_request(args, config, run_dir)
 
-            data = prepare_data(config)
+            data = load_data(config)
             if show_finished_run(args, run_dir, config, data.report):
                 return
             writes = distributed.is_main() and not args.dry_run

@@ -1,4 +1,4 @@
-"""Shared fixtures: a real tokenizer trained in-process, tiny real models of the three architectures, a small corpus."""
+"""Shared fixtures: a small corpus, a tokenizer trained on it, tiny models and finished tiny runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BA
 hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(
-    os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared")
-)  # holds corpus/ and blimp/, or is absent
+# holds corpus/ and blimp/; tests that need them are skipped if it does not exist
+SHARED = Path(os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared"))
 
 NOUNS = ["cat", "dog", "girl", "boy", "teacher", "bird", "farmer", "child"]
 VERBS = ["sees", "likes", "finds", "hears", "helps", "follows"]
@@ -36,23 +35,23 @@ ENDS = [
 ]
 
 
-CLOCK = {  # keys of the log's rows that differ between two runs of the same
+CLOCK = {  # keys of a log row that depend on the clock
     "tokens_per_second", "words_per_second", "matmul_share", "memory_gb", "seconds_left", "eval_seconds", "seconds",
 }  # fmt: skip
 
 
 def rows_of(run_dir: Path) -> list[dict]:
-    """The rows of a run's log."""
+    """Return the rows of a run's log."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def timeless(rows: list[dict]) -> list[dict]:
-    """The rows without what the clock says."""
+    """Return the rows without the keys that depend on the clock."""
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
-    """n short English sentences, the same for the same seed."""
+    """Return n short English sentences, the same ones for the same seed."""
     rng = random.Random(seed)
     return [
         f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} {rng.choice(ENDS)}."
@@ -62,7 +61,7 @@ def sentences(n: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Models this small are slower on several threads, much slower on a busy machine."""
+    """Use one thread: more of them slow tiny models down, especially on a busy machine."""
     import torch
 
     torch.set_num_threads(1)
@@ -70,7 +69,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory) -> Path:
-    """A tokenizer.json of 400 tokens trained on the sentences above."""
+    """Return a tokenizer.json of 400 tokens, trained on the sentences above."""
     from train_tokenizer import train_bpe_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -87,7 +86,7 @@ def tokenizer(tokenizer_file):
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
-    """corpus/train/toy.train and corpus/dev/toy.dev: documents of ten sentences, two blank lines between."""
+    """Return a folder with train/toy.train and dev/toy.dev: documents of ten sentences."""
     root = tmp_path_factory.mktemp("corpus")
     for split, n, seed in (("train", 60, 1), ("dev", 12, 2)):
         folder = root / split
@@ -98,7 +97,7 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 
 def build_tiny_model(kind: str, vocab_size: int = 400, max_positions: int = 64, seed: int = 0):
-    """A randomly initialised two-layer model of width 32: kind is "Llama", "GPT2" or "GPTJ"."""
+    """Return a random two-layer model of width 32; kind is "Llama", "GPT2" or "GPTJ"."""
     import torch
     import transformers
 
@@ -134,13 +133,13 @@ def build_tiny_model(kind: str, vocab_size: int = 400, max_positions: int = 64, 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """tiny_model("Llama") builds a small random model; see build_tiny_model."""
+    """Return build_tiny_model."""
     return build_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
-    """A saved model directory (weights and tokenizer) for each architecture."""
+    """Return a saved model directory, with a tokenizer, for each architecture."""
     root = tmp_path_factory.mktemp("models")
     for kind in ("Llama", "GPT2", "GPTJ"):
         build_tiny_model(kind).save_pretrained(root / kind)
@@ -150,7 +149,7 @@ def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def bare_model_dir(tmp_path_factory) -> Path:
-    """A GPT-2 whose tokenizer has neither a BOS nor an EOS token."""
+    """Return a GPT-2 whose tokenizer has neither a BOS nor an EOS token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -166,9 +165,10 @@ def bare_model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Path:
-    """A working directory after a shrunken quick start: config, data/synthetic, data/train, data/dev, models/quickstart.
+    """Return a working directory after a quick start with less text and a smaller model.
 
-    The commands are those of the Makefile, with less text and a smaller model, run in this process.
+    It holds config, data/synthetic, data/train, data/dev and models/quickstart. The commands are
+    those of the Makefile, run in this process.
     """
     import create_synthetic_data
     import train
@@ -202,7 +202,7 @@ def workshop(tmp_path_factory) -> Path:
 
 
 def quickstart_commands() -> list[tuple[str, list[str]]]:
-    """(script, arguments) of each training command of the Makefile's target quickstart."""
+    """Return (script, arguments) of each training command of `make quickstart`."""
     import re
     import shlex
 
@@ -221,6 +221,7 @@ TRAINING_SCRIPTS = ("create_synthetic_data.py", "train_tokenizer.py", "train.py"
 
 
 def tiny_config(root: Path, tokenizer_file: Path, corpus: Path, **changes) -> dict:
+    """Return a configuration that trains in a second; training__lr=1 changes training.lr."""
     config = {
         "data": {"tokenizer_path": str(tokenizer_file), "train_path": str(corpus / "train"),
                  "eval_path": str(corpus / "dev"), "seq_length": 32, "eval_samples": 20},
@@ -237,6 +238,7 @@ def tiny_config(root: Path, tokenizer_file: Path, corpus: Path, **changes) -> di
 
 @pytest.fixture
 def config_file(tmp_path, tokenizer_file, corpus_dir, monkeypatch):
+    """Return a function that writes tiny_config, with changes, and returns its path."""
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
 
     def write(**changes) -> Path:

@@ -1,4 +1,4 @@
-"""The shape of the project: imports point down, nothing heavy at import, notebooks can import the scripts."""
+"""The shape of the project: imports point down, scripts start fast, notebooks can import them."""
 
 import ast
 import subprocess
@@ -59,10 +59,10 @@ def test_the_root_holds_the_scripts_and_nothing_else():
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_point_down(path):
-    here = floor_of(module_name(path))
+    floor = floor_of(module_name(path))
     ours = {name for name in imported(path) if name.split(".")[0] in {"babyllama", *SCRIPTS}}
-    upwards = {name for name in ours if FLOORS.index(floor_of(name)) > FLOORS.index(here)}
-    assert not upwards, f"{module_name(path)} ({here}) imports {upwards}"
+    upwards = {name for name in ours if FLOORS.index(floor_of(name)) > FLOORS.index(floor)}
+    assert not upwards, f"{module_name(path)} ({floor}) imports {upwards}"
 
 
 def test_only_plots_imports_matplotlib():
@@ -75,7 +75,7 @@ def test_only_plots_imports_matplotlib():
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_help_answers_before_torch_is_imported(script):
+def test_help_is_printed_before_torch_is_imported(script):
     code = (
         f"import sys, {script}\n"
         f"try: {script}.main(['--help'])\n"
@@ -105,7 +105,7 @@ def test_notebook_imports(line, module):
     assert done.stdout == ""
 
 
-def test_nothing_of_ours_imports_the_other_evaluate():
+def test_importing_the_package_does_not_import_the_evaluate_library():
     done = run_python(
         "import sys, transformers, datasets, accelerate, train, data_utils\n"
         "import babyllama.training.trainer, babyllama.evaluation.generation\n"
@@ -115,7 +115,7 @@ def test_nothing_of_ours_imports_the_other_evaluate():
     assert done.returncode == 0, done.stderr
 
 
-def test_ours_wins_from_the_root(tmp_path):
+def test_our_evaluate_is_imported_from_the_root(tmp_path):
     other = tmp_path / "evaluate"
     other.mkdir()
     (other / "__init__.py").write_text("def load(name): return name\n")
@@ -125,15 +125,15 @@ def test_ours_wins_from_the_root(tmp_path):
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "benchmark", "generate"])
 @pytest.mark.parametrize(
-    ("own", "found"),
+    ("variables", "expected"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
-def test_how_threads_wait_is_settled_before_torch_is_imported(
-    script, own, found, config_file, corpus_dir, tmp_path, monkeypatch
+def test_scripts_set_gomp_spincount_before_torch_is_imported(
+    script, variables, expected, config_file, corpus_dir, tmp_path, monkeypatch
 ):
-    """OpenMP reads the variable once, when it is loaded with torch; what the user set stays."""
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which another test's main may have set
-    (tmp_path / "config.json").write_text("{}")  # no model, which is found out after the import
+    """OpenMP reads the variable once, when torch loads it; a user's value is kept."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    (tmp_path / "config.json").write_text("{}")  # not a model, but that is noticed after the import
     arguments = {
         "train": ["--config", str(config_file()), "--dry-run"],
         "evaluate": [str(tmp_path), "--eval-data", str(corpus_dir / "dev")],
@@ -147,7 +147,7 @@ def test_how_threads_wait_is_settled_before_torch_is_imported(
         f"import {script}\n"
         f"{script}.main({arguments!r})"
     )
-    done = run_python(code, **own)
+    done = run_python(code, **variables)
     assert {line for line in done.stdout.splitlines() if line.startswith("torch:")} == {
-        f"torch: {found}"
+        f"torch: {expected}"
     }

@@ -1,4 +1,4 @@
-"""The quick start: what `make quickstart` runs and when, and a benchmark whose answers are the grammar's own."""
+"""The quick start: which commands `make` runs, and a benchmark whose answers follow the grammar."""
 
 import json
 import os
@@ -26,8 +26,8 @@ SCRIPTS = [
     "benchmark.py",
 ]
 
-# Stands for Python, so that what make decides can be seen: it notes each call, leaves the files that make looks at, and
-# fails where a file of the name `fail` lies.
+# Replaces Python to show what make decides: records each call, creates the files that make checks,
+# and fails if there is a file named `fail`.
 STAND_IN = """
 import sys
 from pathlib import Path
@@ -46,7 +46,7 @@ if sys.argv[1] == "benchmark.py":
 
 @pytest.fixture
 def folder(tmp_path):
-    """The Makefile, what its rules look at, and the stand-in."""
+    """Return a folder with the Makefile, the files in its rules, and the stand-in for Python."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
     for name in ("Makefile", "requirements.txt", "babyllama/evaluation/report.html.j2"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,10 @@ def folder(tmp_path):
 
 
 def quickstart(folder, changed="", status=0) -> tuple[list[str], list[str]]:
-    """(lines of output, scripts called) of one `make quickstart`, a minute after the last; `changed` is a file."""
+    """Run `make quickstart` a minute after the last time, with one file changed since then.
+
+    Return its lines of output and the scripts it called.
+    """
     for path in (path for path in folder.rglob("*") if path.is_file()):
         os.utime(path, (path.stat().st_mtime - 60,) * 2)
     if changed:
@@ -82,12 +85,12 @@ def quickstart(folder, changed="", status=0) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_what_make_does_again(folder):
+def test_make_measures_again_only_if_something_changed(folder):
     first, called = quickstart(folder)
     assert called == SCRIPTS
     assert REPORT in first[0] and (folder / REPORT).is_file()
     again, called = quickstart(folder)
-    assert called == SCRIPTS[:3]  # train.py finds the run finished; what was measured stands
+    assert called == SCRIPTS[:3]  # train.py shows the finished run
     assert again[0] == first[0]
     for name in ("models/quickstart/model.safetensors", "config/benchmark-quickstart.yaml", "config/benchmark.yaml",
                  "requirements.txt", "stand_in.py", "babyllama/evaluation/report.html.j2"):  # fmt: skip
@@ -95,27 +98,29 @@ def test_what_make_does_again(folder):
     assert quickstart(folder)[1] == SCRIPTS[:3]
     (folder / "fail").touch()
     quickstart(folder, "stand_in.py", status=2)
-    assert not (folder / REPORT).exists()  # else the next one would take it for finished
+    assert not (folder / REPORT).exists()  # it would look finished
     (folder / "fail").unlink()
     assert quickstart(folder)[1] == SCRIPTS
 
 
 def derivations(grammar, words: list[str]) -> set[tuple[str, ...]]:
-    """Every stack of symbols that can stand before the next word, once a sentence began with these words."""
+    """Return every stack of symbols that may follow these first words of a sentence."""
 
-    def opened(stacks) -> set[tuple[str, ...]]:  # the first symbol of each expanded down to a word
-        found, queue = set(), list(stacks)
+    def expand(stacks) -> set[tuple[str, ...]]:
+        """Replace the first symbol of each stack until it is a word."""
+        expanded = set()
+        queue = list(stacks)
         while queue:
-            top, *rest = queue.pop() or ("",)
-            if top in grammar.rules:
-                queue += [(*right, *rest) for _, right in grammar.rules[top]]
+            first, *rest = queue.pop() or ("",)
+            if first in grammar.rules:
+                queue += [(*right, *rest) for _, right in grammar.rules[first]]
             else:
-                found.add((top, *rest))
-        return found
+                expanded.add((first, *rest))
+        return expanded
 
-    stacks = opened({("SENTENCE",)})
+    stacks = expand({("SENTENCE",)})
     for word in words:
-        stacks = opened({stack[1:] for stack in stacks if stack[0] == word})
+        stacks = expand({stack[1:] for stack in stacks if stack[0] == word})
     return stacks
 
 
@@ -124,27 +129,27 @@ def grammar():
     return build_grammar("medium")
 
 
-def as_written(grammar, text: str) -> list[str]:
-    """The grammar's words of the beginning of a sentence: commas apart, no capital unless the word is a name."""
+def grammar_words(grammar, text: str) -> list[str]:
+    """Split the start of a sentence into the grammar's words: lowercase except names, commas apart."""
     first, *rest = text.replace(",", " ,").split()
     names = {word for _, right in grammar.rules["NAME"] for word in right}
     return [first if first in names else first.lower(), *rest]
 
 
-def test_derivations_know_what_the_grammar_says(grammar):
+def test_derivations_accept_what_the_grammar_generates(grammar):
     for seed in range(20):
         sentence = sample_document(grammar, random.Random(seed)).text.split("\n")[0].rstrip(".")
-        stacks = derivations(grammar, as_written(grammar, sentence))
-        assert ("",) in stacks, sentence  # it may end here
+        stacks = derivations(grammar, grammar_words(grammar, sentence))
+        assert ("",) in stacks, sentence  # the sentence may end
     assert not derivations(grammar, ["the", "dog", "sleep"])
 
 
-def test_the_answer_is_what_the_grammar_allows(grammar):
+def test_only_the_correct_answer_follows_the_grammar(grammar):
     items = load_tasks({"tasks": {"continuation": TASKS["continuation"]}})["continuation"].items
     assert len(items) >= 20
     for item in items:
         allowed = {
-            stack[0] for stack in derivations(grammar, as_written(grammar, item.prefixes[0]))
+            stack[0] for stack in derivations(grammar, grammar_words(grammar, item.prefixes[0]))
         }
         answer, *wrong = (completion.strip() for completion in item.completions)
         assert (
@@ -152,16 +157,18 @@ def test_the_answer_is_what_the_grammar_allows(grammar):
         ), item
 
 
-def test_paraphrases_are_the_same_to_the_grammar_and_the_control_is_not(grammar):
+def test_paraphrases_have_the_same_continuations_and_the_control_has_others(grammar):
     for group in TASKS["consistency"]["groups"]:
-        states = [derivations(grammar, as_written(grammar, prompt)) for prompt in group["prompts"]]
+        states = [
+            derivations(grammar, grammar_words(grammar, prompt)) for prompt in group["prompts"]
+        ]
         assert states[0] and all(state == states[0] for state in states), group
-        control = derivations(grammar, as_written(grammar, group["control"]))
+        control = derivations(grammar, grammar_words(grammar, group["control"]))
         assert control and {stack[0] for stack in control} != {stack[0] for stack in states[0]}, (
             group
         )
     for prompt in TASKS["repetition"]["prompts"]:
-        assert derivations(grammar, as_written(grammar, prompt)), prompt
+        assert derivations(grammar, grammar_words(grammar, prompt)), prompt
 
 
 def test_the_report_of_a_small_quick_start(workshop, monkeypatch, capsys):
