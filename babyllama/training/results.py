@@ -51,8 +51,8 @@ def write_results(run, trainer, model, run_log) -> dict:
     run.data.tokenizer.save_pretrained(run_dir)
     if not run_log.rows:
         raise ValueError(
-            f"{run_log.path} is missing, and no step is left that would write it: the model is saved, "
-            f"but without metrics and card; {RETRAIN}"
+            f"{run_log.path} is missing, and no step is left that would write it: "
+            f"the model is saved, but without metrics and card; {RETRAIN}"
         )
 
     samples = generate(
