@@ -1,4 +1,4 @@
-"""Precision, compilation and CUDA graphs: what is chosen for a machine and a run."""
+"""Check the choices for a machine and a run: precision, compilation, CUDA graphs, memory."""
 
 from __future__ import annotations
 
@@ -18,37 +18,44 @@ from babyllama.training.kernels import expected_mfu, pick_compile
 
 @pytest.fixture(scope="module")
 def defaults(tmp_path_factory):
-    """The training section with every default filled in."""
+    """Return the training section with every default filled in."""
     root = tmp_path_factory.mktemp("defaults")
     return check_config(tiny_config(root, root, root))["training"]
 
 
 def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
+    """Processes share the training, but each computes all of Muon's products."""
     monkeypatch.setattr(kernels, "matmul_flops", lambda precision: 1e6)
-    model, seconds = build_tiny_model("Llama"), {}
+    model = build_tiny_model("Llama")
+    keys = {**defaults, "precision": "fp32", "compile": False, "num_epochs": 3}
+    config = {
+        "data": {"seq_length": 32, "document_mask": False},
+        "distillation": None,
+        "model": {"n_layer": 2, "hidden_size": 32},
+    }
+    n_chunks = 4 * keys["batch_size"] * 6
+    plans = {}
     for optimizer in ("adamw", "muon"):
-        training = {
-            **defaults,
-            "optimizer": optimizer,
-            "precision": "fp32",
-            "compile": False,
-            "num_epochs": 3,
-        }
-        config = {"data": {"seq_length": 32, "document_mask": False}, "training": training, "distillation": None,
-                  "model": {"n_layer": 2, "hidden_size": 32}}  # fmt: skip
+        config["training"] = {**keys, "optimizer": optimizer}
         for processes in (1, 2):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
-            found = plan.describe_run(
-                config, model, {"words": 1, "tokens": 1}, 4 * training["batch_size"] * 6
-            )
-            found |= kernels.choose_precision_and_kernels(config, found)
-            seconds[optimizer, processes] = found["expected_seconds"], found["steps"]
-    own = optimizers.flops_per_step(model, training) / 1e6 / expected_mfu(
-        "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32", False)  # fmt: skip
+            numbers = plan.describe_run(config, model, {"words": 1, "tokens": 1}, n_chunks)
+            numbers |= kernels.choose_precision_and_kernels(config, numbers)
+            plans[optimizer, processes] = numbers
+
+    precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
+    flops = optimizers.flops_per_step(model, {"optimizer": "muon"})
+    muon_seconds_per_step = flops / 1e6 / expected_mfu(precision, False)
     for processes in (1, 2):
-        (plain, steps), (muon, same) = seconds["adamw", processes], seconds["muon", processes]
-        assert steps == same and muon - plain == pytest.approx(steps * own)
-    assert seconds["adamw", 2][0] == pytest.approx(seconds["adamw", 1][0] / 2)
+        adamw = plans["adamw", processes]
+        muon = plans["muon", processes]
+        assert adamw["steps"] == muon["steps"]
+        assert muon["expected_seconds"] - adamw["expected_seconds"] == pytest.approx(
+            muon["steps"] * muon_seconds_per_step
+        )
+    assert plans["adamw", 2]["expected_seconds"] == pytest.approx(
+        plans["adamw", 1]["expected_seconds"] / 2
+    )
 
 
 def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
@@ -57,8 +64,9 @@ def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
 
     monkeypatch.setattr(kernels, "compiler_missing", lambda: None)
     assert [pick(seconds)[0] for seconds in (10, 600, 10_000)] == [False, True, True]
-    slower = torch.cuda.is_available()  # on a CPU float32 gains less, so a run has to be longer
-    assert [pick(seconds, "fp32")[0] for seconds in (10, 600, 10_000)] == [False, slower, True]
+    ten_minutes_suffice = torch.cuda.is_available()  # on a CPU float32 gains less by compilation
+    compiled = [pick(seconds, "fp32")[0] for seconds in (10, 600, 10_000)]
+    assert compiled == [False, ten_minutes_suffice, True]
     assert pick(10, compile=True) == (True, "as requested")
     assert pick(1e6, torch_compile=False) == (False, "as requested")
     assert pick(1, compile=False, torch_compile=True)[0] is True
@@ -78,7 +86,7 @@ def test_measuring_speed_keeps_the_random_state():
 
 
 @pytest.mark.parametrize(
-    "change, precision, compiled, word",
+    "change, precision, compiled, reason_part",
     [
         ({}, "bf16", False, "one call"),
         ({}, "fp32", True, "one call"),
@@ -89,19 +97,21 @@ def test_measuring_speed_keeps_the_random_state():
         ({"model__type": "GPTJ"}, "bf16", True, "one call"),
     ],
 )
-def test_cuda_graphs_are_used_if_possible(change, precision, compiled, word):
+def test_cuda_graphs_are_used_if_possible(change, precision, compiled, reason_part):
     config = check_config(tiny_config(*[ROOT] * 3, **change))
-    recorded, why = kernels.pick_cuda_graphs(config, precision, compiled)
-    assert recorded == (word == "one call") and word in why
-    with_teachers, why = kernels.pick_cuda_graphs(
-        config | {"distillation": {}}, precision, compiled
-    )
-    assert not with_teachers and (recorded is False or "teachers" in why)
+    used, reason = kernels.pick_cuda_graphs(config, precision, compiled)
+    assert used == (reason_part == "one call")
+    assert reason_part in reason
+
+
+def test_cuda_graphs_are_not_used_with_teachers():
+    config = check_config(tiny_config(*[ROOT] * 3)) | {"distillation": {}}
+    assert kernels.pick_cuda_graphs(config, "bf16", True) == (False, "not with teachers")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 def test_freed_memory_is_reused_without_page_faults():
-    """Counted in page faults, of a process that makes and drops the same large tensor again and again."""
+    """Count the page faults of a process that allocates and frees a large tensor repeatedly."""
     code = """
 import resource, sys, torch
 from babyllama.device import keep_freed_memory
@@ -114,16 +124,8 @@ for _ in range(10):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    found = {
-        way: int(
-            subprocess.run(
-                [sys.executable, "-c", code, way],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for way in ("keep", "give back")
-    }
-    assert found["keep"] < found["give back"] / 3
+    page_faults = {}
+    for mode in ("keep", "return"):
+        command = [sys.executable, "-c", code, mode]
+        page_faults[mode] = int(subprocess.check_output(command, cwd=ROOT, text=True))
+    assert page_faults["keep"] < page_faults["return"] / 3
