@@ -80,25 +80,19 @@ def test_prompt_on_the_command_line(model_dirs, capsys):
     assert capsys.readouterr().out != first.out
 
 
-def test_bytes_of_a_shell_that_are_no_text(model_dirs, bare_model_dir, capsys, monkeypatch):
+def test_bytes_that_are_not_utf8_are_one_error_line(model_dirs, capsys):
     prompt = b"caf\xe9 noir".decode("utf-8", "surrogateescape")  # as Python passes them on
-    model = str(model_dirs["Llama"])
-    assert (
-        generate.main([model, "--prompt", prompt, "--max-new-tokens", "3", "--device", "cpu"]) == 0
-    )
-    assert capsys.readouterr().out.startswith("caf\ufffd noir")
-    monkeypatch.setattr(
-        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff cat\n"), "utf-8", "surrogateescape")
-    )
-    assert generate.main([model, "--max-new-tokens", "3", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("\ufffd cat")
-    assert (
-        generate.main(
-            [str(bare_model_dir), "--prompt", "cat", "--max-new-tokens", "3", "--device", "cpu"]
-        )
-        == 0
-    )
-    assert capsys.readouterr().out.startswith("cat")  # a tokenizer without BOS and EOS
+    assert generate.main([str(model_dirs["Llama"]), "--prompt", prompt, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: a text contains half of a surrogate pair")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_tokenizer_without_bos_and_eos_continues_a_prompt(bare_model_dir, capsys):
+    arguments = [str(bare_model_dir), "--prompt", "cat", "--max-new-tokens", "3"]
+    assert generate.main([*arguments, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("cat")
 
 
 def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkeypatch):
