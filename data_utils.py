@@ -57,7 +57,7 @@ __all__ = [
 ]
 logger = logging.getLogger(__name__)
 BATCH = 1 << 20  # characters that the tokenizer gets at a time
-CACHE_VERSION = 2  # increase it whenever the content of a cached file changes
+CACHE_VERSION = 3  # increase it whenever the content of a cached file changes
 
 
 class DataProcessor:
@@ -88,10 +88,6 @@ class DataProcessor:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "</s>" in a text is text, not the token
-        try:
-            self._lengths = byte_lengths(tokenizer)
-        except ValueError:  # not byte-level: words cannot be located
-            self._lengths = None
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
         """Return the documents of a split as they are, with columns text and source (file name)."""
@@ -115,7 +111,7 @@ class DataProcessor:
         _check_max_length(max_length)
         text, _ = replace_surrogates(example["text"])
         token_ids: list[int] = []
-        for _, batch in self._tokenize(self._mark(text_parts([text]))):
+        for batch in self._tokenize(self._mark(text_parts([text]))):
             token_ids += batch.tolist()
         starts = range(0, len(token_ids) - max_length + 1, max_length)
         return {"input_ids": [token_ids[start : start + max_length] for start in starts]}
@@ -184,8 +180,6 @@ class DataProcessor:
         from datasets import Features, List, Value
         from tqdm import tqdm
 
-        from babyllama.data.words import WordFile
-
         report = {**new_report(), "key": arrow.stem, "tokens": 0, "sources": sources}
         schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
         rest = np.empty(0, dtype=self._dtype)  # ids that do not fill a chunk yet
@@ -193,16 +187,13 @@ class DataProcessor:
         bar = tqdm(
             total=n_bytes, desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None
         )
-        words = WordFile(arrow.with_suffix(".words"), self._lengths, self.tokenizer, sources)
         with bar, atomic_write(arrow) as draft:
-            with (
-                words,
-                pa.OSFile(str(draft), "wb") as sink,
-                pa.ipc.new_stream(sink, schema) as stream,
-            ):
+            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
                 for path, source in zip(files, sources, strict=True):
-                    for items, token_ids in self._tokenize(self._read(path, clean, report)):
-                        words.add(source, items, token_ids)
+                    tokens_before = report["tokens"]
+                    words_before = report["words"]
+                    for token_ids in self._tokenize(self._read(path, clean, report)):
+                        report["tokens"] += len(token_ids)
                         rest = np.concatenate([rest, token_ids])
                         n_full = len(rest) // max_length * max_length
                         chunks = pa.FixedSizeListArray.from_arrays(
@@ -211,7 +202,8 @@ class DataProcessor:
                         stream.write_batch(pa.record_batch([chunks], schema=schema))
                         rest = rest[n_full:]
                         bar.update(report["bytes_on_disk"] - bar.n)
-                    report["tokens"] += source["tokens"]
+                    source["tokens"] = report["tokens"] - tokens_before
+                    source["words"] = report["words"] - words_before
             report["chunks"] = report["tokens"] // max_length
             report["tokens_left_out"] = len(rest)
             if not report["chunks"]:
@@ -234,7 +226,7 @@ class DataProcessor:
         yield from parts
         yield self.tokenizer.eos_token_id
 
-    def _tokenize(self, items: Iterable[str | int]) -> Iterator[tuple[list, np.ndarray]]:
+    def _tokenize(self, items: Iterable[str | int]) -> Iterator[np.ndarray]:
         """Yield the token ids of texts and of single ids between them, a batch at a time."""
         with ThreadPoolExecutor(1) as thread:
             running = None
@@ -246,7 +238,7 @@ class DataProcessor:
             if running:
                 yield running.result()
 
-    def _tokenize_batch(self, items: list[str | int]) -> tuple[list, np.ndarray]:
+    def _tokenize_batch(self, items: list[str | int]) -> np.ndarray:
         import numpy as np
 
         texts = [item for item in items if isinstance(item, str)]
@@ -254,7 +246,7 @@ class DataProcessor:
         token_ids: list[int] = []
         for item in items:
             token_ids += next(encodings).ids if isinstance(item, str) else [item]
-        return items, np.array(token_ids, dtype=self._dtype)
+        return np.array(token_ids, dtype=self._dtype)
 
 
 def _batches(items: Iterable[str | int]) -> Iterator[list[str | int]]:

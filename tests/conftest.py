@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import random
@@ -57,6 +59,31 @@ def sentences(n: int, seed: int = 0) -> list[str]:
         f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} {rng.choice(ENDS)}."
         for _ in range(n)
     ]
+
+
+def words_in_chunks(tokenizer, chunks: list[list[int]]) -> list[int]:
+    """How many words begin in each chunk, one character of the decoded text after the other."""
+    # GPT-2's table of characters that stand for bytes; a newline for <s> and </s>
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    bytes_of = {
+        token_id: b"\n" if token_id in special else bytes(byte_of.get(c, 0) for c in token)
+        for token, token_id in tokenizer.get_vocab().items()
+    }
+    texts = [b"".join(bytes_of[token_id] for token_id in chunk) for chunk in chunks]
+
+    counts = [0] * len(chunks)
+    ends = list(itertools.accumulate(map(len, texts)))
+    position = 0
+    previous = " "
+    for character in b"".join(texts).decode(errors="ignore"):  # can end within a character
+        if previous.isspace() and not character.isspace():
+            counts[bisect.bisect(ends, position)] += 1
+        position += len(character.encode())
+        previous = character
+    return counts
 
 
 @pytest.fixture(scope="session", autouse=True)

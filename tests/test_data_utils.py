@@ -494,20 +494,6 @@ def test_a_corrupted_cache_file_is_named_and_rebuilt_after_deleting_it(
     assert prepare()["train"][:]["input_ids"] == want
 
 
-def test_words_that_are_gone_are_not_taken_for_words_not_located(tokenizer, corpus_dir, tmp_path):
-    from babyllama.data.words import Words
-
-    processor = DataProcessor(tokenizer, cache_dir=str(tmp_path))
-    processor.prepare_dataset(str(corpus_dir / "train"), str(corpus_dir / "dev"), 32)
-    (arrow,) = tmp_path.glob("train-*.arrow")
-    marks = arrow.with_suffix(".words")
-    marks.write_bytes(marks.read_bytes()[:100])
-    for _ in range(2):  # cut, then gone
-        with pytest.raises(ValueError, match=f"{marks.name}: damaged; delete .*{arrow.name}"):
-            Words(arrow, processor.reports["train"])
-        marks.unlink(missing_ok=True)
-
-
 def test_cache_folder_from_the_environment(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "there"))
     assert DataProcessor(tokenizer).cache_dir == tmp_path / "there"

@@ -65,27 +65,41 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     )
 
 
-def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Bytes of text that each token id stands for: int64 (V,), 0 for special tokens.
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """Return the bytes of text that each token id stands for; none for special tokens.
 
-    Over the ids of a text they sum to its length in UTF-8. ValueError for a tokenizer that is not byte-level.
+    Raises ValueError for a tokenizer that is not byte-level.
     """
-    import numpy as np
     from tokenizers.pre_tokenizers import ByteLevel
 
-    alphabet = set(ByteLevel.alphabet())  # 256 characters, one for each byte
+    # GPT-2's alphabet: a printable byte is its own character, the others are U+0100, U+0101, ...
+    alphabet = set(ByteLevel.alphabet())
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    byte_of = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
+    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
     added = tokenizer.added_tokens_decoder
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        if index in added:
-            lengths[index] = 0 if added[index].special else len(token.encode())
+    texts = [b""] * len(tokenizer)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id in added:
+            texts[token_id] = b"" if added[token_id].special else token.encode()
         elif alphabet.issuperset(token):
-            lengths[index] = len(token)
+            texts[token_id] = bytes(byte_of[character] for character in token)
         else:
             raise ValueError(
-                f"token {index} ({token!r}) is not made of bytes: a byte-level tokenizer is needed"
+                f"token {token_id} ({token!r}) is not made of bytes: a byte-level tokenizer is needed"
             )
-    return lengths
+    return texts
+
+
+def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Return how many bytes of text each token id stands for: int64 (V,), 0 for special tokens.
+
+    The lengths of a text's tokens add up to its length in UTF-8.
+    """
+    import numpy as np
+
+    return np.array([len(text) for text in token_bytes(tokenizer)], dtype=np.int64)
 
 
 def vocabulary_difference(

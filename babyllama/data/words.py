@@ -1,138 +1,133 @@
-"""Where words begin among the tokens of a text, so that what a model has read is counted in words, exactly.
+"""Count the words that begin in each token of a prepared text.
 
-A word is what str.split() parts: characters between white space. It counts once, in the token in which it begins,
-however many tokens, pieces of a document or chunks it spans. DataProcessor writes these counts beside its chunks.
+A word is what str.split() returns: characters between white space. It counts in the token that
+holds its first byte, so the counts of chunks add up to the words of the text, wherever it is cut.
 
-    words = Words(Path("data/cache/train-<key>.arrow"), processor.reports["train"])
-    print(words.per_chunk(128).sum(), words.by_domain(np.ones(report["chunks"], int), 128))
+    counts = WordCounts(dataset["train"], tokenizer, processor.reports["train"]["sources"])
+    print(counts.per_chunk().sum(), counts.by_domain(np.ones(counts.n_chunks(), int)))
 
-It reads no text files and knows nothing of training (training/babylm.py).
+This module knows nothing about training (training/babylm.py).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-_ASCII = bytes(byte < 0x80 and chr(byte).isspace() for byte in range(256))  # for bytes.translate
-_WIDE = [
+from babyllama.data.tokenizer import token_bytes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+BLOCK = 4096  # tokens that are counted at a time
+OVERLAP = 3  # tokens; white space has at most three bytes in UTF-8, and a token at least one
+_IS_ASCII_SPACE = bytes(byte < 0x80 and chr(byte).isspace() for byte in range(256))
+_WIDE_SPACES = [
     chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace()
-]  # U+3000 is the last blank
+]  # U+3000 is the last one
 
 
-def blanks(text: bytes) -> np.ndarray:
-    """Which bytes of a UTF-8 text are white space as str.split() knows it: bool (n,)."""
+def is_space(text: bytes) -> np.ndarray:
+    """Return which bytes of a UTF-8 text are white space to str.split(): bool (n,).
+
+    The text may begin or end within a character: such a rest is never taken for white space.
+    """
     if not text.isascii():
-        for blank in _WIDE:  # no character's bytes lie within those of others
-            text = text.replace(blank, b" " * len(blank))
-    return np.frombuffer(text.translate(_ASCII), bool)
+        for space in _WIDE_SPACES:  # UTF-8: never found within or across other characters
+            text = text.replace(space, b" " * len(space))
+    return np.frombuffer(text.translate(_IS_ASCII_SPACE), dtype=bool)
 
 
-class WordFile:
-    """Writes, as documents become tokens, how many words begin in each token, and sums them up by source file.
+class TokenTables:
+    """What each token of a vocabulary tells about the words that begin in it.
 
-    A tokenizer that is not byte-level (byte_lengths is None), or whose tokens are not those of the very bytes of the
-    text, gives no file, and None for the words of every source.
+    `texts` has the bytes of each token id, at least one.
     """
 
-    def __init__(self, path: Path, byte_lengths: np.ndarray | None, tokenizer, sources: list[dict]):
-        """byte_lengths (V,): bytes of text that each id stands for; each of sources gets `tokens` and `words`."""
-        self.path, self.sources = path, sources
-        self.lengths = None if byte_lengths is None else byte_lengths.copy()
-        if self.lengths is not None:
-            self.lengths[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = (
-                1  # a newline in the text that is looked at: they part words too
-            )
-        self.inside = False  # whether the text so far ends within a word
-        for source in sources:
-            source |= {"tokens": 0, "words": 0}
+    def __init__(self, texts: list[bytes]):
+        spaces = [is_space(text) for text in texts]
+        self.texts = texts
+        self.begins_with_space = np.array([space[0] for space in spaces])  # (V,)
+        self.ends_with_space = np.array([space[-1] for space in spaces])  # (V,)
+        inner_starts = [np.count_nonzero(space[:-1] & ~space[1:]) for space in spaces]
+        self.inner_starts = np.array(inner_starts, dtype=np.uint8)  # (V,), not the first byte
+        parts = [space[:n] for space in _WIDE_SPACES for n in range(1, len(space))]
+        self.splits_space = np.array([text.endswith(tuple(parts)) for text in texts])  # (V,)
 
-    def __enter__(self) -> WordFile:
-        self.file = self.path.open("wb")
-        return self
+    def word_starts(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return how many words begin in each of (n,) tokens: uint8 (n,).
 
-    def __exit__(self, *error) -> None:
-        self.file.close()
-        if self.lengths is None or error[0]:
-            self.path.unlink()
-        if self.lengths is None:
-            for source in self.sources:
-                source["words"] = None
+        The first token follows white space.
+        """
+        starts = np.empty(len(token_ids), dtype=np.uint8)
+        for first in range(0, len(token_ids), BLOCK):
+            # a block sees the tokens around it, because a character can be split over tokens
+            seen_from = max(0, first - OVERLAP)
+            block = token_ids[seen_from : first + BLOCK + OVERLAP]
+            if self.splits_space[block].any():
+                counts = self._starts_from_bytes(block)
+            else:  # every white space is in one token; 20 times as fast
+                counts = self._starts_from_tables(block)
+            starts[first : first + BLOCK] = counts[first - seen_from :][:BLOCK]
+        return starts
 
-    def add(self, source: dict, items: Sequence[str | int], ids: np.ndarray) -> None:
-        """Take in texts and single special ids of a source, and the tokens of all."""
-        starts = self._starts(items, ids)
-        source["tokens"] += len(ids)
-        if starts is not None:
-            source["words"] += int(starts.sum(dtype=np.int64))
-            self.file.write(starts.tobytes())
+    def _starts_from_tables(self, token_ids: np.ndarray) -> np.ndarray:
+        counts = self.inner_starts[token_ids]
+        follows_space = np.append(True, self.ends_with_space[token_ids[:-1]])
+        counts += follows_space & ~self.begins_with_space[token_ids]
+        return counts
 
-    def _starts(self, items: Sequence[str | int], ids: np.ndarray) -> np.ndarray | None:
-        """Words that begin in each token: uint8 (len(ids),); None if they cannot be located."""
-        if self.lengths is None:
-            return None
-        text = "".join(item if isinstance(item, str) else "\n" for item in items).encode()
-        ends = np.cumsum(self.lengths[ids])
-        if ends[-1] != len(text):
-            self.lengths = None
-            return None
-        blank = blanks(text)
-        begins = ~blank
-        begins[1:] &= blank[:-1]
-        begins[0] &= not self.inside
-        self.inside = not blank[-1]
-        before = np.cumsum(begins, dtype=np.uint8)[
-            ends - 1
-        ]  # modulo 256, as are its differences: no token holds more
-        return np.diff(before, prepend=np.uint8(0))
+    def _starts_from_bytes(self, token_ids: np.ndarray) -> np.ndarray:
+        pieces = [self.texts[token_id] for token_id in token_ids.tolist()]
+        space = is_space(b"".join(pieces))
+        begins = ~space
+        begins[1:] &= space[:-1]
+        lengths = np.array([len(piece) for piece in pieces])
+        first_bytes = np.cumsum(lengths) - lengths
+        return np.add.reduceat(begins.view(np.uint8), first_bytes)
 
 
-class Words:
-    """The words of a prepared text: by chunk of its full ones, and by domain (the name of the file)."""
+class WordCounts:
+    """The words of a prepared text, by chunk and by domain (the name of the file).
 
-    def __init__(self, arrow: Path, report: dict):
-        """From the file beside the chunks and the split's report; ValueError where words could not be located."""
-        marks = arrow.with_suffix(".words")
-        if not marks.is_file() and report["sources"][0].get("words") is None:
-            raise ValueError(
-                f"{arrow}: its words are not located, because the tokenizer is not byte-level or changes the text; a "
-                "tokenizer of train_tokenizer.py does neither"
-            )
-        if (
-            not marks.is_file()
-            or marks.stat().st_size < report["tokens"] - report["tokens_left_out"]
-        ):
-            raise ValueError(f"{marks}: damaged; delete {arrow}, and the text is read again")
-        self.begins = np.asarray(np.memmap(marks, np.uint8, "r"))  # (tokens,)
-        self.tokens = report["tokens"] - report["tokens_left_out"]  # in full chunks
-        ends = list(itertools.accumulate(source["tokens"] for source in report["sources"]))
-        starts = [0, *ends[:-1]]
-        self.runs = [
-            (s["domain"], a, b) for s, a, b in zip(report["sources"], starts, ends, strict=True)
-        ]
+    Chunks can be cut `offset` tokens later than they were prepared (data.random_offset).
+    """
 
-    def per_chunk(self, length: int, offset: int = 0) -> np.ndarray:
-        """Words that begin in each chunk of `length` tokens from `offset` on: int64 (n,)."""
-        n = (self.tokens - offset) // length
-        return (
-            self.begins[offset : offset + n * length].reshape(n, length).sum(axis=1, dtype=np.int64)
-        )
+    def __init__(self, chunks: Dataset, tokenizer: PreTrainedTokenizerFast, sources: list[dict]):
+        """Count the words of all chunks; `sources` is the record of the files in their report."""
+        column = chunks.data.column("input_ids")
+        token_ids = np.concatenate([part.flatten().to_numpy() for part in column.chunks])
+        # special tokens separate words
+        tables = TokenTables([text or b"\n" for text in token_bytes(tokenizer)])
+        self.length = len(chunks[0]["input_ids"])
+        self.starts = tables.word_starts(token_ids)  # (tokens,)
+        self.domains = [source["domain"] for source in sources]
+        self.source_starts = np.cumsum([0] + [source["tokens"] for source in sources[:-1]])
 
-    def by_domain(self, times: np.ndarray, length: int, offset: int = 0) -> dict[str, int]:
-        """Words seen of each domain when chunk i of `length` tokens from `offset` on was seen times[i] times."""
-        seen = dict.fromkeys((domain for domain, _, _ in self.runs), 0)
-        per_chunk, begins = self.per_chunk(length, offset), self.begins[offset:]
-        for domain, start, stop in self.runs:
-            start, stop = max(0, start - offset), min(len(per_chunk) * length, stop - offset)
-            if start < stop:
-                first, last = start // length, (stop - 1) // length
-                counts = per_chunk[first : last + 1].copy()
-                counts[0] -= begins[first * length : start].sum(
-                    dtype=np.int64
-                )  # of the domains before and after
-                counts[-1] -= begins[stop : (last + 1) * length].sum(dtype=np.int64)
-                seen[domain] += int(counts @ times[first : last + 1])
-        return seen
+    def n_chunks(self, offset: int = 0) -> int:
+        """Return the number of full chunks from `offset` on."""
+        return (len(self.starts) - offset) // self.length
+
+    def per_chunk(self, offset: int = 0) -> np.ndarray:
+        """Return how many words begin in each chunk: int64 (n_chunks,)."""
+        end = offset + self.n_chunks(offset) * self.length
+        chunks = self.starts[offset:end].reshape(-1, self.length)
+        return chunks.sum(axis=1, dtype=np.int64)
+
+    def by_domain(self, times_seen: np.ndarray, offset: int = 0) -> dict[str, int]:
+        """Return the words seen of each domain if chunk i was seen times_seen[i] times."""
+        # cut the tokens into spans, each of one chunk and one source
+        end = offset + self.n_chunks(offset) * self.length
+        cuts = np.union1d(np.arange(offset, end, self.length), self.source_starts)
+        cuts = cuts[(cuts >= offset) & (cuts < end)]
+        chunk = (cuts - offset) // self.length
+        source = np.searchsorted(self.source_starts, cuts, side="right") - 1
+
+        words = np.add.reduceat(self.starts[:end], cuts, dtype=np.int64)
+        words_seen = dict.fromkeys(self.domains, 0)
+        for number, domain in enumerate(self.domains):
+            is_of_source = source == number
+            words_seen[domain] += int(words[is_of_source] @ times_seen[chunk[is_of_source]])
+        return words_seen

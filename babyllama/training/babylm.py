@@ -1,17 +1,17 @@
-"""How many words a run has seen after each step, and what BabyLM's rules make of it.
+"""Follow BabyLM's rules: count the words a run has seen, check its budget, save its checkpoints.
 
-The count is a function of the order of the chunks alone, which every process draws from the same seed: it needs no
-communication, and it is the same after a resume. `babylm:` in a configuration adds the rules: a budget of words and
-epochs that is checked before anything is made, a model directory chck_<N>M at the first step that crosses N million
-words, and compliance.json. Where words begin among the tokens is the business of words.py.
+A `babylm:` section in the configuration adds a budget of words and epochs that is checked before
+training, a model directory chck_<N>M at the first step that crosses N million words, and
+compliance.json. Without the section only the words are counted (data/words.py).
 
-    ledger = Ledger(Words(arrow, report), length=128, order=lambda epoch: ..., chunks_per_step=32, epochs=10)
-    print(ledger.after[100], ledger.first_step(1_000_000), ledger.by_domain(100))
+    seen = SeenWords(counts, order=lambda epoch: np.arange(n), chunks_per_step=32, epochs=10)
+    print(seen.after[100], seen.first_step(1_000_000), seen.by_domain(100))
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import itertools
 import json
 import logging
 import shutil
@@ -22,121 +22,136 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from transformers import Trainer, TrainerCallback
 
 from babyllama.data.documents import find_files, new_report, read_documents, source_of
 from babyllama.data.tokenizer import tokenizer_sources
-from babyllama.data.words import Words
+from babyllama.data.words import WordCounts
+from babyllama.files import atomic_write
 from babyllama.schema import MAX_EPOCHS, TRACKS
 from babyllama.training import distributed
 from babyllama.training.run_dir import DATA_REPORT_FILE, MILLION, milestone_name, seal_checkpoint
 
 log = logging.getLogger(__name__)
-COUNTS_TOO = "what a tokenizer or a teacher learned from counts too"
 
 
 def checkpoint_words(track: str) -> list[int]:
-    """The word counts at which BabyLM asks for a checkpoint: each million to ten, each ten to 100, each 100 to 1000."""
+    """Return the numbers of words seen at which BabyLM asks for a checkpoint.
+
+    Every million up to 10, every ten up to 100 and, on the strict track, every hundred up to 1000.
+    """
     millions = [*range(1, 10), *range(10, 101, 10)]
     if track == "strict":
         millions += range(200, 1001, 100)
     return [n * MILLION for n in millions]
 
 
-# ---- what a run has seen ------------------------------------------------------------------------
+# ---- words seen ---------------------------------------------------------------------------------
 
 
-class Ledger:
-    """Words seen after any step: `after[s]`, int64 (steps + 1,). A step takes the next chunks_per_step of the order."""
+class SeenWords:
+    """Words that a run has seen after each step: `after`, int64 (steps + 1,).
+
+    The order of the chunks follows from the seed and the epoch, so everything is counted before the
+    first step. Counting in the step instead would take a word count beside each chunk (whether its
+    first token begins a word depends on the chunk before), a sum over all processes after every
+    step, and the counts of every domain and step in each checkpoint.
+    """
 
     def __init__(
-        self, words: Words, length: int, order: Callable[[int], np.ndarray], chunks_per_step: int, epochs: int,
+        self,
+        counts: WordCounts,
+        order: Callable[[int], np.ndarray],
+        chunks_per_step: int,
+        epochs: int,
         offset: Callable[[int], int] = lambda epoch: 0,
-    ):  # fmt: skip
-        """order(epoch): the chunks of an epoch as they come; offset(epoch): the token at which its first one begins."""
-        self.words, self.length, self.order, self.offset = words, length, order, offset
+    ):
+        """Count the chunks of each epoch, given their order and the offset of the first one."""
+        self.counts = counts
+        self.order = order
+        self.offset = offset
         self.chunks_per_step = chunks_per_step
-        steps = []
+        words_per_step = []  # of each epoch
         for epoch in range(epochs):
-            seen = words.per_chunk(length, offset(epoch))[order(epoch)]
-            n = distributed.steps_per_epoch(
-                len(seen), chunks_per_step
-            )  # the last one takes what is left
-            steps.append(np.add.reduceat(seen, np.arange(n) * chunks_per_step))
-        self.ends = np.cumsum([0, *map(len, steps)])  # steps at the end of each epoch
-        self.after = np.cumsum(np.concatenate([[0], *steps]))
+            words = counts.per_chunk(offset(epoch))[order(epoch)]
+            steps = distributed.steps_per_epoch(len(words), chunks_per_step)
+            first_chunks = np.arange(steps) * chunks_per_step  # the last step takes the rest
+            words_per_step.append(np.add.reduceat(words, first_chunks))
+        self.after = np.cumsum(np.concatenate([[0], *words_per_step]))
+        self.epoch_ends = np.cumsum([0, *map(len, words_per_step)])  # in steps
 
     def first_step(self, words: int) -> int | None:
-        """The first step after which `words` words were seen; None where the run ends before."""
+        """Return the first step after which this many words were seen; None if there is none."""
         step = int(np.searchsorted(self.after, words))
         return step if step < len(self.after) else None
 
     def by_domain(self, step: int) -> dict[str, int]:
-        """The words seen after a step, by the domain that they are of."""
-        seen: Counter[str] = Counter()
-        for epoch, (start, stop) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
-            if start < step:
-                chunks = self.order(epoch)
-                chunks = chunks if step >= stop else chunks[: (step - start) * self.chunks_per_step]
-                offset = self.offset(epoch)
-                times = np.bincount(chunks, minlength=(self.words.tokens - offset) // self.length)
-                seen.update(self.words.by_domain(times, self.length, offset))
-        return dict(seen)
+        """Return the words of each domain that were seen after a step."""
+        words: Counter[str] = Counter()
+        for epoch, (start, end) in enumerate(itertools.pairwise(self.epoch_ends)):
+            if step <= start:
+                break
+            chunks = self.order(epoch)
+            if step < end:
+                chunks = chunks[: (step - start) * self.chunks_per_step]
+            offset = self.offset(epoch)
+            times_seen = np.bincount(chunks, minlength=self.counts.n_chunks(offset))
+            words.update(self.counts.by_domain(times_seen, offset))
+        return dict(words)
 
 
-def order_of(loader) -> Callable[[int], np.ndarray]:
-    """Epoch -> the chunks of all processes in the order in which a data loader deals them out."""
-    batches = loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):
-        batches = batches.batch_sampler
-
-    def order(epoch: int) -> np.ndarray:
-        sampler = copy.copy(batches.sampler)  # reading the sampler itself would move it on
-        sampler.generator = torch.Generator()
-        sampler.set_epoch(epoch)
-        return np.fromiter(sampler, dtype=np.int64)
-
-    return order
+def chunk_order(n_chunks: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the chunks of an epoch in the order of Trainer's sampler, for all processes: (N,)."""
+    sampler = SeedableRandomSampler(range(n_chunks), generator=torch.Generator(), data_seed=seed)
+    sampler.set_epoch(epoch)
+    return np.fromiter(sampler, dtype=np.int64, count=n_chunks)
 
 
 class BabyLMCallback(TrainerCallback):
-    """Keeps a run's ledger and, with a `budget` of BabyLM, saves the model at the first step that crosses each target.
+    """Count the words a run has seen and, with a `budget`, save BabyLM's checkpoints.
 
-    The model is saved when the row of that step is logged: by then Trainer knows that the loss is finite. A resumed run
-    drops those of later steps and makes them anew, since it may take another course; what lies before its checkpoint
-    stays.
+    A checkpoint is written when the log row of its step is: by then the loss is known to be finite.
+    A resumed run deletes checkpoints of later steps and saves them again, because it may continue
+    differently; those of earlier steps stay.
     """
 
-    def __init__(self, trainer: Trainer, words: Words, config: dict, budget: dict | None = None):
-        self.trainer, self.words, self.config, self.budget = trainer, words, config, budget
+    def __init__(
+        self, trainer: Trainer, counts: WordCounts, config: dict, budget: dict | None = None
+    ):
+        self.trainer = trainer
+        self.counts = counts
+        self.config = config
+        self.budget = budget
         self.targets = checkpoint_words(budget["track"]) if budget else []
-        self.ledger: Ledger | None = None  # from the beginning of training on
-        self.due: dict[int, list[Path]] = {}
+        self.seen: SeenWords | None = None  # until training begins
+        self.due: dict[int, list[Path]] = {}  # step -> checkpoints to save
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        data = self.trainer.train_dataset
-        offset = getattr(data, "offset_in", lambda epoch: 0)  # data.random_offset
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        length = self.config["data"]["seq_length"]
-        self.ledger = Ledger(
-            self.words, length, order_of(train_dataloader), per_step, state.num_train_epochs, offset
+    def on_train_begin(self, args, state, control, **kwargs):
+        dataset = self.trainer.train_dataset
+        self.seen = SeenWords(
+            self.counts,
+            order=lambda epoch: chunk_order(len(dataset), args.data_seed, epoch),
+            chunks_per_step=self.trainer.get_total_train_batch_size(args),
+            epochs=state.num_train_epochs,
+            offset=getattr(dataset, "offset_in", lambda epoch: 0),  # data.random_offset
         )
+        if args.should_save:
+            for draft in Path(args.output_dir).glob(".chck_*"):  # of a process that was killed
+                shutil.rmtree(draft)
         for target in self.targets:
-            step, folder = (
-                self.ledger.first_step(target),
-                Path(args.output_dir, milestone_name(target)),
-            )
-            later = step is None or step > state.global_step
-            if later and args.should_save:
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # of a run that went on from here by another course
-            if step is not None and later:
+            folder = Path(args.output_dir, milestone_name(target))
+            step = self.seen.first_step(target)
+            if step is not None and step <= state.global_step:
+                if not folder.is_dir():
+                    log.warning(
+                        "%s is missing, and the run resumes after its step %d", folder, step
+                    )
+                continue
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            if step is not None:
                 self.due.setdefault(step, []).append(folder)
-            elif step is not None and not folder.is_dir():
-                log.warning(
-                    "%s is not there, and its step %d lies before the checkpoint", folder, step
-                )
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 in self.due:
@@ -144,85 +159,91 @@ class BabyLMCallback(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         for folder in self.due.pop(state.global_step, ()):
-            draft = folder.with_name(f".{folder.name}.part")
-            if args.should_save:
-                shutil.rmtree(draft, ignore_errors=True)  # of a process that died while it wrote
-            self.trainer.save_plain(draft)  # all processes: a sharded model is put together
-            if args.should_save:
-                seal_checkpoint(draft)
-                draft.rename(folder)
+            # all processes take part in gathering the weights of a sharded model
+            writing = atomic_write(folder) if args.should_save else contextlib.nullcontext(folder)
+            with writing as draft:
+                self.trainer.save_plain(draft)
+                if args.should_save:
+                    seal_checkpoint(draft)
 
     def words_seen(self, step: int) -> int:
-        """Words seen after a step."""
-        return int(self.ledger.after[step])
+        """Return the words seen after a step."""
+        return int(self.seen.after[step])
 
     def compliance(self) -> dict[str, Any] | None:
-        """The content of compliance.json: what the rules ask of a submission, and what this run did; None without."""
+        """Return the content of compliance.json, or None without a budget."""
         if self.budget is None:
             return None
-        last, run_dir = self.trainer.state.global_step, Path(self.trainer.args.output_dir)
-        steps = {
-            target: step
-            for target in self.targets
-            if (step := self.ledger.first_step(target)) and step <= last
-        }
-        made = [
-            {
-                "name": name,
-                "words_seen": self.words_seen(step),
-                "step": step,
-                "there": (run_dir / name).is_dir(),
-            }
-            for target, step in steps.items()
-            for name in [milestone_name(target)]
-        ]
+        run_dir = Path(self.trainer.args.output_dir)
+        last_step = self.trainer.state.global_step
+        checkpoints = []
+        for target in self.targets:
+            step = self.seen.first_step(target)
+            if step is None or step > last_step:
+                break
+            name = milestone_name(target)
+            checkpoints.append(
+                {
+                    "name": name,
+                    "words_seen": self.words_seen(step),
+                    "step": step,
+                    "there": (run_dir / name).is_dir(),
+                }
+            )
         return {
             **self.budget,
             "word": "characters between white space, counted in the chunk in which they begin",
             "text": self.config["data"]["train_path"],
-            "words_left_out": self.budget["words"]
-            - int(self.words.per_chunk(self.config["data"]["seq_length"]).sum()),
+            "words_left_out": self.budget["words"] - int(self.counts.per_chunk().sum()),
             "epochs": self.trainer.state.epoch,
-            "words_seen": self.words_seen(last),
-            "words_seen_by_domain": self.ledger.by_domain(last),
-            "checkpoints": made,
+            "words_seen": self.words_seen(last_step),
+            "words_seen_by_domain": self.seen.by_domain(last_step),
+            "checkpoints": checkpoints,
         }
 
 
 def attach_word_counter(
     trainer: Trainer, config: dict, report: dict, budget: dict | None
-) -> BabyLMCallback | None:
-    """Have the trainer count words and, with a budget of check_budget, save BabyLM's checkpoints.
+) -> BabyLMCallback:
+    """Let a trainer count words and, with a budget of check_budget, save BabyLM's checkpoints.
 
-    `report` is the training split's. None where the tokenizer does not let words be located; ValueError with a budget.
+    `report` is that of the training split. Raises ValueError if the tokenizer changes the words of
+    the text and there is a budget.
     """
-    if budget is None and report["sources"][0]["words"] is None:
-        return None
     chunks = trainer.train_dataset
-    while not hasattr(chunks, "cache_files"):  # shifted, or with what teachers said
+    while hasattr(chunks, "chunks"):  # ShiftedChunks, CachedChunks
         chunks = chunks.chunks
-    words = Words(Path(chunks.cache_files[0]["filename"]), report)
-    word_log = BabyLMCallback(trainer, words, config, budget)
-    trainer.add_callback(word_log)
-    return word_log
+    counts = WordCounts(chunks, trainer.processing_class, report["sources"])
+
+    # only the words of the last, partial chunk may be missing
+    missing = report["words"] - int(counts.per_chunk().sum())
+    if budget and not 0 <= missing <= report["tokens_left_out"]:
+        path = config["data"]["tokenizer_path"]
+        raise ValueError(
+            f"{path} changes the words of the text ({missing:,} are missing in its tokens), so the "
+            "words that a model sees cannot be counted; use a tokenizer of train_tokenizer.py"
+        )
+    callback = BabyLMCallback(trainer, counts, config, budget)
+    trainer.add_callback(callback)
+    return callback
 
 
-# ---- BabyLM's rules -----------------------------------------------------------------------------
+# ---- the budget ---------------------------------------------------------------------------------
 
 
 def count_text(folder: str) -> list[dict]:
-    """The files of a training text: `file`, `sha256`, `domain` and `words` of each."""
-    found = []
+    """Return `file`, `sha256`, `domain` and `words` of each file of a training text."""
+    sources = []
     for path in find_files(folder, "train"):
         report = new_report()
         for _ in read_documents(path, report):
             pass
-        found.append({**source_of(path), "words": report["words"]})
-    return found
+        sources.append({**source_of(path), "words": report["words"]})
+    return sources
 
 
 def teacher_sources(path: str) -> list[dict] | None:
-    """The files that train.py trained the teacher at `path` on; None where its directory does not say."""
+    """Return the files that train.py trained the teacher at `path` on; None without a record."""
     report = Path(path, DATA_REPORT_FILE)
     if not report.is_file():
         return None
@@ -230,67 +251,74 @@ def teacher_sources(path: str) -> list[dict] | None:
 
 
 def check_budget(config: dict) -> dict[str, Any]:
-    """What the track allows and what counts toward it; ValueError, with the arithmetic, where that is more.
+    """Return what the track allows and what counts toward it; ValueError if that is too much.
 
-    The words of the training text, and those of other text that the tokenizer or a teacher learned from. What is not
-    recorded is warned of. It reads the text once.
+    The words of the training text count, and those of other text that the tokenizer or a teacher
+    was trained on. Warns about a tokenizer or teacher without a record. Reads the training text.
     """
-    track, data = config["babylm"]["track"], config["data"]
-    allowed, text = TRACKS[track], count_text(data["train_path"])
-    own = {source["sha256"] for source in text}
-    learned = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
-    learned |= {
-        path: teacher_sources(path) for path in config.get("distillation", {}).get("teachers", ())
-    }
-    other = {}  # what each one learned from besides, where that is recorded: {sha256: words}
-    for path, sources in learned.items():
-        if sources is not None:
-            files = {
-                source["sha256"]: source["words"]
-                for source in sources
-                if source["sha256"] not in own
-            }
-            other |= {path: files} if None not in files.values() else {}
-    extra = sum(
-        {sha: count for files in other.values() for sha, count in files.items()}.values()
-    )  # each file once
-    words, domains = sum(source["words"] for source in text), Counter()
-    for source in text:
-        domains[source["domain"]] += source["words"]
+    track = config["babylm"]["track"]
+    data = config["data"]
+
+    sources = count_text(data["train_path"])
+    words = sum(source["words"] for source in sources)
+    words_by_domain: Counter[str] = Counter()
+    for source in sources:
+        words_by_domain[source["domain"]] += source["words"]
+
+    # other text, which only the tokenizer or a teacher was trained on
+    learned_from = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
+    for teacher in config.get("distillation", {}).get("teachers", ()):
+        learned_from[teacher] = teacher_sources(teacher)
+    training_hashes = {source["sha256"] for source in sources}
+    words_of_file = {}  # sha256 -> words, so that text of several counts once
+    other_words: dict[str, int | None] = {}
+    for path, their_sources in learned_from.items():
+        files = {source["sha256"]: source["words"] for source in their_sources or ()}
+        other_files = {sha: n for sha, n in files.items() if sha not in training_hashes}
+        if their_sources is None or None in other_files.values():
+            log.warning(
+                "%s: the text it was trained on is not recorded; it counts toward BabyLM's budget",
+                path,
+            )
+            other_words[path] = None
+            continue
+        other_words[path] = sum(other_files.values())
+        words_of_file |= other_files
+
     budget = {
-        "track": track, "words_allowed": allowed, "epochs_allowed": MAX_EPOCHS, "words": words,
-        "words_by_domain": dict(domains),
-        "other_words_learned_from": {path: sum(other[path].values()) if path in other else None for path in learned},
-    }  # fmt: skip
-    for path in learned.keys() - other.keys():
-        log.warning(
-            "%s: which text it learned from is not recorded; %s toward BabyLM's budget",
-            path,
-            COUNTS_TOO,
-        )
-    if words + extra > allowed:
-        raise ValueError(budget_error(budget, data, words + extra))
-    log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{allowed:,}")
+        "track": track,
+        "words_allowed": TRACKS[track],
+        "epochs_allowed": MAX_EPOCHS,
+        "words": words,
+        "words_by_domain": dict(words_by_domain),
+        "other_words_learned_from": other_words,
+    }
+    total = words + sum(words_of_file.values())
+    if total > TRACKS[track]:
+        raise ValueError(budget_error(budget, data["train_path"], total))
+    log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{TRACKS[track]:,}")
     return budget
 
 
-def budget_error(budget: dict[str, Any], data: dict, total: int) -> str:
-    """Why `total` words are more than the track allows, in one line, and what to do."""
-    words, allowed, domains = budget["words"], budget["words_allowed"], budget["words_by_domain"]
-    largest = sorted(domains.items(), key=lambda item: -item[1])[:10]
-    listed = ", ".join(f"{name} {count:,}" for name, count in largest)
-    listed += f", {len(domains) - 10} more" if len(domains) > 10 else ""
-    line = f"babylm.track: {budget['track']} allows {allowed:,} words of training text; "
-    line += f"{data['train_path']} has {words:,} ({listed})"
+def budget_error(budget: dict[str, Any], train_path: str, total: int) -> str:
+    """Return the line that says why `total` words are too many, and what to do."""
+    words = budget["words"]
+    allowed = budget["words_allowed"]
+    domains = Counter(budget["words_by_domain"]).most_common()
+    listed = ", ".join(f"{name} {count:,}" for name, count in domains[:10])
+    if len(domains) > 10:
+        listed += f", {len(domains) - 10} more"
+    line = (
+        f"babylm.track: {budget['track']} allows {allowed:,} words of training text; "
+        f"{train_path} has {words:,} ({listed})"
+    )
     remedies = []
     if words > allowed:
-        larger = ", or train on the strict track (--set babylm.track=strict)"
-        remedies.append(
-            "leave files out of the text or shorten one"
-            + larger * (budget["track"] == "strict-small")
-        )
+        remedies.append("remove or shorten files")
+        if budget["track"] == "strict-small":
+            remedies[0] += ", or train on the strict track (--set babylm.track=strict)"
     for path, count in budget["other_words_learned_from"].items():
         if count:
-            line += f", and {path} learned from {count:,} other words ({COUNTS_TOO})"
-            remedies.append(f"make {path} anew from this text alone")
+            line += f", and {path} was trained on {count:,} other words, which count too"
+            remedies.append(f"train {path} on this text only")
     return f"{line}: {total - allowed:,} too many; {', and '.join(remedies)}"
