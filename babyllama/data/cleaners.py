@@ -1,9 +1,10 @@
-"""The cleaners: what each BabyLM domain's files carry that is not text, and the mending of blanks and punctuation.
+"""Remove from text what is not text in the files of each BabyLM domain, and repair its spacing.
 
     from data_utils import DomainCleaners, create_cleaner_registry
     DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"
 
-Pure functions from text to text, linear in its length. They know nothing of files and documents (documents.py does).
+All cleaners are pure functions from text to text, linear in its length. They know nothing about
+files and documents.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-CLEANER_VERSION = 5  # a new number for every change of what a cleaner does: it is part of cache keys and manifests
+# Part of cache keys and manifests: increase it whenever the output of a cleaner changes.
+CLEANER_VERSION = 5
 
-# A pattern either consumes what it looks at or looks at a bounded stretch, so that each is linear in the text's length.
-# What is taken out of a line leaves a blank, so that its two sides never join to what a second pass takes out.
+# Each pattern consumes what it looks at or looks at a bounded stretch, so it is linear in the length
+# of the text. What is removed from within a line leaves a blank: its two sides never join to
+# something that a second pass would remove.
 
-NESTED = 4  # times that brackets which stand inside one another are looked for: cleaning stays linear in time
+NESTED = 4  # levels of brackets within brackets that are removed, so that cleaning stays linear
 _NEWLINES = re.compile(r"\n{3,}")
 _BLANKS = re.compile(r"  +")
 _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
@@ -106,15 +109,17 @@ _LICENCE = re.compile(
 
 
 def _unjoin(match: re.Match) -> str:
-    """ "Hello.World" -> "Hello. World", but not inside an address, a file name or a dotted name."""
-    text, at = match.string, match.start()
-    before, after = text[max(0, at - 60) : at].split(), text[at + 1 : at + 61].split()
-    alone = before and after and _BEFORE.match(before[-1]) and _AFTER.match(after[0])
-    return match[0] + " " if alone else match[0]
+    """Add a blank in "Hello.World", but not within an address, a file name or a dotted name."""
+    text = match.string
+    at = match.start()
+    before = text[max(0, at - 60) : at].split()
+    after = text[at + 1 : at + 61].split()
+    are_words = before and after and _BEFORE.match(before[-1]) and _AFTER.match(after[0])
+    return match[0] + " " if are_words else match[0]
 
 
 def _plain_blanks(text: str) -> str:
-    """Tabs, no-break and wide blanks as plain ones, line ends as newlines: the patterns then need to know no others."""
+    """Replace tabs, no-break and wide blanks by blanks and line ends by newlines."""
     text = text.replace("\t", " ")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -122,14 +127,15 @@ def _plain_blanks(text: str) -> str:
 
 
 def _no_gaps(text: str) -> str:
-    """At most one blank line in a row."""
+    """Leave at most one empty line in a row."""
     return _NEWLINES.sub("\n\n", text) if "\n\n\n" in text else text
 
 
 def clean_text(text: str) -> str:
-    """Collapse runs of blanks and mend the space around punctuation; newlines stay, at most one blank line in a row.
+    """Collapse runs of blanks and repair the space around punctuation.
 
-    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and 3.14 stay.
+    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and
+    3.14 stay. Newlines stay, with at most one empty line in a row.
     """
     text = (
         _BLANKS.sub(" ", _plain_blanks(text)).replace(" \n", "\n").replace("\n ", "\n").strip(" ")
@@ -141,33 +147,32 @@ def clean_text(text: str) -> str:
 
 
 def _drop(pattern: re.Pattern, text: str, unwanted: Callable[[str], bool]) -> str:
-    """The text with a blank for each closed span (group 1 caught its end) that is unwanted."""
+    """Replace each unwanted span by a blank; a span is closed if group 1 matched its end."""
     return pattern.sub(lambda match: " " if match[1] and unwanted(match[0]) else match[0], text)
 
 
 def _short(span: str) -> bool:
-    """Whether a bracket is short enough for a remark, counted without what else may go: tags, asides, blanks."""
+    """Return True if a bracket, without tags, asides and blanks in it, is as short as a remark."""
     return len(_ASIDE.sub("", span)) <= 70
 
 
 def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
-    """The text without unwanted <tags>; nothing takes the place of one between two letters: H<sub>2</sub>O."""
+    """Replace unwanted <tags> by a blank, or by nothing between two letters: H<sub>2</sub>O."""
 
-    def rest(match: re.Match) -> str:
+    def replacement(match: re.Match) -> str:
         if not match[1] or "<" in match[0][1:] or not unwanted(match[0]):
             return match[0]
-        before, after = (
-            text[max(0, match.start() - 1) : match.start()],
-            text[match.end() : match.end() + 1],
-        )
+        before = text[max(0, match.start() - 1) : match.start()]
+        after = text[match.end() : match.end() + 1]
         return "" if before.isalnum() and after.isalnum() else " "
 
-    return _TAG.sub(rest, text) if "<" in text else text
+    return _TAG.sub(replacement, text) if "<" in text else text
 
 
 def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
-    """The text with a blank for each stretch from a match of `opening` to the next `closing`."""
-    parts, done = [], 0
+    """Replace each stretch from a match of `opening` to the next `closing` by a blank."""
+    parts = []
+    done = 0
     for match in opening.finditer(text):
         if match.start() < done:
             continue
@@ -180,19 +185,19 @@ def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
 
 
 def _link_text(match: re.Match) -> str:
-    """What a [[link|text]] shows, with a blank where it could join with a mark beside it."""
+    """Return the text of a [[link|text]], with a blank if it could join with a mark beside it."""
     if _WIKI_FILE.match(match[0]):
         return match[0]
-    before, after = (
-        match.string[max(0, match.start() - 1) : match.start()],
-        match.string[match.end() : match.end() + 1],
-    )
+    before = match.string[max(0, match.start() - 1) : match.start()]
+    after = match.string[match.end() : match.end() + 1]
     return " " * (before in _MARKS) + match[1] + " " * (after in _MARKS)
 
 
 def _drop_braces(text: str) -> str:
-    """The text with a blank for each {{template}} and {|table|}; one that a blank line interrupts is left."""
-    parts, done, opened, spans = [], 0, [], []
+    """Replace each {{template}} and {|table|} by a blank, unless it has an empty line in it."""
+    # find the outermost pairs of braces
+    opened: list[tuple[int, str]] = []  # where, and the mark that closes it
+    spans: list[tuple[int, int]] = []
     for match in _WIKI_BRACES.finditer(text):
         mark = match[0]
         if mark in _BRACE_ENDS:
@@ -201,9 +206,12 @@ def _drop_braces(text: str) -> str:
             opened.clear()
         elif opened and opened[-1][1] == mark:
             start = opened.pop()[0]
-            while spans and spans[-1][0] > start:  # inside of this one
+            while spans and spans[-1][0] > start:  # within this pair
                 spans.pop()
             spans.append((start, match.end()))
+
+    parts = []
+    done = 0
     for start, end in spans:
         parts += [text[done:start], " "]
         done = end
@@ -211,9 +219,9 @@ def _drop_braces(text: str) -> str:
 
 
 def _drop_licence(text: str) -> str:
-    """A book's text without the paragraphs of Project Gutenberg's header and licence."""
+    """Remove the paragraphs of Project Gutenberg's header and licence from a book."""
     kept: list[str] = []
-    header = 0  # where the header began, in kept
+    header = 0  # index in `kept` at which the header began
     for paragraph in text.split("\n\n"):
         if "START OF TH" in paragraph and len(kept) - header < 30:
             del kept[header:]
@@ -225,7 +233,7 @@ def _drop_licence(text: str) -> str:
 
 
 def _without_credits(text: str) -> str:
-    """The text without lines that say who made, timed or offers the subtitles."""
+    """Remove the lines that name who made, timed or offers the subtitles."""
     lower = text.lower()
     if not any(word in lower for word in _CREDIT_WORDS):
         return text
@@ -233,16 +241,19 @@ def _without_credits(text: str) -> str:
 
 
 class DomainCleaners:
-    """Text cleaners, str -> str: pure, idempotent, linear in time; newlines stay, at most one blank line in a row."""
+    """Clean text of one domain: pure, idempotent functions that keep newlines.
+
+    Except for `default` they leave at most one empty line in a row.
+    """
 
     @staticmethod
     def default(text: str) -> str:
-        """The text as it is."""
+        """Return the text unchanged."""
         return text
 
     @staticmethod
     def wikipedia(text: str) -> str:
-        """Without headers (== Title ==), citations [12], references, templates, tables, link and tag markup."""
+        """Remove headers (== Title ==), citations [12], references, templates, tables, markup."""
         text = _plain_blanks(text)
         if "``" in text:
             text = _LATEX_QUOTES.sub(
@@ -268,7 +279,7 @@ class DomainCleaners:
 
     @staticmethod
     def subtitles(text: str) -> str:
-        """Without cue numbers and timings, credits, <i>/<font> tags, [sounds] and (sounds), labels in capitals."""
+        """Remove cue numbers, timings, credits, tags, [sounds], (sounds) and LABELS:."""
         text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), _short)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         text = _drop(
@@ -284,7 +295,7 @@ class DomainCleaners:
 
     @staticmethod
     def dialogue(text: str) -> str:
-        """Without speaker labels (*CHI: MARY: A.1: **Ann:**), stage directions [action] (smiling) and time stamps."""
+        """Remove speaker labels (*CHI: MARY: A.1: **Ann:**), [action], (smiling), time stamps."""
         text = _plain_blanks(text)
         if "[" in text:
             for _ in range(NESTED):
@@ -301,7 +312,7 @@ class DomainCleaners:
 
     @staticmethod
     def books(text: str) -> str:
-        """Without Project Gutenberg's header and licence, credit lines (* License:), page marks (##) and footnote marks."""
+        """Remove Project Gutenberg's header and licence, credit lines, page and footnote marks."""
         text = _FOOTNOTE.sub(" ", _plain_blanks(text))
         if "gutenberg" in text.lower():
             text = _drop_licence(text)
@@ -309,14 +320,15 @@ class DomainCleaners:
 
 
 def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
-    """Cleaner of each domain: the file names of BabyLM 2023 to 2026, and wikipedia, subtitles, dialogue, default."""
-    c = DomainCleaners
-    return {
-        **dict.fromkeys(("wikipedia", "simple_wiki", "simple_wikipedia"), c.wikipedia),
-        **dict.fromkeys(("subtitles", "open_subtitles", "qed"), c.subtitles),
-        **dict.fromkeys(
-            ("dialogue", "aochildes", "childes", "bnc_spoken", "switchboard"), c.dialogue
-        ),
-        **dict.fromkeys(("cbt", "children_stories", "gutenberg"), c.books),
-        "default": c.default,
+    """Return domain -> cleaner, for the file names of BabyLM 2023 to 2026 and four general names."""
+    domains = {
+        DomainCleaners.wikipedia: ("wikipedia", "simple_wiki", "simple_wikipedia"),
+        DomainCleaners.subtitles: ("subtitles", "open_subtitles", "qed"),
+        DomainCleaners.dialogue: ("dialogue", "aochildes", "childes", "bnc_spoken", "switchboard"),
+        DomainCleaners.books: ("cbt", "children_stories", "gutenberg"),
+        DomainCleaners.default: ("default",),
     }
+    registry = {}
+    for cleaner, names in domains.items():
+        registry |= dict.fromkeys(names, cleaner)
+    return registry

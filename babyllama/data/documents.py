@@ -153,8 +153,8 @@ def _read_blocks(path: Path, report: dict) -> Iterator[str]:
 def _read_lines(path: Path, report: dict) -> Iterator[str]:
     """Yield the lines of a file, each with a newline at its end.
 
-    A line longer than LONG_LINE comes in several strings, split behind a blank if it has one; only the
-    last of them ends in a newline.
+    A line longer than LONG_LINE comes in several strings, split behind a blank if it has one; only
+    the last of them ends in a newline.
     """
     line_start = ""
     for block in _read_blocks(path, report):

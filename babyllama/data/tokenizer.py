@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def tokenizer_sources(path: str | Path) -> list[dict] | None:
-    """The files that train_tokenizer.py trained the tokenizer at `path` on; None without a record of this very file."""
+    """Return the files that a tokenizer was trained on; None without a record that matches it."""
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
-        facts = json.loads(tokenizer_record_path(file).read_text(encoding="utf-8"))
-        return facts["sources"] if facts["tokenizer_sha256"] == sha256(file) else None
+        record = json.loads(tokenizer_record_path(file).read_text(encoding="utf-8"))
+        return record["sources"] if record["tokenizer_sha256"] == sha256(file) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def tokenizer_record_path(file: Path) -> Path:
-    """Where train_tokenizer.py says what the tokenizer in `file` learned from."""
+    """Return the path at which train_tokenizer.py records the training files of a tokenizer."""
     return file.with_name(file.name.removesuffix(".json") + ".source.json")
 
 
@@ -33,9 +33,10 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer in a tokenizer.json file, or in a directory that holds one; padding on the right.
+    """Load the tokenizer in a tokenizer.json file, or in a directory that has one.
 
-    FileNotFoundError when there is none, ValueError for a damaged one. Special tokens are set where the file has them.
+    It pads on the right, and has those special tokens that the file has. Raises FileNotFoundError
+    if there is none and ValueError if it cannot be read.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -44,13 +45,13 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         command = f"python train_tokenizer.py --data-dir ./data/train --output {file}"
-        raise FileNotFoundError(f"{file}: no tokenizer here; make one with: {command}")
+        raise FileNotFoundError(f"{file}: no such tokenizer; train one with: {command}")
     try:
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the Rust code is not an Exception
-        raise ValueError(f"{file}: not a tokenizer.json that can be read ({error})") from None
+        raise ValueError(f"{file}: not a valid tokenizer.json ({error})") from None
     present = {
         name: token
         for name, token in SPECIAL_TOKENS.items()
@@ -95,7 +96,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Return how many bytes of text each token id stands for: int64 (V,), 0 for special tokens.
 
-    The lengths of a text's tokens add up to its length in UTF-8.
+    The lengths of a text's tokens add up to its length in UTF-8. Raises ValueError for a tokenizer
+    that is not byte-level.
     """
     import numpy as np
 
@@ -105,21 +107,24 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 def vocabulary_difference(
     theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast
 ) -> str | None:
-    """How the content of two tokenizers differs (token -> id, special tokens), in words, or None."""
-    found, wanted = theirs.get_vocab(), ours.get_vocab()
-    other = [
-        token for token in found.keys() | wanted.keys() if found.get(token) != wanted.get(token)
-    ]
-    if other:
-        first = min(other, key=lambda token: (wanted.get(token, len(wanted)), token))
-        ids = f"id {found.get(first)} there, {wanted.get(first)} here"
-        return f"another vocabulary: {len(other):,} tokens differ, the first is {first!r} ({ids})"
-    special = [
-        {i: t.content for i, t in one.added_tokens_decoder.items() if t.special}
-        for one in (theirs, ours)
-    ]
-    return (
-        None
-        if special[0] == special[1]
-        else f"its special tokens are {special[0]}, not {special[1]}"
-    )
+    """Describe how ids or special tokens of two tokenizers differ; return None if they agree."""
+    their_ids = theirs.get_vocab()
+    our_ids = ours.get_vocab()
+    tokens = their_ids.keys() | our_ids.keys()
+    differing = [token for token in tokens if their_ids.get(token) != our_ids.get(token)]
+    if differing:
+        first = min(differing, key=lambda token: (our_ids.get(token, len(our_ids)), token))
+        ids = f"id {their_ids.get(first)} there, {our_ids.get(first)} here"
+        return (
+            f"another vocabulary: {len(differing):,} tokens differ, the first is {first!r} ({ids})"
+        )
+    their_special = _special_tokens(theirs)
+    our_special = _special_tokens(ours)
+    if their_special != our_special:
+        return f"its special tokens are {their_special}, not {our_special}"
+    return None
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder
+    return {index: token.content for index, token in added.items() if token.special}
