@@ -1,4 +1,4 @@
-"""Reading, joining, cutting, caching: compared with naive Python on real small files, and hostile input."""
+"""Read, tokenize, chunk and cache small real files; compare with naive Python."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def written(tmp_path: Path, name: str, data: str | bytes) -> Path:
 # ---- the tokenizer
 
 
-def test_load_tokenizer_sets_what_the_file_has(tokenizer_file, tmp_path):
+def test_load_tokenizer_sets_the_special_tokens_of_the_file(tokenizer_file, tmp_path):
     for place in (tokenizer_file, tokenizer_file.parent):
         tokenizer = load_tokenizer(place)
         assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
@@ -51,7 +51,7 @@ def test_load_tokenizer_sets_what_the_file_has(tokenizer_file, tmp_path):
     )
 
 
-def test_load_tokenizer_says_what_is_wrong(tokenizer_file, tmp_path):
+def test_load_tokenizer_names_a_missing_or_broken_file(tokenizer_file, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"none\.json.*python train_tokenizer\.py --data-dir .*--output"
     ):
@@ -77,7 +77,7 @@ def test_byte_lengths_sum_to_the_bytes_of_a_text(tokenizer, text):
         assert lengths[ids].sum() == len(text.encode())
 
 
-def test_byte_lengths_needs_bytes():
+def test_byte_lengths_refuses_a_tokenizer_that_is_not_byte_level():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def test_byte_lengths_needs_bytes():
 # ---- files
 
 
-def test_find_files_by_split_sorted_and_nested(tmp_path):
+def test_find_files_returns_the_files_of_a_split_sorted(tmp_path):
     for name in (
         "b.train",
         "a/z.train",
@@ -123,7 +123,7 @@ def test_find_files_by_split_sorted_and_nested(tmp_path):
     assert find_files(tmp_path / "b.train", "dev") == [tmp_path / "b.train"]
 
 
-def test_find_files_says_what_is_there(tmp_path):
+def test_find_files_lists_expected_and_existing_files(tmp_path):
     written(tmp_path, "notes.md", "x")
     with pytest.raises(FileNotFoundError, match=r"\.dev.*\.test.*\.txt.*\.jsonl.*notes\.md"):
         find_files(tmp_path, "validation")
@@ -170,7 +170,7 @@ def test_documents_start_at_titles_empty_lines_and_first_subtitles(tmp_path, nam
         ]
 
 
-def test_json_lines(tmp_path):
+def test_each_json_line_is_a_document(tmp_path):
     lines = ['{"text": "a\\r\\n\\n\\n\\nb", "id": 3}', "", '"c \\ud800\\u0000d"', '{"text": ""}']
     report = new_report()
     assert documents_of(written(tmp_path, "x.jsonl", "\n".join(lines)), report) == [
@@ -217,7 +217,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("packed", [False, True])
-def test_hostile_text_is_repaired_and_counted(tmp_path, kind, packed):
+def test_invalid_text_is_repaired_and_counted(tmp_path, kind, packed):
     data, expected, counts = HOSTILE[kind]
     path = written(
         tmp_path, "x.txt.gz" if packed else "x.txt", gzip.compress(data) if packed else data
@@ -230,7 +230,7 @@ def test_hostile_text_is_repaired_and_counted(tmp_path, kind, packed):
         assert report["first_invalid"] == f"{path}: line 1"
 
 
-def test_broken_files_are_named(tmp_path):
+def test_errors_name_the_broken_file(tmp_path):
     whole = gzip.compress(os.urandom(3000).hex().encode())
     for data in (whole[:-20], b"\x1f\x8b" + b"x" * 50, b"plain text"):
         with pytest.raises(ValueError, match=r"x\.txt\.gz: broken gzip"):
@@ -356,7 +356,7 @@ GAPS = st.sampled_from([" ", "\n", "\n\n", ".\n\n", "  ", " \n", "\n ", " \n\n "
         max_size=60,
     )
 )
-def test_tokens_of_the_pieces_are_those_of_the_whole(
+def test_text_in_parts_has_the_same_tokens_as_in_one(
     newline_tokenizer, monkeypatch, tmp_path, parts
 ):
     text = "".join(word + gap for word, gap in parts)
@@ -371,7 +371,7 @@ def test_tokens_of_the_pieces_are_those_of_the_whole(
     ]
 
 
-def test_tokenize_and_chunk_small_texts(tokenizer, tmp_path):
+def test_tokenize_and_chunk_empty_text_and_spelled_special_tokens(tokenizer, tmp_path):
     processor = DataProcessor(tokenizer, cache_dir=tmp_path)
     assert processor.tokenize_and_chunk({"text": ""}, max_length=2) == {"input_ids": [[1, 2]]}
     assert processor.tokenize_and_chunk({"text": ""}, max_length=3) == {"input_ids": []}
@@ -388,7 +388,7 @@ def test_clean_text_keeps_other_fields(tokenizer, tmp_path):
     assert example["text"].startswith("Hello ,")
 
 
-def test_load_text_files(tokenizer, tmp_path):
+def test_load_text_files_returns_a_row_per_document(tokenizer, tmp_path):
     written(tmp_path, "b.train", "one\n\n\ntwo  words\n")
     written(tmp_path, "a.train", "three")
     dataset = DataProcessor(tokenizer, cache_dir=tmp_path / "cache").load_text_files(
@@ -401,7 +401,9 @@ def test_load_text_files(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("clean", [False, True])
-def test_prepare_dataset_is_the_naive_stream(tokenizer, corpus_dir, tmp_path, monkeypatch, clean):
+def test_prepare_dataset_equals_tokenizing_one_document_at_a_time(
+    tokenizer, corpus_dir, tmp_path, monkeypatch, clean
+):
     monkeypatch.setattr(documents, "PART", 200)  # many pieces to a document
     train = tmp_path / "train"
     train.mkdir()
@@ -433,7 +435,7 @@ def test_prepare_dataset_is_the_naive_stream(tokenizer, corpus_dir, tmp_path, mo
     assert both["train"].cache_files and not list((tmp_path / "cache").glob(".*"))
 
 
-def test_cache_is_used_and_knows_what_it_depends_on(tokenizer, corpus_dir, tmp_path):
+def test_cache_is_reused_until_text_tokenizer_or_settings_change(tokenizer, corpus_dir, tmp_path):
     train = tmp_path / "train"
     train.mkdir()
     text = (corpus_dir / "train" / "toy.train").read_text()
@@ -501,7 +503,7 @@ def test_cache_folder_from_the_environment(tokenizer, tmp_path, monkeypatch):
     assert DataProcessor(tokenizer).cache_dir == ROOT / "data" / "cache"
 
 
-def test_interrupted_run_leaves_nothing_that_looks_finished(tokenizer, corpus_dir, tmp_path):
+def test_a_failed_run_leaves_no_cache_files(tokenizer, corpus_dir, tmp_path):
     train = tmp_path / "train"
     train.mkdir()
     written(train, "a.train", (corpus_dir / "train" / "toy.train").read_text())
@@ -512,7 +514,7 @@ def test_interrupted_run_leaves_nothing_that_looks_finished(tokenizer, corpus_di
     assert not list((tmp_path / "cache").iterdir()) and "train" not in processor.reports
 
 
-def test_too_little_text(tokenizer, corpus_dir, tmp_path):
+def test_text_that_fills_no_chunk_is_refused(tokenizer, corpus_dir, tmp_path):
     written(tmp_path, "a.dev", "a")
     ids = reference(DataProcessor(tokenizer, cache_dir=tmp_path), ["a"])
     with pytest.raises(ValueError, match=rf"validation: the {len(ids)} tokens.*a\.dev.*128"):
@@ -534,7 +536,7 @@ def test_large_vocabularies_are_int32(tokenizer, corpus_dir, tmp_path):
     assert large.convert_tokens_to_ids("zq65999") in both["train"][0]["input_ids"]
 
 
-def test_needs_a_fast_tokenizer_with_marks(tokenizer):
+def test_the_tokenizer_must_be_fast_and_have_bos_and_eos(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(ValueError, match="bos_token"):
@@ -591,9 +593,9 @@ def test_one_huge_line_needs_little_memory(tokenizer_file, corpus_dir, tmp_path)
     assert (1, 20_500_000) in [(report["documents"], report["bytes"]) for report in reports]
 
 
-@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpus is not here")
+@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="needs the shared corpus")
 @pytest.mark.parametrize("name", ["qed", "wikipedia", "childes"])
-def test_real_files(tmp_path, tokenizer, name):
+def test_real_files_have_the_expected_documents_and_tokens(tmp_path, tokenizer, name):
     path = SHARED / "corpus" / "dev" / f"{name}.dev"
     report = new_report()
     found = documents_of(path, report)
@@ -610,7 +612,7 @@ def test_real_files(tmp_path, tokenizer, name):
 
 
 @pytest.mark.parametrize("length", [0, -3, "128", None, True, 1.5])
-def test_a_senseless_length_is_refused(tokenizer, corpus_dir, tmp_path, length):
+def test_max_length_must_be_a_positive_integer(tokenizer, corpus_dir, tmp_path, length):
     processor = DataProcessor(tokenizer, tmp_path)
     with pytest.raises(
         ValueError, match=f"max_length must be 1 token or more, not {re.escape(repr(length))}"
@@ -623,7 +625,7 @@ def test_a_senseless_length_is_refused(tokenizer, corpus_dir, tmp_path, length):
     )
 
 
-def test_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
+def test_a_lone_surrogate_is_replaced(tokenizer, tmp_path):
     processor = DataProcessor(tokenizer, tmp_path)
     broken, mended = (
         processor.tokenize_and_chunk({"text": f"a cat {c} sees"}, 2) for c in ("\ud800", "\ufffd")

@@ -1,4 +1,4 @@
-"""prepare_data.py on small real files: the figures are counted again another way, the promises are put to the test."""
+"""Prepare small real files and count everything that the script reports another way."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def table(said: str, split: str) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- files and figures
 
 
-def test_what_is_written(run, tmp_path):
+def test_every_domain_gets_a_clean_file_per_split(run, tmp_path):
     assert run() == 0
     domains = ["children_stories", "gutenberg", "letters", "wikipedia"]
     expected = [
@@ -112,7 +112,7 @@ def test_what_is_written(run, tmp_path):
     ) + "\n"
 
 
-def test_a_folder_where_another_process_prepares_is_left_alone(run, tmp_path, capsys):
+def test_a_folder_that_another_process_writes_to_is_refused(run, tmp_path, capsys):
     with exclusive_folder(tmp_path / "out", ""):
         assert run() == 2
     assert capsys.readouterr().err.endswith(
@@ -122,7 +122,7 @@ def test_a_folder_where_another_process_prepares_is_left_alone(run, tmp_path, ca
     assert run() == 0
 
 
-def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, capsys):
+def test_table_and_manifest_have_the_counts_of_the_files(run, raw, tmp_path, capsys):
     assert run() == 0
     captured = capsys.readouterr()
     assert "letters" in captured.err and "no cleaner" in captured.err
@@ -161,7 +161,7 @@ def test_the_table_and_the_manifest_counted_another_way(run, raw, tmp_path, caps
     assert entry["vocab_size"] == VOCAB == len(tokenizer)
 
 
-def test_the_share_that_cleaning_removed(run, raw, tmp_path, capsys):
+def test_the_table_shows_the_percentage_that_cleaning_removed(run, raw, tmp_path, capsys):
     assert run("--skip-tokenizer", dev=None) == 0
     rows = table(capsys.readouterr().out, "train")
     read = sum(
@@ -180,7 +180,7 @@ def test_the_same_input_gives_the_same_files(run, tmp_path):
     assert (tree(tmp_path / "out"), tree(tmp_path / "m")) == first
 
 
-def test_preparing_prepared_text_changes_nothing(run, tmp_path):
+def test_preparing_prepared_text_gives_the_same_files(run, tmp_path):
     assert run("--skip-tokenizer") == 0
     once = tree(tmp_path / "out")
     argv = [
@@ -196,7 +196,7 @@ def test_preparing_prepared_text_changes_nothing(run, tmp_path):
     assert once == twice
 
 
-def test_the_layout_of_a_prepared_file(run, raw, tmp_path):
+def test_two_empty_lines_separate_documents(run, raw, tmp_path):
     (raw / "train" / "letters.txt").write_text("\n\n one\n\ntwo  \nthree\n\n\n\n\nfour\n \n\n\n")
     for flags in ((), ("--skip-cleaning",)):
         assert run("--skip-tokenizer", *flags) == 0
@@ -228,7 +228,7 @@ def test_clean_domains_and_skip_cleaning(run, raw, tmp_path, capsys):
     assert tree(tmp_path / "out") == before
 
 
-def test_skip_tokenizer_counts_with_the_one_there_is(run, tmp_path, capsys):
+def test_skip_tokenizer_counts_with_the_existing_tokenizer(run, tmp_path, capsys):
     assert run() == 0
     with_new = table(capsys.readouterr().out, "dev")
     tokenizer_before = tree(tmp_path / "m")
@@ -237,7 +237,7 @@ def test_skip_tokenizer_counts_with_the_one_there_is(run, tmp_path, capsys):
     assert tree(tmp_path / "m") == tokenizer_before
 
 
-def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path, capsys):
+def test_preparing_one_split_keeps_the_other_and_its_record(run, tmp_path, capsys):
     assert run() == 0
     before = manifest_of(tmp_path)
     assert "earlier run" not in capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_one_split_leaves_the_other_and_its_record_alone(run, tmp_path, capsys):
     assert after["splits"]["dev"]["cleaner_version"] is None and after["overlap"] is None
 
 
-def test_budget(run, raw, tmp_path, capsys, monkeypatch):
+def test_the_word_budget_of_the_track_is_reported(run, raw, tmp_path, capsys, monkeypatch):
     assert run("--skip-tokenizer") == 0
     captured = capsys.readouterr()
     words = sum(
@@ -312,7 +312,7 @@ def test_overlap_equals_the_naive_sets(seed, cut):
     assert measure(dev, train, cut) == naive_overlap(dev, train)
 
 
-def test_ngram_hashes_tell_order_and_place_apart():
+def test_ngram_hashes_depend_on_the_words_and_their_order():
     words = np.random.default_rng(0).integers(0, 2**63, size=100, dtype=np.uint64)
     assert len(ngram_hashes(words)) == 88 and len(set(ngram_hashes(words).tolist())) == 88
     assert ngram_hashes(words[5:30])[3] == ngram_hashes(words)[8]
@@ -322,7 +322,7 @@ def test_ngram_hashes_tell_order_and_place_apart():
     assert ngram_hashes(swapped)[0] != ngram_hashes(words)[0]
 
 
-def test_overlap_by_hand(run, raw, tmp_path, capsys):
+def test_overlap_of_a_worked_example(run, raw, tmp_path, capsys):
     for split in ("train", "dev"):
         for path in (raw / split).iterdir():
             path.unlink()
@@ -356,7 +356,7 @@ def test_overlap_by_hand(run, raw, tmp_path, capsys):
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_files_of_others_are_not_mixed_in_nor_overwritten(run, tmp_path, capsys):
+def test_files_that_the_script_did_not_write_are_not_replaced(run, tmp_path, capsys):
     (tmp_path / "out" / "train").mkdir(parents=True)
     mine = tmp_path / "out" / "train" / "gutenberg.train"
     mine.write_text("my own text")
@@ -374,7 +374,7 @@ def test_files_of_others_are_not_mixed_in_nor_overwritten(run, tmp_path, capsys)
     assert tree(tmp_path / "out") == before
 
 
-def test_results_of_an_earlier_run_are_replaced(run, raw, tmp_path):
+def test_files_of_an_earlier_run_are_replaced_or_deleted(run, raw, tmp_path):
     assert run("--skip-tokenizer") == 0
     (raw / "train" / "letters.txt").unlink()
     assert run("--skip-tokenizer") == 0
@@ -393,7 +393,7 @@ def test_several_files_of_one_domain_become_one(run, raw, tmp_path):
 @pytest.mark.parametrize(
     "case", ["missing", "empty", "no text", "broken", "vocab", "nothing", "in place", "manifest"]
 )
-def test_mistakes_are_one_line_and_lose_nothing(case, run, raw, tmp_path, capsys):
+def test_a_mistake_gives_one_error_line_and_changes_no_file(case, run, raw, tmp_path, capsys):
     assert run("--skip-tokenizer") == 0
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()

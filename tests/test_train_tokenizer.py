@@ -1,4 +1,4 @@
-"""train_tokenizer.py: what the tokenizer promises, checked on tokenizers trained here and in every way of loading one."""
+"""Train tokenizers, check their promises, and load them in every way that users do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ texts = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | special_str
 
 
 @given(texts)
-def test_any_text_round_trips(trained, text):
+def test_decoding_gives_back_any_text(trained, text):
     encoding = trained.encode(text, add_special_tokens=False)
     assert trained.decode(encoding.ids, skip_special_tokens=False) == text
 
@@ -87,7 +87,7 @@ def test_every_byte_is_a_token_and_specials_come_first(trained):
     )  # four bytes, never seen in training
 
 
-def test_spelled_special_tokens_are_read_as_the_tokens(trained):
+def test_spelled_special_tokens_become_special_tokens(trained):
     assert trained.encode("<s>a</s><pad>", add_special_tokens=False).ids == [
         1,
         trained.token_to_id("a"),
@@ -96,7 +96,7 @@ def test_spelled_special_tokens_are_read_as_the_tokens(trained):
     ]
 
 
-def test_bos_in_front_and_no_eos(trained):
+def test_bos_is_prepended_and_eos_is_not_appended(trained):
     inner = trained.encode("The cat", add_special_tokens=False).ids
     assert trained.encode("The cat").ids == [1, *inner]
     assert trained.encode("").ids == [1]
@@ -107,7 +107,7 @@ def test_bos_in_front_and_no_eos(trained):
 
 
 def naive_bpe(texts: list[str], n_merges: int, tokenizer) -> list[tuple[str, str]]:
-    """The textbook loop: count all pairs anew, take the most frequent, the smaller ids at a tie."""
+    """The textbook loop: count all pairs again, take the most frequent, the smaller ids at a tie."""
     words = Counter(
         piece for text in texts for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)
     )
@@ -133,7 +133,7 @@ def naive_bpe(texts: list[str], n_merges: int, tokenizer) -> list[tuple[str, str
     return merges
 
 
-def test_the_merges_are_those_of_the_textbook_loop():
+def test_merges_equal_those_of_the_textbook_algorithm():
     texts = [*sentences(60), "a b c a b d", "x"]
     tokenizer = train_bpe_tokenizer(texts, vocab_size=340)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
@@ -148,7 +148,7 @@ def test_the_order_of_the_texts_does_not_matter():
     )
 
 
-def test_same_files_same_bytes_whatever_the_threads(text_dir, tmp_path):
+def test_the_number_of_threads_does_not_change_the_file(text_dir, tmp_path):
     written = []
     for threads in ("1", "2", "5"):
         output = tmp_path / threads / "tokenizer.json"
@@ -240,7 +240,7 @@ def test_a_model_directory_of_each_architecture_loads_the_same_tokenizer(model_d
         assert facts(AutoTokenizer.from_pretrained(str(folder))) == facts(tokenizer)
 
 
-def test_the_path_of_the_file_itself(written):
+def test_transformers_loads_the_file_without_its_directory(written):
     """PreTrainedTokenizerFast reads the file alone: right ids, but the special tokens have no names (transformers)."""
     from transformers import PreTrainedTokenizerFast
 
@@ -251,7 +251,7 @@ def test_the_path_of_the_file_itself(written):
 # ---------------------------------------------------------------- the command
 
 
-def test_the_report(text_dir, tmp_path, capsys):
+def test_summary_and_record_of_a_trained_tokenizer(text_dir, tmp_path, capsys):
     output = tmp_path / "new" / "tokenizer.json"
     assert main(["--data_dir", str(text_dir), "--vocab_size", "300", "--output", str(output)]) == 0
     said = capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_compressed_and_json_lines_give_the_same_tokenizer(text_dir, tmp_path):
     ).exists()  # transformers would not look for it there
 
 
-def test_fewer_merges_are_said_with_the_number(text_dir, tmp_path, capsys):
+def test_a_note_says_how_many_merges_a_small_text_gives(text_dir, tmp_path, capsys):
     output = tmp_path / "tokenizer.json"
     assert main(["--data-dir", str(text_dir), "--vocab-size", "5000", "--output", str(output)]) == 0
     said = capsys.readouterr().out
@@ -321,7 +321,7 @@ def test_fewer_merges_are_said_with_the_number(text_dir, tmp_path, capsys):
         (["--vocab-size", "99999999999999999999"], "at most 1,000,000; "),
     ],
 )
-def test_mistakes_are_one_line_and_change_nothing(
+def test_a_mistake_gives_one_error_line_and_changes_no_file(
     arguments, expected, text_dir, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -340,7 +340,7 @@ def test_mistakes_are_one_line_and_change_nothing(
     assert output.read_text() == "the old one"
 
 
-def test_a_tokenizer_of_others_is_not_overwritten(text_dir, tmp_path, capsys):
+def test_a_tokenizer_that_the_script_did_not_write_is_not_replaced(text_dir, tmp_path, capsys):
     output = tmp_path / "tokenizer.json"
     argv = ["--data-dir", str(text_dir), "--output", str(output), "--vocab-size"]
     assert main([*argv, "300"]) == main([*argv, "300"]) == 0  # our own, and the same again
@@ -356,7 +356,10 @@ def test_a_tokenizer_of_others_is_not_overwritten(text_dir, tmp_path, capsys):
     assert main([*argv, "300"]) == 0
     for damaged in ("{", "{}", "[]"):
         output.with_suffix(".source.json").write_text(damaged)
-        assert main([*argv, "300"]) == 2 and "was not written by this script" in capsys.readouterr().err
+        assert (
+            main([*argv, "300"]) == 2
+            and "was not written by this script" in capsys.readouterr().err
+        )
     for name in ("v1.0", "v1.1", "v1.0"):  # each has a record of its own
         assert (
             main(
@@ -374,7 +377,7 @@ def test_a_tokenizer_of_others_is_not_overwritten(text_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", [prepare_data, train_tokenizer, create_synthetic_data])
-def test_ctrl_c_is_one_line(script, text_dir, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_prints_one_line(script, text_dir, tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

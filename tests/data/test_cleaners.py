@@ -1,4 +1,4 @@
-"""The cleaners: what goes, what stays; pure, idempotent and linear in time."""
+"""Check what each cleaner removes and keeps, and that it is idempotent and linear in time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLEANERS = {
 }
 
 
-def test_registry_knows_every_babylm_name_and_the_aliases():
+def test_the_registry_has_every_babylm_file_name():
     assert set(REGISTRY) == {*BABYLM_NAMES, "subtitles", "dialogue", "default"}
     assert REGISTRY["default"](" a  b ,\n") == " a  b ,\n"
     for name in BABYLM_NAMES:
@@ -61,7 +61,7 @@ def test_registry_knows_every_babylm_name_and_the_aliases():
         ("what ? ! no", "what?! no"),
     ],
 )
-def test_clean_text(raw, clean):
+def test_clean_text_repairs_spacing(raw, clean):
     assert clean_text(raw) == clean
 
 
@@ -87,7 +87,7 @@ def test_clean_text(raw, clean):
         "The subtitle of the book is odd.\nI downloaded it.",
     ],
 )
-def test_other_text_is_left_alone(name, text):
+def test_cleaners_keep_text_that_only_looks_like_markup(name, text):
     assert CLEANERS[name](text) == text
 
 
@@ -107,7 +107,7 @@ def test_other_text_is_left_alone(name, text):
         ("[https://example.org The page] is [...] here", "The page is [...] here"),
     ],
 )
-def test_wikipedia(raw, clean):
+def test_wikipedia_markup_is_removed(raw, clean):
     assert REGISTRY["wikipedia"](raw).strip("\n") == clean.strip("\n")
 
 
@@ -135,7 +135,7 @@ www.OpenSubtitles.org
 """
 
 
-def test_subtitles():
+def test_subtitle_cues_tags_and_sounds_are_removed():
     lines = REGISTRY["subtitles"](SRT).split("\n")
     assert [line for line in lines if line] == [
         "I will talk to you of art,",
@@ -146,14 +146,14 @@ def test_subtitles():
     ]
 
 
-def test_a_short_credit():
+def test_a_short_credit_is_removed():
     assert REGISTRY["subtitles"]("Sub by John\nHello there.") == "Hello there."
 
 
 @pytest.mark.parametrize(
     "timing", ["0:00:01.500,0:00:02.500", "*TC 00:01:02;03", "00:00:-1,-50 --> 00:00:02,000"]
 )
-def test_other_timings(timing):
+def test_other_formats_of_times_are_removed(timing):
     assert REGISTRY["subtitles"](f"{timing}\nHello\n").strip() == "Hello"
 
 
@@ -175,11 +175,11 @@ def test_other_timings(timing):
         ("@Begin\n*CHI:\tmore .\n%mor:\tqn|more .\n@End", "more."),
     ],
 )
-def test_dialogue(raw, clean):
+def test_speaker_labels_and_stage_directions_are_removed(raw, clean):
     assert REGISTRY["dialogue"](raw).strip() == clean
 
 
-def test_books():
+def test_project_gutenberg_frames_are_removed():
     header = "The Project Gutenberg EBook of Emma, by Jane\n\nThis eBook is for the use of anyone\n\nTitle: Emma\n\n"
     start, end = (
         "*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***",
@@ -210,14 +210,14 @@ fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 @example(text="<b [http://x[glossary: {START OF THIS PROJECT GUTENBERG#(laughing) -->=}a[[")
 @example(text="[glossary:a|[glossary:+...</i>]]+")
 @example(text="[http://x[http://x]=]")
-def test_idempotent(name, text):
+def test_cleaning_twice_changes_nothing_more(name, text):
     once = CLEANERS[name](text)
     assert CLEANERS[name](once) == once
 
 
 @pytest.mark.parametrize("name", [n for n in CLEANERS if n != "default"])
 @given(words=st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=30))
-def test_plain_lines_are_untouched(name, words):
+def test_plain_lines_stay_unchanged(name, words):
     text = "\n".join(words)
     assert CLEANERS[name](text) == text
 
@@ -254,7 +254,7 @@ BOUNDED = {
 }  # asked only about a word or a bracket of at most 90 characters
 
 
-def test_every_pattern_of_the_module_is_linear_in_time():
+def test_every_pattern_is_linear_in_time():
     patterns = {
         key: value for key, value in vars(cleaners).items() if isinstance(value, re.Pattern)
     }
@@ -279,9 +279,9 @@ ARTEFACTS = {
 }
 
 
-@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpus is not here")
+@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="needs the shared corpus")
 @pytest.mark.parametrize("domain", ARTEFACTS)
-def test_artefacts_of_a_real_corpus_go(domain):
+def test_markup_of_a_real_corpus_is_removed(domain):
     text = (SHARED / "corpus" / "dev" / f"{domain}.dev").read_text(encoding="utf-8")
     found = re.compile(ARTEFACTS[domain], re.M)
     clean = REGISTRY[domain](text)
@@ -296,7 +296,7 @@ def test_artefacts_of_a_real_corpus_go(domain):
     ["Sync & corrections by explosiveskull", "Corrected by X", "Translated by: Bob", "Resync: Xenzai", "English subtitles",
      "Please rate this subtitle at www.osdb.link/abc", "Advertise your product or brand here"],
 )  # fmt: skip
-def test_credits_go(line):
+def test_credits_are_removed(line):
     assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == "Hello.\nGood day."
 
 
@@ -305,12 +305,12 @@ def test_credits_go(line):
     ["You have to advertise your product.", "Translated by my grandmother", "Corrected by the teacher, I was ashamed",
      "Corrected: the bearing is 270", "Translated: 'I love you'", "No subtitles.", "Any subtitles?", "The subtitle"],
 )  # fmt: skip
-def test_what_only_sounds_like_credits_stays(line):
+def test_sentences_that_only_sound_like_credits_stay(line):
     assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == f"Hello.\n{line}\nGood day."
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
-def test_line_ends_of_other_systems(end):
+def test_line_ends_of_windows_and_old_macs_count_as_newlines(end):
     for clean, text in ((DomainCleaners.wikipedia, "x\n== T ==\ny"), (clean_text, "a , b \nc\n\n\n\nd"),
                         (DomainCleaners.subtitles, "1\n00:00:01,000 --> 00:00:02,000\nHi\n")):  # fmt: skip
         assert clean(text.replace("\n", end)) == clean(text)
