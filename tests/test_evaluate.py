@@ -1,4 +1,4 @@
-"""evaluate.py and metrics.py against naive loops, sacrebleu, worked examples and exact properties; the name trap."""
+"""evaluate.py against naive loops, worked examples and exact properties."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def naive_nats(evaluator, text: str) -> tuple[float, int]:
     ), len(ids) - 1
 
 
-# ---- perplexity -----------------------------------------------------------------------------------------------------
+# ---- perplexity ----------------------------------------------------------------------------------
 
 
-def test_perplexity_equals_sums_by_hand(evaluator, texts):
+def test_perplexity_equals_a_sum_over_tokens(evaluator, texts):
     short = [text for text in texts[:-1] if text]
     nats, tokens = map(sum, zip(*(naive_nats(evaluator, text) for text in short), strict=True))
     got = evaluator.calculate_perplexity(short)
@@ -93,7 +93,7 @@ def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, tex
         assert b[key] == pytest.approx(a[key], rel=1e-5)
 
 
-def test_empty_one_token_long_and_no_text(evaluator, texts):
+def test_empty_texts_are_counted_and_do_not_change_the_figures(evaluator, texts):
     one = evaluator.calculate_perplexity(["a"])
     assert (one["num_sequences"], one["total_tokens"], one["std_loss"]) == (1, 1, 0.0)
     assert one["nats_per_token"] == pytest.approx(naive_nats(evaluator, "a")[0], rel=1e-5)
@@ -123,7 +123,7 @@ def test_empty_one_token_long_and_no_text(evaluator, texts):
         assert math.isnan(probabilities["expected_calibration_error"])
 
 
-def test_a_single_string_is_not_a_list_of_letters(evaluator):
+def test_a_string_instead_of_a_list_is_refused(evaluator):
     with pytest.raises(ValueError, match="texts must be a list of strings, not str 'The cat'"):
         evaluator.calculate_perplexity("The cat")
     with pytest.raises(ValueError, match="prompts must be a list"):
@@ -157,7 +157,7 @@ def test_a_broken_model_gives_no_finite_figure(model_dirs):
     assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
 
 
-def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
+def test_without_bos_and_eos_the_first_token_does_not_count(bare_model_dir):
     evaluator = ModelEvaluator(bare_model_dir, "cpu")
     got = evaluator.calculate_perplexity(["cat dog girl", "bird"])
     with torch.no_grad():
@@ -173,10 +173,10 @@ def test_a_tokenizer_without_bos_and_eos(bare_model_dir):
         evaluator.evaluate_generation_quality([""])
 
 
-# ---- token probabilities --------------------------------------------------------------------------------------------
+# ---- token probabilities -------------------------------------------------------------------------
 
 
-def test_changed_weights_are_measured_anew(model_dirs):
+def test_changed_weights_are_scored_again(model_dirs):
     evaluator, text = ModelEvaluator(model_dirs["Llama"], "cpu"), ["The cat sat"]
     evaluator.calculate_perplexity(text)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_a_uniform_model_is_calibrated(model_dirs):
     )
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def test_generation_quality_measures_its_own_samples(evaluator):
@@ -256,10 +256,10 @@ def test_generation_quality_measures_its_own_samples(evaluator):
     assert math.isnan(evaluator.evaluate_generation_quality([])["avg_diversity_score"])
 
 
-# ---- pictures, files, command line ----------------------------------------------------------------------------------
+# ---- passages, plots, command line ---------------------------------------------------------------
 
 
-def test_plots_of_part_or_all(evaluator, texts, tmp_path):
+def test_any_subset_of_the_figures_can_be_plotted(evaluator, texts, tmp_path):
     text = evaluator.evaluate_token_probabilities([r"a $\frac{ <script> cat", *texts])
     hostile = {"generation_samples": [{"prompt": r"$\frac{", "generations": ["_^$\n\x00 <b>"]}]}
     for number, what in enumerate(
@@ -279,7 +279,7 @@ def test_plots_of_part_or_all(evaluator, texts, tmp_path):
         evaluator.plot_metrics({"perplexity": 3.0}, tmp_path / "none.png")
 
 
-def test_passages_keep_the_text():
+def test_passages_lose_no_word():
     rng = random.Random(0)
     words = ["word" * rng.randint(1, 9) for _ in range(3000)]
     text = "".join(word + rng.choice(["\n", " ", " ", " "]) for word in words)
@@ -313,7 +313,7 @@ def run_dir(model_dirs, corpus_dir, tmp_path):
     return folder
 
 
-def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
+def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
     out = capsys.readouterr()
     report = json.loads(
@@ -333,17 +333,19 @@ def test_command_line_writes_strict_json_and_a_picture(run_dir, capsys):
         assert value == pytest.approx(again[key], rel=1e-5)
 
 
-def test_a_checkpoint_is_measured_on_the_text_of_its_run(run_dir, capsys, caplog):
+def test_a_checkpoint_is_evaluated_on_the_held_out_text_of_its_run(run_dir, capsys, caplog):
     for file in (*run_dir.glob("*.json"), run_dir / "model.safetensors"):
         (run_dir / "checkpoint-5").mkdir(exist_ok=True)
         shutil.copy(file, run_dir / "checkpoint-5")
     (run_dir.parent / "text" / "toy.dev").write_bytes(b"The cat sees a caf\xe9.\n\n\nThe dog.\n")
     assert evaluate.main([str(run_dir / "checkpoint-5"), "--device", "cpu"]) == 0
     assert "2 of 2 passages" in capsys.readouterr().out
-    assert re.fullmatch(r"1 bytes are not UTF-8, the first at .*toy.dev: line 1", caplog.messages[0])
+    assert re.fullmatch(
+        r"1 bytes are not UTF-8, the first at .*toy.dev: line 1", caplog.messages[0]
+    )
 
 
-def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
+def test_the_flags_reach_the_results(run_dir, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("The cat\n\nA dog sees\n")
     (tmp_path / "text.dev").write_text("a")
     output = tmp_path / "deep" / "results.json"
@@ -403,7 +405,7 @@ def test_command_line_options_reach_the_figures(run_dir, tmp_path, capsys):
         (["RUN", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
 )
-def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments, message):
+def test_a_mistake_gets_one_error_line(run_dir, model_dirs, tmp_path, capsys, arguments, message):
     (tmp_path / "empty.dev").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "odd").mkdir()
@@ -423,7 +425,7 @@ def test_mistakes_get_one_line(run_dir, model_dirs, tmp_path, capsys, arguments,
     assert err.startswith(message) and err.count("\n") == 1
 
 
-def test_an_interruption_is_one_line(run_dir, monkeypatch, capsys):
+def test_ctrl_c_prints_one_line_and_writes_nothing(run_dir, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -433,7 +435,7 @@ def test_an_interruption_is_one_line(run_dir, monkeypatch, capsys):
     assert not (run_dir / "evaluation_results.json").exists()
 
 
-def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
+def test_a_missing_cuda_device_is_one_warning_line(model_dirs):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     code = f"from evaluate import ModelEvaluator; print(ModelEvaluator({str(model_dirs['Llama'])!r}).device)"
@@ -443,10 +445,10 @@ def test_cuda_asked_for_and_missing_is_one_line(model_dirs):
     assert done.stdout == "cpu\n" and done.stderr == "CUDA is not available; using the CPU\n"
 
 
-# ---- the name trap --------------------------------------------------------------------------------------------------
+# ---- imports and outputs -------------------------------------------------------------------------
 
 
-def test_import_is_cheap_and_silent():
+def test_importing_the_scripts_imports_nothing_heavy():
     code = (
         "import sys, evaluate, generate\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'tqdm', 'yaml'} & set(sys.modules)\n"
@@ -456,7 +458,7 @@ def test_import_is_cheap_and_silent():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_what_cannot_be_written_is_said_before_the_work(run_dir, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_fails_before_the_work(run_dir, tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert evaluate.main([str(run_dir), "--output-path", str(blocked / "results.json")]) == 2

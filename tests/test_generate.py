@@ -1,4 +1,4 @@
-"""generate.py: what is streamed is what inference.generate makes, in whole characters, from a shell and by hand."""
+"""generate.py: streamed texts equal those of evaluation.generation, in complete characters."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_the_stream_is_the_text_of_generate(loaded, temperature):
     assert (len(set(texts)) == 1) == (temperature == 0)
 
 
-def test_no_piece_ends_inside_a_character(tiny_model, tokenizer):
+def test_streamed_pieces_hold_complete_characters(tiny_model, tokenizer):
     text = "naïve 🙂 世界 done"
-    said = encode(tokenizer, [text])[0] + [tokenizer.eos_token_id]
-    model = tiny_model("Llama").train()  # taught this one text by heart
+    text_ids = encode(tokenizer, [text])[0] + [tokenizer.eos_token_id]
+    model = tiny_model("Llama").train()  # overfit this one text
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        model(torch.tensor([said]), labels=torch.tensor([said])).loss.backward()
+        model(torch.tensor([text_ids]), labels=torch.tensor([text_ids])).loss.backward()
         optimizer.step()
     pieces = list(
         generate.stream(
@@ -42,12 +42,12 @@ def test_no_piece_ends_inside_a_character(tiny_model, tokenizer):
         )
     )
     assert "".join(pieces) == text
-    assert len(said) > len(text) + 5  # characters of several bytes are several tokens here
+    assert len(text_ids) > len(text) + 5  # characters of several bytes are several tokens here
     assert not any("\ufffd" in piece for piece in pieces)
     assert max(map(len, pieces)) < 8  # it came as it was made
 
 
-def test_bytes_that_are_no_text_still_come_out(loaded, tokenizer):
+def test_an_incomplete_character_at_the_end_is_printed(loaded, tokenizer):
     prompt = "The cat"
     whole = generate_texts(
         *loaded, [prompt], max_new_tokens=1, num_return_sequences=40, top_p=1.0, temperature=5.0
@@ -61,7 +61,7 @@ def test_bytes_that_are_no_text_still_come_out(loaded, tokenizer):
         )
 
 
-def test_prompt_on_the_command_line(model_dirs, capsys):
+def test_the_same_seed_prints_the_same_texts(model_dirs, capsys):
     arguments = [
         str(model_dirs["GPT2"]),
         "--prompt",
@@ -116,7 +116,7 @@ def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkey
     )
 
 
-def test_an_empty_prompt_starts_from_nothing(model_dirs, capsys):
+def test_an_empty_prompt_starts_from_bos(model_dirs, capsys):
     assert (
         generate.main(
             [str(model_dirs["Llama"]), "--prompt", "", "--max-new-tokens", "8", "--device", "cpu"]
@@ -148,7 +148,7 @@ def test_an_empty_prompt_starts_from_nothing(model_dirs, capsys):
         (["MODEL", "--prompt", "a", "--device", "tpu"], 'error: device "tpu" is unknown'),
     ],
 )
-def test_mistakes_get_one_line(model_dirs, tmp_path, capsys, arguments, message):
+def test_a_mistake_gets_one_error_line(model_dirs, tmp_path, capsys, arguments, message):
     names = {"MODEL": str(model_dirs["Llama"]), "BARE": str(tmp_path)}
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model_dirs["Llama"] / name, tmp_path)
