@@ -76,13 +76,13 @@ def test_usual_intermediate_size():
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "3E-4", "+3e-4", ".3e-3"])
-def test_numbers_as_people_write_them(config_file, text):
+def test_scientific_notation_is_a_number(config_file, text):
     path = config_file(yaml.safe_dump(raw()).replace("lr: 0.001", f"lr: {text}"))
     assert load_config(path)["training"]["lr"] == pytest.approx(3e-4)
 
 
 @pytest.mark.parametrize("text", ["None", "null", "~", ""])
-def test_none_is_null(config_file, text):
+def test_none_and_empty_values_are_null(config_file, text):
     path = config_file(
         yaml.safe_dump(raw()).replace("model:\n", f"model:\n  intermediate_size: {text}\n")
     )
@@ -115,13 +115,13 @@ def test_none_is_null(config_file, text):
         ({"model__zzz": 1}, "model.zzz: unknown key; known: model.type, model.name, model.hidden_size"),
     ],
 )  # fmt: skip
-def test_one_wrong_value_is_one_line(changes, expected):
+def test_each_problem_is_one_line_with_what_is_allowed(changes, expected):
     lines = problems(raw(**changes))
     assert len(lines) == 1
     assert expected in lines[0]
 
 
-def test_all_problems_at_once():
+def test_all_problems_are_reported_at_once():
     config = raw(
         model__hidden_size=200,
         model__n_head=6,
@@ -136,7 +136,7 @@ def test_all_problems_at_once():
     }  # fmt: skip
 
 
-def test_missing_and_misshapen_sections():
+def test_missing_sections_and_sections_that_are_no_sections():
     config = raw()
     del config["training"]
     config["data"] = 3
@@ -156,19 +156,19 @@ def test_missing_and_misshapen_sections():
         ("", "not a configuration"),
     ],
 )
-def test_yaml_errors_name_the_place(config_file, text, expected):
+def test_yaml_errors_name_line_and_column(config_file, text, expected):
     path = config_file(text)
     with pytest.raises(ConfigError, match="c.yaml") as caught:
         load_config(path)
     assert expected in str(caught.value)
 
 
-def test_missing_file_names_the_nearest():
+def test_a_missing_file_suggests_the_nearest_config():
     with pytest.raises(FileNotFoundError, match=r"did you mean config/llama-10M\.yaml\?"):
         load_config("config/llama10M.yaml")
 
 
-def test_overrides_beat_the_file(config_file):
+def test_the_command_line_beats_the_file(config_file):
     path = config_file(training__fp16=True)
     args = Namespace(lr=5e-4, batch_size=16, model_name="other", seed=0, bf16=True, wandb=False,
                      set=["training.num_epochs=3", "data.seq_length=64", "training.lr_scheduler=linear"])  # fmt: skip
@@ -186,12 +186,12 @@ def test_overrides_beat_the_file(config_file):
 @pytest.mark.parametrize(
     "args", [None, Namespace(), SimpleNamespace(lr=None), SimpleNamespace(unrelated=object())]
 )
-def test_any_namespace_will_do(config_file, args):
+def test_load_config_accepts_any_namespace(config_file, args):
     assert load_config(config_file(), args) == check_config(GOOD)
 
 
 @pytest.mark.parametrize("assignment", ["training.lr", "lr=3", "training.lr.x=3", "=3", ".=1"])
-def test_malformed_set(config_file, assignment):
+def test_a_malformed_set_flag_is_an_error(config_file, assignment):
     with pytest.raises(ConfigError, match="section.key=value"):
         load_config(config_file(), Namespace(set=[assignment]))
 
@@ -201,7 +201,7 @@ def test_set_of_an_unknown_key_is_an_error(config_file):
         load_config(config_file(), Namespace(set=["training.warmup_step=3"]))
 
 
-def test_unusual_values_are_warned_of_once_each(config_file, caplog):
+def test_each_unusual_value_gets_one_warning(config_file, caplog):
     load_config(config_file(training__lr=5e-3, data__seq_length=1024, model__intermediate_size=256))
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 3
@@ -232,14 +232,14 @@ def test_unknown_model_type_names_the_known_ones():
         check_model_section({"type": "BERT"})
 
 
-def test_generated_files_are_fresh():
+def test_generated_files_are_up_to_date():
     for path, text in generated_files().items():
         assert path.read_text(encoding="utf-8") == text, (
-            f"{path.relative_to(ROOT)} is stale: run python -m babyllama.config"
+            f"{path.relative_to(ROOT)} is out of date: run python -m babyllama.config"
         )
 
 
-def test_the_text_of_a_run(tmp_path, monkeypatch):
+def test_the_text_that_a_run_was_trained_on(tmp_path, monkeypatch):
     run = tmp_path / "run"
     (run / "checkpoint-7").mkdir(parents=True)
     assert training_text_of(run, "eval_path") is None
@@ -270,7 +270,7 @@ def test_the_schema_accepts_every_shipped_config_key():
             assert not set(sections[name].get("required", [])) - set(keys), path
 
 
-def test_a_tilde_is_home(monkeypatch, tmp_path):
+def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = raw(data__train_path="~/text", logging__output_dir="~/models")
     config["distillation"] = {"teachers": ["~/one", "two"]}
