@@ -464,21 +464,21 @@ def test_what_was_measured_survives_an_interruption(
     model_dirs, small_file, tmp_path, capsys, monkeypatch
 ):
     output, models = tmp_path / "b.json", [str(model_dirs["GPT2"]), str(model_dirs["GPTJ"])]
-    identify = benchmark.identify
+    model_facts = benchmark.model_facts
 
     def interrupted(suite):
         if suite.model_path == model_dirs["GPTJ"]:
             raise KeyboardInterrupt
-        return identify(suite)
+        return model_facts(suite)
 
-    monkeypatch.setattr(benchmark, "identify", interrupted)
+    monkeypatch.setattr(benchmark, "model_facts", interrupted)
     argv = [*models, "--benchmark-config", str(small_file), "--tasks", "blimp", "--device", "cpu"]
     assert benchmark.main([*argv, "--output", str(output)]) == 130
     assert list(json.loads(output.read_text())["results"]) == ["GPT2"]
     assert (
         "GPT2" in output.with_suffix(".html").read_text() and output.with_suffix(".png").is_file()
     )
-    ended = f"interrupted; the models that had ended are in {output}, if any had\n"
+    ended = f"interrupted; {output} holds the models that were finished, if any\n"
     assert capsys.readouterr().err.endswith(ended)
 
     def early(path):
@@ -507,7 +507,7 @@ def test_a_report_that_cannot_be_drawn_is_no_success(
     ]
     assert benchmark.main([*argv, "--output", str(tmp_path / "b.json")]) == 2
     out = capsys.readouterr().out
-    assert "the report could not be written whole: no font" in out and "results in" not in out
+    assert "the report after GPT2 is incomplete: no font" in out and "results:" not in out
     assert list(json.loads((tmp_path / "b.json").read_text())["results"]) == ["GPT2"]
 
 
@@ -564,15 +564,15 @@ def test_mistakes_get_one_line(model_dirs, tmp_path, capsys):
     for argv, said in (
         (
             [model, "--tasks", "completon"],
-            "--tasks completon: not declared; there are completion, consistency",
+            "--tasks completon: not declared; declared: completion, consistency",
         ),
         ([model, "--benchmark-config", str(tmp_path / "no.yaml")], "no such configuration file"),
-        ([model, model], "the same model stands twice"),
-        ([model, "--output", str(tmp_path / "x.txt")], "name a .json file"),
-        ([model, "--output", str(tmp_path / "folder.json")], "name a .json file"),
+        ([model, model], "this model is named twice"),
+        ([model, "--output", str(tmp_path / "x.txt")], "is not a .json file"),
+        ([model, "--output", str(tmp_path / "folder.json")], "is not a .json file"),
         ([model, "--device", "tpu"], 'device "tpu" is unknown'),
         ([model, "--seed", "-1"], "--seed -1 must be 0 or more"),
-        ([model, "--tasks", ","], "--tasks: none named; there are completion"),
+        ([model, "--tasks", ","], "--tasks is empty; declared: completion"),
         (
             [model, "--benchmark-config", str(wrong)],
             f"{wrong}: tasks.b.type: 'blmp' is unknown; did you mean blimp?",
