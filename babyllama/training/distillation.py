@@ -463,12 +463,12 @@ def describe_cache(folder: Path) -> str:
     megabytes = about["bytes"] / 1e6
     kl = about["sample_kl"]
     kl_cached = about["sample_kl_cached"]
+    content = f"{about['facts']['top_k']} tokens per position, {megabytes:,.0f} MB in {folder}"
     return (
-        f"{about['facts']['top_k']} tokens per position, {megabytes:,.0f} MB in {folder}; "
-        f"dropped mass {about['dropped_mass']:.4f} on average. "
-        f"The untrained student's KL on {about['sample_chunks']} chunks: {kl_cached:.4f} nats per "
-        f"token with the cache, {kl:.4f} without, so the cache keeps {kl_cached / max(kl, 1e-9):.0%} "
-        "of it (more with a larger distillation.top_k)"
+        f"{content}; dropped mass {about['dropped_mass']:.4f} on average. The untrained student's "
+        f"KL on {about['sample_chunks']} chunks: {kl_cached:.4f} nats per token with the cache, "
+        f"{kl:.4f} without, so the cache keeps {kl_cached / max(kl, 1e-9):.0%} of it "
+        "(more with a larger distillation.top_k)"
     )
 
 

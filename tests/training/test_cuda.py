@@ -1,4 +1,4 @@
-"""What only a GPU shows: the same numbers as the CPU's, and no waiting for it between the rows of the log."""
+"""GPU only: the same numbers as on the CPU, and no waiting between the rows of the log."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def column(trainer: LMTrainer, name: str) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_waits_for_the_device_between_rows_of_the_log(tmp_path, optimizer, compiled):
+def test_no_step_waits_for_the_gpu_between_rows_of_the_log(tmp_path, optimizer, compiled):
     watch = Watch(4, 10)
     try:
         train(tmp_path, compiled=compiled, callbacks=[watch], optimizer=optimizer, precision="bf16", ema=0.9,
@@ -97,7 +97,7 @@ def test_nothing_waits_for_the_device_between_rows_of_the_log(tmp_path, optimize
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_recorded_batches_train_as_others_do(tmp_path, kind, accumulation, compiled):
+def test_recorded_batches_have_the_same_losses(tmp_path, kind, accumulation, compiled):
     """Also where the last batch of the epoch is a smaller one, alone or behind others of its step."""
     found = {}
     for on in (True, False):
@@ -151,7 +151,7 @@ def test_a_compiled_bf16_batch_has_the_loss_and_gradients_of_float32_on_the_cpu(
             assert gap < 0.05, f"{name}: {gap}"
 
 
-def test_a_step_of_muon_is_that_of_the_cpu():
+def test_a_step_of_muon_equals_the_cpu_step():
     training = check_config(tiny_config(*[Path("x")] * 3, training__optimizer="muon"))["training"]
     model, ids = (
         build_tiny_model("Llama").train(),
@@ -170,7 +170,7 @@ def test_a_step_of_muon_is_that_of_the_cpu():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_generates_what_the_cpu_does(kind, tokenizer):
+def test_the_gpu_generates_the_same_text_as_the_cpu(kind, tokenizer):
     model = build_tiny_model(kind)
     prompts, options = (
         ["The cat sees", "The", "The old dog near the river"],
@@ -183,7 +183,7 @@ def test_the_gpu_generates_what_the_cpu_does(kind, tokenizer):
     )  # nothing on the left
 
 
-def test_a_gpu_scores_a_little_in_float32():
+def test_a_gpu_scores_few_texts_in_float32():
     rng, model = np.random.default_rng(1), build_tiny_model("Llama")
     texts = [[1, *rng.integers(3, 400, n).tolist()] for n in rng.integers(4, 20, 1200)]
     expected, _ = fast_choices.relative_scores(model, texts, [1] * 1200, [2] * 600)

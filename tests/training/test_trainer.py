@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, rows_of, tiny_config
 from datasets import Dataset
+from safetensors.torch import load_file
 
 import train
 from babyllama.config import check_config
+from babyllama.training import trainer
 from babyllama.training.run_dir import RESULTS, checkpoints
 from babyllama.training.trainer import ShiftedChunks
 
@@ -89,33 +91,29 @@ def finished_weights(tmp_path_factory, tokenizer_file, corpus_dir) -> bytes:
     return (root / "models" / "tiny" / "model.safetensors").read_bytes()
 
 
-def test_the_average_is_the_average(config_file, tmp_path, monkeypatch):
-    """ema: what is saved is 0.5 x the old average + 0.5 x the new weights after each step, from the first weights on."""
-    from babyllama.training import trainer
-
-    seen = []
+def test_ema_saves_the_average_of_all_weights(config_file, tmp_path, monkeypatch):
+    """The average starts at the first weights: after n steps those still weigh 0.99 ** (n - 1)."""
+    weights_by_step = []
     update = trainer._UpdateAverage.on_step_end
 
-    def note(self, args, state, control, model=None, **kwargs):
-        seen.append(model.lm_head.weight.detach().cpu().clone())
+    def collect_weights(self, args, state, control, model=None, **kwargs):
+        weights_by_step.append(model.lm_head.weight.detach().cpu().clone())
         return update(self, args, state, control, model=model, **kwargs)
 
-    monkeypatch.setattr(trainer._UpdateAverage, "on_step_end", note)
-    assert train.main(["--config", str(config_file(training__ema=0.5))]) == 0
-    expected = seen[0]
-    for weights in seen[1:]:
-        expected = 0.5 * expected + 0.5 * weights
-    from safetensors.torch import load_file
-
+    monkeypatch.setattr(trainer._UpdateAverage, "on_step_end", collect_weights)
+    assert train.main(["--config", str(config_file(training__ema=0.99))]) == 0
+    expected = weights_by_step[0]
+    for weights in weights_by_step[1:]:
+        expected = 0.99 * expected + 0.01 * weights
     saved = load_file(tmp_path / "models" / "tiny" / "model.safetensors")["lm_head.weight"]
-    assert len(seen) > 10
+    assert len(weights_by_step) > 10
     assert torch.allclose(saved, expected, atol=1e-6)
-    assert not torch.allclose(saved, seen[-1], atol=1e-4)
+    assert not torch.allclose(saved, weights_by_step[-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("eval_steps", [None, 7])
 def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, capsys, eval_steps):
-    """A learning rate that soon does harm: the run ends early, with the weights of its best evaluation."""
+    """The learning rate is too high: the run ends early, with the weights of its best evaluation."""
     harmful = {
         "training__lr": 1e-2,
         "training__lr_scheduler": "constant",
@@ -143,9 +141,20 @@ def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, capsys, ev
         ran["step"],
     )
     assert kept["epochs"] == pytest.approx(best["epoch"], abs=0.1)
+    # a run that ends at the best step has read the same words
+    until_best = config_file(**harmful, training__num_epochs=60, training__max_steps=best["step"])
+    assert train.main(["--config", str(until_best), "--model-name", "until-best"]) == 0
+    expected_words = results_of(tmp_path / "models" / "until-best")["words_trained"]
+    assert kept["words_trained"] == expected_words > 0
     assert f"{best['step']} steps of" in (run_dir / "README.md").read_text()
     assert f"stopped early     after step {ran['step']} of" in capsys.readouterr().out
-    # killed after it had stopped, before its results were written: it goes no further
+    # killed after it had stopped, before its results were written: resuming runs no further step
+    path = config_file(
+        **harmful,
+        training__num_epochs=60,
+        training__early_stopping_patience=2,
+        training__eval_steps=eval_steps,
+    )
     rows, weights = rows_of(run_dir), (run_dir / "model.safetensors").read_bytes()
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
@@ -154,7 +163,7 @@ def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, capsys, ev
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
 
-def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
+def test_the_log_holds_speed_memory_and_remaining_time(config_file, tmp_path):
     assert train.main(["--config", str(config_file())]) == 0
     run_dir = tmp_path / "models" / "tiny"
     made, report = (
@@ -176,7 +185,7 @@ def test_the_log_carries_what_a_run_costs(config_file, tmp_path):
     assert made["flops_per_token"] == 6 * (products + 2 * 32 * 32)
 
 
-def test_our_losses_are_those_of_a_plain_trainer_script(
+def test_our_losses_equal_those_of_a_plain_trainer_script(
     tmp_path, tokenizer, corpus_dir, tokenizer_file
 ):
     """Step by step, at another micro-batch, with the stock collator, loss, optimizer and schedule on the other side."""
