@@ -137,7 +137,7 @@ def slice_loss(
     The loss is alpha x nll + kl_weight x KL. next_ids (N,) holds -1 at the last position of a
     chunk, whose KL counts only with `last_positions`; targets are (N, K). The gradient is written
     out by hand: autograd through the definition takes 116 ms instead of 55 ms for a slice of 512
-    tokens (bf16, top_k 64 of 16,000; one AVX512-BF16 core), about a third of a training step.
+    tokens (bf16, top_k 64 of 16,000; one AVX512-BF16 core).
     """
     nll, nll_gradient, nll_scale = slice_nll(logits, next_ids)
     n_columns = logits.shape[1]
