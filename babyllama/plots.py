@@ -1,4 +1,4 @@
-"""Dicts of figures -> PNG files. The only file that imports matplotlib; nothing here computes a metric."""
+"""Draw figures into PNG files. The only module that imports matplotlib; computes no metric."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COLOURS = (
     "#8430ce",
     "#b3261e",
     "#007b83",
-)  # of models, those of the HTML page
+)  # one for each model, as on the HTML page
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
-    """(figure, axes) drawn without a display."""
+    """Return (figure, axes) that need no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,16 +35,16 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def label(text: Any) -> str:
-    """Text that matplotlib shows as it is: a `$` would start a formula."""
+    """Return text that matplotlib shows unchanged: a `$` would start a formula."""
     return str(text).replace("$", r"\$")
 
 
 def plot_training(
     rows: list[dict], path: Path, title: str, floor_nats: float | None = None
 ) -> None:
-    """Loss (train and held-out) against tokens, learning rate, and speed, from the rows of metrics.jsonl.
+    """Draw loss, learning rate and speed against tokens, from the rows of metrics.jsonl.
 
-    `floor_nats` is the lowest loss in nats per token that any model could reach, where it is known.
+    `floor_nats` is the lowest loss in nats per token that any model can reach, if it is known.
     """
     train = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
@@ -55,9 +55,7 @@ def plot_training(
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    on_text = [
-        r.get("ce_loss", r["loss"]) for r in train
-    ]  # with teachers, the part that compares with held-out
+    on_text = [r.get("ce_loss", r["loss"]) for r in train]  # without the teachers' part
     loss.plot([r["tokens"] for r in train], on_text, color=BLUE, lw=1.2, label="training")
     loss.plot(
         [r["tokens"] for r in held_out],
@@ -92,10 +90,11 @@ def plot_training(
 
 
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
-    """Surprisal along a text, its distribution, a reliability diagram and samples: what ModelEvaluator's dicts hold.
+    """Draw surprisal, its distribution, a reliability diagram and samples.
 
-    `metrics` is one such dict, several merged, a dict of them, or evaluate.py's report. A panel without its figures is
-    left out; a perplexity alone is drawn with its intervals. ValueError where there is nothing to draw.
+    `metrics` is a dict of ModelEvaluator, several merged, a dict of them, or evaluate.py's report.
+    Panels without figures are skipped; a perplexity alone is drawn with its intervals. ValueError
+    if there is nothing to draw.
     """
     metrics = metrics.get("results", metrics)
     found = dict(metrics)
@@ -118,7 +117,7 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Glyph"
-        )  # a model may say what the font lacks: a box is drawn
+        )  # the font may lack a generated character
         figure.savefig(path, dpi=120)
 
 
@@ -232,9 +231,9 @@ EVALUATION_PANELS = {
 
 
 def plot_comparison(rows: list[dict], path: Path) -> None:
-    """Bars with 95 % intervals, a group for each task, a colour for each model; a mark where chance lies.
+    """Draw bars with 95 % intervals: a group for each task, a colour for each model, marks at chance.
 
-    A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (None for none), on a scale up to 1.
+    A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (or None), up to 1.
     """
     tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
     figure, ((axis,),) = new_figure(1, 1, max(6, 2 + len(tasks) * (1 + 0.25 * len(models))), 4.2)
@@ -282,10 +281,10 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
 
 
 def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None:
-    """Held-out bits per byte against the values of each key, a panel for each; runs that differ in this key alone are
-    joined, and a star marks the run named `best`.
+    """Draw held-out bits per byte against the values of each key, one panel per key.
 
-    A row has `name`, `values` (by key) and `eval_bits_per_byte`, or `error`, in which case it is left out.
+    Runs that differ in this key alone are joined; a star marks the run named `best`. A row has
+    `name`, `values` (by key) and `eval_bits_per_byte`. Rows with an `error` are skipped.
     """
     done = [row for row in rows if "error" not in row]
     figure, (axes,) = new_figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
@@ -325,10 +324,10 @@ def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
 
 
 def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
-    """A line for each phenomenon of a task, and the mean of all with its interval, from checkpoint to checkpoint.
+    """Draw the accuracy of each phenomenon of a task over a run, and the mean with its interval.
 
-    `curve` has `at` (million words seen, drawn on a log axis; steps where `words` is false), `lines` {phenomenon:
-    accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
+    `curve` has `at` (million words seen, on a log axis; steps if `words` is false), `lines`
+    {phenomenon: accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
     """
     figure, ((axis,),) = new_figure(1, 1, 9.5, 5)
     from matplotlib import colormaps
