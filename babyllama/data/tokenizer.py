@@ -88,7 +88,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
             texts[token_id] = bytes(byte_of[character] for character in token)
         else:
             raise ValueError(
-                f"token {token_id} ({token!r}) is not made of bytes: the tokenizer is not byte-level"
+                f"token {token_id} ({token!r}) is not made of bytes; use a byte-level tokenizer"
             )
     return texts
 
