@@ -231,7 +231,7 @@ EVALUATION_PANELS = {
 
 
 def plot_comparison(rows: list[dict], path: Path) -> None:
-    """Draw bars with 95 % intervals: a group for each task, a colour for each model, marks at chance.
+    """Draw bars with 95 % intervals: a group per task, a colour per model, marks at chance.
 
     A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (or None), up to 1.
     """
@@ -246,9 +246,17 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
             [row["high"] - row["value"] for row in own],
         ]
         axis.bar(
-            places, [row["value"] for row in own], width * 0.92, yerr=errors, label=label(model), capsize=2,
-            color=COLOURS[i % 6], hatch="/" * (i // 6), alpha=0.85, error_kw={"lw": 1.2, "ecolor": DARK},
-        )  # fmt: skip
+            places,
+            [row["value"] for row in own],
+            width * 0.92,
+            yerr=errors,
+            label=label(model),
+            capsize=2,
+            color=COLOURS[i % 6],
+            hatch="/" * (i // 6),
+            alpha=0.85,
+            error_kw={"lw": 1.2, "ecolor": DARK},
+        )
         marked = [
             (place, row["chance"])
             for place, row in zip(places, own, strict=True)
