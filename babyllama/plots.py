@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
-BLUE, ORANGE, GREEN, GREY, DARK = "#3367d6", "#e8710a", "#188038", "#80868b", "#3c4043"
-COLOURS = (
-    BLUE,
-    ORANGE,
-    GREEN,
-    "#8430ce",
-    "#b3261e",
-    "#007b83",
-)  # one for each model, as on the HTML page
+BLUE = "#3367d6"
+ORANGE = "#e8710a"
+GREEN = "#188038"
+GREY = "#80868b"
+DARK = "#3c4043"
+PURPLE = "#8430ce"
+RED = "#b3261e"
+TEAL = "#007b83"
+MODEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)  # the colours of the HTML page
+DPI = 120
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
@@ -39,6 +41,9 @@ def label(text: Any) -> str:
     return str(text).replace("$", r"\$")
 
 
+# ---- training -----------------------------------------------------------------------------------
+
+
 def plot_training(
     rows: list[dict], path: Path, title: str, floor_nats: float | None = None
 ) -> None:
@@ -46,47 +51,58 @@ def plot_training(
 
     `floor_nats` is the lowest loss in nats per token that any model can reach, if it is known.
     """
-    train = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "eval_loss" in row]
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-    figure, ((loss, rate, speed),) = new_figure(1, 3, 13, 4)
-    for axis in (loss, rate, speed):
+    training_rows = [row for row in rows if "loss" in row]
+    held_out_rows = [row for row in rows if "eval_loss" in row]
+    tokens = [row["tokens"] for row in training_rows]
+
+    figure, ((loss_axis, rate_axis, speed_axis),) = new_figure(1, 3, 13, 4)
+    for axis in (loss_axis, rate_axis, speed_axis):
+        axis.set_xlabel("tokens")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
-    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    on_text = [r.get("ce_loss", r["loss"]) for r in train]  # without the teachers' part
-    loss.plot([r["tokens"] for r in train], on_text, color=BLUE, lw=1.2, label="training")
-    loss.plot(
-        [r["tokens"] for r in held_out],
-        [r["eval_loss"] for r in held_out],
-        "o-",
-        color=ORANGE,
-        ms=4,
-        label="held-out",
-    )
+    rate_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    speed_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+    # loss; in distillation `ce_loss` is the loss on the text, without the teachers' part
+    losses = [row.get("ce_loss", row["loss"]) for row in training_rows]
+    held_out_tokens = [row["tokens"] for row in held_out_rows]
+    held_out_losses = [row["eval_loss"] for row in held_out_rows]
+    loss_axis.plot(tokens, losses, color=BLUE, lw=1.2, label="training")
+    loss_axis.plot(held_out_tokens, held_out_losses, "o-", color=ORANGE, ms=4, label="held-out")
     if floor_nats is not None:
-        loss.axhline(
-            floor_nats,
-            color=GREEN,
-            ls="--",
-            lw=1.2,
-            label=f"entropy of its grammar, {floor_nats:.3f}",
-        )
-    loss.set(xlabel="tokens", ylabel="loss (nats per token)", title=f"loss of {label(title)}")
-    loss.legend(frameon=False)
-    rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], color=BLUE)
-    rate.set(xlabel="tokens", ylabel="learning rate", title="learning rate")
-    steps = [
-        b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *train])
-    ]  # a row of few is noise
-    usual = sorted(steps)[len(steps) // 2] if steps else 0
-    fast = [
-        r for r, n in zip(train, steps, strict=True) if "tokens_per_second" in r and 2 * n >= usual
+        floor_label = f"entropy of its grammar, {floor_nats:.3f}"
+        loss_axis.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=floor_label)
+    loss_axis.set(ylabel="loss (nats per token)", title=f"loss of {label(title)}")
+    loss_axis.legend(frameon=False)
+
+    # learning rate
+    learning_rates = [row["learning_rate"] for row in training_rows]
+    rate_axis.plot(tokens, learning_rates, color=BLUE)
+    rate_axis.set(ylabel="learning rate", title="learning rate")
+
+    # speed
+    timed_rows = _rows_with_reliable_speed(training_rows)
+    speeds = [row["tokens_per_second"] for row in timed_rows]
+    speed_axis.plot([row["tokens"] for row in timed_rows], speeds, color=BLUE)
+    speed_axis.set(ylabel="tokens per second", title="training speed", ylim=(0, None))
+    figure.savefig(path, dpi=DPI)
+
+
+def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
+    """Return the rows that time at least half the usual number of steps; fewer are noise."""
+    step_counts = [
+        row["step"] - previous["step"] for previous, row in itertools.pairwise([{"step": 0}, *rows])
     ]
-    speed.plot([r["tokens"] for r in fast], [r["tokens_per_second"] for r in fast], color=BLUE)
-    speed.set(xlabel="tokens", ylabel="tokens per second", title="training speed", ylim=(0, None))
-    figure.savefig(path, dpi=120)
+    usual_count = sorted(step_counts)[len(rows) // 2] if rows else 0
+    return [
+        row
+        for row, count in zip(rows, step_counts, strict=True)
+        if "tokens_per_second" in row and 2 * count >= usual_count
+    ]
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
 
 
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
@@ -96,119 +112,134 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
     Panels without figures are skipped; a perplexity alone is drawn with its intervals. ValueError
     if there is nothing to draw.
     """
+    # merge the metrics of all sections
     metrics = metrics.get("results", metrics)
-    found = dict(metrics)
-    for value in metrics.values():
-        found |= value if isinstance(value, dict) else {}
-    panels = [draw for key, draw in EVALUATION_PANELS.items() if found.get(key)]
-    if not panels and found.get("nats_per_token") is not None:
-        panels = [_draw_rates]
+    merged = dict(metrics)
+    for section in metrics.values():
+        if isinstance(section, dict):
+            merged |= section
+
+    # choose the panels
+    panels = [draw for key, draw in EVALUATION_PANELS.items() if merged.get(key)]
+    if not panels and merged.get("nats_per_token") is not None:
+        panels = [_draw_perplexity]
     if not panels:
-        raise ValueError(
-            f"nothing to draw: the metrics hold none of {', '.join(EVALUATION_PANELS)}"
-        )
-    rows = -(-len(panels) // 2)
-    figure, axes = new_figure(rows, min(2, len(panels)), 7 * min(2, len(panels)), 4.5 * rows)
+        keys = ", ".join(EVALUATION_PANELS)
+        raise ValueError(f"nothing to draw: the metrics contain none of {keys}")
+
+    # draw them in two columns
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = new_figure(rows, columns, 7 * columns, 4.5 * rows)
     for draw, axis in zip(panels, axes.flat, strict=False):
-        draw(axis, found)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
+        draw(axis, merged)
+    for empty_axis in axes.flat[len(panels) :]:
+        empty_axis.set_axis_off()
     figure.suptitle(label(title))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # the font may lack a generated character
-        figure.savefig(path, dpi=120)
+        # the font may lack a generated character
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, dpi=DPI)
 
 
-def _draw_rates(axis, found: dict) -> None:
+def _draw_perplexity(axis, metrics: dict) -> None:
+    """Draw nats per token and bits per byte as points with their intervals."""
     keys = ("nats_per_token", "bits_per_byte")
-    for place, key in enumerate(keys):
-        value, (low, high) = found[key], found[f"{key}_ci95"]
-        axis.plot([low, high], [place, place], color=BLUE, lw=2)
-        axis.plot(value, place, "o", color=BLUE)
+    for height, key in enumerate(keys):
+        value = metrics[key]
+        axis.plot(metrics[f"{key}_ci95"], [height, height], color=BLUE, lw=2)
+        axis.plot(value, height, "o", color=BLUE)
         axis.annotate(
-            f"{value:.4f}", (value, place), xytext=(0, 8), textcoords="offset points", ha="center"
+            f"{value:.4f}", (value, height), xytext=(0, 8), textcoords="offset points", ha="center"
         )
     axis.set_yticks(range(len(keys)), [key.replace("_", " ") for key in keys])
     axis.set(xlabel="with 95 % interval", ylim=(-0.6, len(keys) - 0.4), xlim=(0, None))
-    axis.set_title(
-        f"perplexity {found['perplexity']:,.2f} per token, {found['word_perplexity']:,.2f} per word"
-    )
+    per_token = f"{metrics['perplexity']:,.2f} per token"
+    per_word = f"{metrics['word_perplexity']:,.2f} per word"
+    axis.set_title(f"perplexity {per_token}, {per_word}")
 
 
-def _draw_surprisal(axis, found: dict) -> None:
-    sample = found["surprisal_sample"]
-    bits = [value or 0.0 for value in sample["bits"]]
+def _draw_surprisal(axis, metrics: dict) -> None:
+    """Draw a bar for each token of one text."""
+    sample = metrics["surprisal_sample"]
+    bits = [value or 0.0 for value in sample["bits"]]  # a token without context has None
+    names = []
+    for token in sample["tokens"]:
+        visible = token.replace("\n", "\\n").replace("\t", "\\t").strip()
+        names.append(label(visible or "_"))
+
     axis.bar(range(len(bits)), bits, color=BLUE, width=0.8)
-    names = [
-        label(token.replace("\n", "\\n").replace("\t", "\\t").strip() or "_")
-        for token in sample["tokens"]
-    ]
     axis.set_xticks(
         range(len(bits)), names, rotation=75, ha="right", rotation_mode="anchor", fontsize=8
     )
-    axis.set(
-        ylabel="surprisal (bits)",
-        title="surprisal along a held-out text",
-        xlim=(-0.7, len(bits) - 0.3),
-    )
+    axis.set_xlim(-0.7, len(bits) - 0.3)
+    axis.set(ylabel="surprisal (bits)", title="surprisal along a held-out text")
     axis.grid(False, axis="x")
 
 
-def _draw_distribution(axis, found: dict) -> None:
-    histogram = found["surprisal_histogram_bits"]
-    total = sum(histogram["counts"]) or 1
-    edges, shares = histogram["edges"], [count / total for count in histogram["counts"]]
+def _draw_distribution(axis, metrics: dict) -> None:
+    """Draw the histogram of the surprisal of all tokens, up to its last bar that is not empty."""
+    edges = metrics["surprisal_histogram_bits"]["edges"]
+    counts = metrics["surprisal_histogram_bits"]["counts"]
+    total = sum(counts) or 1
+    shares = [count / total for count in counts]
+    filled_edges = [right for right, count in zip(edges[1:], counts, strict=True) if count]
+
     axis.bar(edges[:-1], shares, width=0.95, align="edge", color=BLUE)
-    last = max(
-        (edge for edge, share in zip(edges[1:], shares, strict=True) if share), default=edges[-1]
-    )
+    axis.set_xlim(0, max(filled_edges, default=edges[-1]))
     axis.set(
         xlabel="surprisal of a token (bits)",
         ylabel="share of tokens",
         title="distribution of surprisal",
     )
-    axis.set_xlim(0, last)
-    if (loss := found.get("nats_per_token")) is not None:
-        mean = loss / math.log(2)
+    nats_per_token = metrics.get("nats_per_token")
+    if nats_per_token is not None:
+        mean = nats_per_token / math.log(2)
         axis.axvline(mean, color=ORANGE, lw=1.5, label=f"mean, {mean:.2f} bits per token")
         axis.legend(frameon=False)
 
 
-def _draw_reliability(axis, found: dict) -> None:
-    bins = found["reliability"]
+def _draw_reliability(axis, metrics: dict) -> None:
+    """Draw accuracy against confidence, a point per bin, beside the diagonal of calibration."""
+    bins = metrics["reliability"]
     total = sum(b["count"] for b in bins)
+    confidences = [b["confidence"] for b in bins]
+    accuracies = [b["accuracy"] for b in bins]
+    lows = [b["accuracy_ci95"][0] for b in bins]
+    highs = [b["accuracy_ci95"][1] for b in bins]
+    areas = [20 + 400 * b["count"] / total for b in bins]
+
     axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="a calibrated model")
-    places, heights = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-    lows, highs = zip(*(b["accuracy_ci95"] for b in bins), strict=True)
-    axis.vlines(places, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
-    sizes = [20 + 400 * b["count"] / total for b in bins]
+    axis.vlines(confidences, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
     axis.scatter(
-        places,
-        heights,
-        s=sizes,
+        confidences,
+        accuracies,
+        s=areas,
         color=BLUE,
         alpha=0.6,
         label="area: share of tokens",
         clip_on=False,
     )
-    title = f"calibration, error {found['expected_calibration_error']:.3f} over {total:,} tokens"
+    error = metrics["expected_calibration_error"]
     axis.set(
-        xlabel="probability of the likeliest token", ylabel="how often it is right", title=title
+        xlabel="probability of the likeliest token",
+        ylabel="how often it is right",
+        title=f"calibration, error {error:.3f} over {total:,} tokens",
+        xlim=(0, 1),
+        ylim=(0, 1),
     )
-    axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.legend(frameon=False, loc="lower right")
 
 
-def _draw_samples(axis, found: dict) -> None:
-    import textwrap
-
+def _draw_samples(axis, metrics: dict) -> None:
+    """Write four prompts with their continuations, each truncated to four lines."""
     lines = []
-    for sample in found["generation_samples"][:4]:
+    for sample in metrics["generation_samples"][:4]:
         text = f"{sample['prompt']} | {sample['generations'][0]}"
         printable = "".join(c if c.isprintable() else " " for c in text)
-        lines += [*textwrap.wrap(" ".join(printable.split()), 88)[:4], ""]
+        wrapped = textwrap.wrap(" ".join(printable.split()), 88)
+        lines += [*wrapped[:4], ""]
+
     axis.set_axis_off()
     axis.set_title("samples: prompt | continuation", loc="left")
     axis.text(
@@ -230,62 +261,62 @@ EVALUATION_PANELS = {
 }
 
 
+# ---- comparison, sweep and learning curves ------------------------------------------------------
+
+
 def plot_comparison(rows: list[dict], path: Path) -> None:
     """Draw bars with 95 % intervals: a group per task, a colour per model, marks at chance.
 
     A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (or None), up to 1.
     """
-    tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
-    figure, ((axis,),) = new_figure(1, 1, max(6, 2 + len(tasks) * (1 + 0.25 * len(models))), 4.2)
-    width = 0.8 / len(models)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    group_width = 1 + 0.25 * len(models)
+    figure, ((axis,),) = new_figure(1, 1, max(6, 2 + len(tasks) * group_width), 4.2)
+
+    # the bars of each model, beside those of the others
+    bar_width = 0.8 / len(models)
     for i, model in enumerate(models):
-        own = [row for row in rows if row["model"] == model]
-        places = [tasks.index(row["task"]) + (i - (len(models) - 1) / 2) * width for row in own]
-        errors = [
-            [row["value"] - row["low"] for row in own],
-            [row["high"] - row["value"] for row in own],
-        ]
+        model_rows = [row for row in rows if row["model"] == model]
+        offset = (i - (len(models) - 1) / 2) * bar_width
+        positions = [tasks.index(row["task"]) + offset for row in model_rows]
+        values = [row["value"] for row in model_rows]
+        below = [row["value"] - row["low"] for row in model_rows]
+        above = [row["high"] - row["value"] for row in model_rows]
         axis.bar(
-            places,
-            [row["value"] for row in own],
-            width * 0.92,
-            yerr=errors,
+            positions,
+            values,
+            bar_width * 0.92,
+            yerr=[below, above],
             label=label(model),
             capsize=2,
-            color=COLOURS[i % 6],
-            hatch="/" * (i // 6),
+            color=MODEL_COLOURS[i % len(MODEL_COLOURS)],
+            hatch="/" * (i // len(MODEL_COLOURS)),
             alpha=0.85,
             error_kw={"lw": 1.2, "ecolor": DARK},
         )
-        marked = [
-            (place, row["chance"])
-            for place, row in zip(places, own, strict=True)
-            if row["chance"] is not None
-        ]
-        for place, chance in marked:
-            axis.hlines(
-                chance,
-                place - width / 2,
-                place + width / 2,
-                colors="black",
-                linestyles="dotted",
-                lw=1.4,
-            )
-    worse_above = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
-    names = [
-        label(task).replace(" (", "\n(") + "\n(lower is better)" * (task in worse_above)
-        for task in tasks
-    ]
-    tilted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 6 else {}
-    axis.set_xticks(range(len(tasks)), names, **tilted)
+        for position, row in zip(positions, model_rows, strict=True):
+            if row["chance"] is not None:
+                left = position - bar_width / 2
+                right = position + bar_width / 2
+                axis.hlines(row["chance"], left, right, colors="black", linestyles="dotted", lw=1.4)
+
+    # the names of the tasks
+    lower_is_better = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
+    names = []
+    for task in tasks:
+        name = label(task).replace(" (", "\n(")
+        names.append(name + "\n(lower is better)" if task in lower_is_better else name)
+    many_tasks = len(tasks) > 6
+    tilt = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if many_tasks else {}
+    axis.set_xticks(range(len(tasks)), names, **tilt)
+
     lowest = min(row["low"] for row in rows)
-    axis.set(
-        ylabel="score with 95 % interval; dotted: chance",
-        ylim=(lowest - 0.02 if lowest < 0 else 0, 1.02),
-    )
+    axis.set_ylim(lowest - 0.02 if lowest < 0 else 0, 1.02)
+    axis.set_ylabel("score with 95 % interval; dotted: chance")
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)
 
 
 def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None:
@@ -294,35 +325,42 @@ def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None
     Runs that differ in this key alone are joined; a star marks the run named `best`. A row has
     `name`, `values` (by key) and `eval_bits_per_byte`. Rows with an `error` are skipped.
     """
-    done = [row for row in rows if "error" not in row]
+    finished = [row for row in rows if "error" not in row]
     figure, (axes,) = new_figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
     for axis, key in zip(axes, keys, strict=True):
-        _draw_sweep(axis, key, done, best)
-    figure.savefig(path, dpi=120)
+        _draw_sweep(axis, key, finished, best)
+    figure.savefig(path, dpi=DPI)
 
 
 def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
+    """Draw one line per combination of the other keys' values."""
+    # place numbers by value and other values side by side, in the order of the runs
     values = [row["values"][key] for row in rows]
-    numbers = all(
+    numeric = all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in values
     )
-    names = list(dict.fromkeys(map(str, sorted(values) if numbers else values)))
-    places = {name: float(name) if numbers else i for i, name in enumerate(names)}
-    lines: dict[str, list[tuple]] = {}  # by what else the runs have in common
+    ordered = sorted(values) if numeric else values
+    names = list(dict.fromkeys(map(str, ordered)))
+    positions = {name: float(name) if numeric else i for i, name in enumerate(names)}
+
+    # join the runs that share the values of the other keys
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        others = ", ".join(f"{k.split('.')[1]} {v}" for k, v in row["values"].items() if k != key)
-        lines.setdefault(others, []).append(
-            (places[str(row["values"][key])], row["eval_bits_per_byte"])
-        )
+        others = {k.split(".")[1]: value for k, value in row["values"].items() if k != key}
+        line = ", ".join(f"{name} {value}" for name, value in others.items())
+        point = (positions[str(row["values"][key])], row["eval_bits_per_byte"])
+        lines.setdefault(line, []).append(point)
         if row["name"] == best:
-            axis.plot(*lines[others][-1], "*", ms=14, color="black", zorder=3, label="best")
-    for others, points in lines.items():
-        axis.plot(
-            *zip(*sorted(points), strict=True), "o-", ms=4, lw=1.2, label=label(others or "_alone")
-        )
-    if numbers and min(values) > 0 and max(values) >= 8 * min(values):
+            axis.plot(*point, "*", ms=14, color="black", zorder=3, label="best")
+    for line, points in lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        line_label = label(line or "_alone")  # matplotlib hides a label that starts with _
+        axis.plot(xs, ys, "o-", ms=4, lw=1.2, label=line_label)
+
+    # a log axis if the values span a factor of 8
+    if numeric and min(values) > 0 and max(values) >= 8 * min(values):
         axis.set_xscale("log")
-    axis.set_xticks(list(places.values()), [label(name) for name in places])
+    axis.set_xticks(list(positions.values()), [label(name) for name in positions])
     axis.minorticks_off()
     axis.set(xlabel=label(key), ylabel="held-out bits per byte")
     if len(lines) <= 8:
@@ -337,39 +375,37 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
     `curve` has `at` (million words seen, on a log axis; steps if `words` is false), `lines`
     {phenomenon: accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
     """
-    figure, ((axis,),) = new_figure(1, 1, 9.5, 5)
     from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter
 
-    at, last = curve["at"], {term: values[-1] for term, values in curve["lines"].items()}
-    axis.fill_between(at, *zip(*curve["ci95"], strict=True), color="black", alpha=0.12, lw=0)
-    axis.plot(
-        at,
-        curve["mean"],
-        "o-",
-        color="black",
-        lw=2.2,
-        ms=4,
-        label=f"all paradigms, {curve['mean'][-1]:.3f}",
-    )
-    for i, term in enumerate(
-        sorted(last, key=lambda term: -last[term])
-    ):  # the legend in the order of the ends
-        name = label(f"{term.replace('_', ' ')}, {last[term]:.3f}")
-        axis.plot(
-            at, curve["lines"][term], ".-", color=colormaps["tab20"](i % 20), lw=1.2, label=name
-        )
-    axis.axhline(
-        curve["chance"], color=GREY, ls=":", lw=1.2, label=f"chance, {curve['chance']:.3f}"
-    )
+    figure, ((axis,),) = new_figure(1, 1, 9.5, 5)
+    at = curve["at"]
+
+    # the mean with its interval
+    lows, highs = zip(*curve["ci95"], strict=True)
+    mean_label = f"all paradigms, {curve['mean'][-1]:.3f}"
+    axis.fill_between(at, lows, highs, color="black", alpha=0.12, lw=0)
+    axis.plot(at, curve["mean"], "o-", color="black", lw=2.2, ms=4, label=mean_label)
+
+    # the phenomena, sorted by final accuracy, so that the legend has the order of the line ends
+    colours = colormaps["tab20"]
+    by_final_accuracy = sorted(curve["lines"].items(), key=lambda line: -line[1][-1])
+    for i, (phenomenon, accuracies) in enumerate(by_final_accuracy):
+        name = label(f"{phenomenon.replace('_', ' ')}, {accuracies[-1]:.3f}")
+        axis.plot(at, accuracies, ".-", color=colours(i % 20), lw=1.2, label=name)
+    chance_label = f"chance, {curve['chance']:.3f}"
+    axis.axhline(curve["chance"], color=GREY, ls=":", lw=1.2, label=chance_label)
+
+    # the axis of words: ticks at the ends and at counts that start with 1, 2 or 5
     if curve["words"]:
         axis.set_xscale("log")
-        shown = [n for n in at if str(n)[0] in "125" or n in (at[0], at[-1])]
-        axis.set_xticks(shown, [f"{n:g}M" for n in shown])
+        ticks = [n for n in at if str(n)[0] in "125" or n in (at[0], at[-1])]
+        axis.set_xticks(ticks, [f"{n:g}M" for n in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set(xlabel="words seen" if curve["words"] else "training steps", ylabel="accuracy",
-             title=label(f"{curve['run']}: {curve['task']}"))  # fmt: skip
+    axis.set_xlabel("words seen" if curve["words"] else "training steps")
+    axis.set_ylabel("accuracy")
+    axis.set_title(label(f"{curve['run']}: {curve['task']}"))
     axis.legend(
         frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="at the end"
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)

@@ -63,14 +63,14 @@ class RunCheckpoints:
 
 def checkpoints_by_run(paths: Sequence[str]) -> list[RunCheckpoints]:
     """Find the checkpoints among the paths of models, sorted by run."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    by_run: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for index, path in enumerate(map(Path, paths)):
         match = CHECKPOINT.fullmatch(path.name)
         if match:
             run = (str(path.parent), match[1])  # chck_ sorts before checkpoint-
-            found.setdefault(run, []).append((int(match[2]), index))
+            by_run.setdefault(run, []).append((int(match[2]), index))
     runs = []
-    for (run, prefix), checkpoints in sorted(found.items()):
+    for (run, prefix), checkpoints in sorted(by_run.items()):
         counts, indices = zip(*sorted(checkpoints), strict=True)
         runs.append(RunCheckpoints(run, prefix == "chck_", list(counts), list(indices)))
     return runs

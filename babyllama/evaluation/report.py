@@ -304,7 +304,7 @@ def pictures(document: dict) -> list[tuple[str, str, str]]:
 
     A picture older than the weights belongs to another model and is ignored.
     """
-    found = []
+    model_pictures = []
     for model, facts in document["models"].items():
         weights = Path(facts["path"], "model.safetensors")
         if not weights.is_file():
@@ -313,8 +313,8 @@ def pictures(document: dict) -> list[tuple[str, str, str]]:
             file = weights.with_name(name)
             if file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime:
                 data = base64.b64encode(file.read_bytes()).decode()
-                found.append((model, shows, f"data:image/png;base64,{data}"))
-    return found
+                model_pictures.append((model, shows, f"data:image/png;base64,{data}"))
+    return model_pictures
 
 
 def write_files(document: dict, output: Path) -> list[Path]:
