@@ -17,7 +17,7 @@ DARK = "#3c4043"
 PURPLE = "#8430ce"
 RED = "#b3261e"
 TEAL = "#007b83"
-MODEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)  # the colours of the HTML page
+MODEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)  # in the order of the HTML page
 DPI = 120
 
 
@@ -162,7 +162,7 @@ def _draw_perplexity(axis, metrics: dict) -> None:
 def _draw_surprisal(axis, metrics: dict) -> None:
     """Draw a bar for each token of one text."""
     sample = metrics["surprisal_sample"]
-    bits = [value or 0.0 for value in sample["bits"]]  # a token without context has None
+    bits = [value or 0.0 for value in sample["bits"]]  # results files have null for NaN
     names = []
     for token in sample["tokens"]:
         visible = token.replace("\n", "\\n").replace("\t", "\\t").strip()
@@ -209,7 +209,7 @@ def _draw_reliability(axis, metrics: dict) -> None:
     highs = [b["accuracy_ci95"][1] for b in bins]
     areas = [20 + 400 * b["count"] / total for b in bins]
 
-    axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="a calibrated model")
+    axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="perfect calibration")
     axis.vlines(confidences, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
     axis.scatter(
         confidences,
@@ -223,7 +223,7 @@ def _draw_reliability(axis, metrics: dict) -> None:
     error = metrics["expected_calibration_error"]
     axis.set(
         xlabel="probability of the likeliest token",
-        ylabel="how often it is right",
+        ylabel="accuracy",
         title=f"calibration, error {error:.3f} over {total:,} tokens",
         xlim=(0, 1),
         ylim=(0, 1),
@@ -406,6 +406,6 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("accuracy")
     axis.set_title(label(f"{curve['run']}: {curve['task']}"))
     axis.legend(
-        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="at the end"
+        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="final accuracy"
     )
     figure.savefig(path, dpi=DPI)
