@@ -42,6 +42,13 @@ CLOCK = {  # keys of a log row that depend on the clock
 }  # fmt: skip
 
 
+def write_file(folder: Path, name: str, data: str | bytes) -> Path:
+    """Write a file exactly, also its line ends, and return its path."""
+    path = folder / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
 def rows_of(run_dir: Path) -> list[dict]:
     """Return the rows of a run's log."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -5,18 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import sentences
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from babyllama import schema
 from babyllama.data.cleaners import create_cleaner_registry
-from babyllama.data.overlap import Overlap, ngram_hashes
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.files import exclusive_folder
 from prepare_data import main
@@ -271,55 +266,6 @@ def test_the_word_budget_of_the_track_is_reported(run, raw, tmp_path, capsys, mo
 
 
 # ---------------------------------------------------------------- overlap
-
-
-def naive_overlap(dev: list[list[str]], train: list[list[str]]) -> tuple[int, int, int]:
-    def grams(documents):
-        return [tuple(words[i : i + 13]) for words in documents for i in range(len(words) - 12)]
-
-    seen = set(grams(train))
-    same = {tuple(words) for words in train}
-    return (
-        sum(tuple(words) in same for words in dev),
-        len(grams(dev)),
-        sum(gram in seen for gram in grams(dev)),
-    )
-
-
-def measure(dev: list[list[str]], train: list[list[str]], cut: int) -> tuple[int, int, int]:
-    overlap = Overlap()
-    for documents in (dev, train):
-        if documents is train:
-            overlap.start_train()
-        for words in documents:
-            for i in range(0, len(words), cut):
-                overlap.add(words[i : i + cut])
-            overlap.end_document()
-    result = overlap.result()
-    return tuple(
-        result[key] for key in ("dev_documents_in_train", "dev_ngrams", "dev_ngrams_in_train")
-    )
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 5, 12, 13, 100]))
-def test_overlap_equals_the_naive_sets(seed, cut):
-    rng = random.Random(seed)
-    words = ["a", "b"]
-    train = [rng.choices(words, k=rng.randint(1, 300)) for _ in range(rng.randint(0, 4))]
-    dev = [rng.choices(words, k=rng.randint(1, 40)) for _ in range(rng.randint(0, 4))]
-    dev += [document for document in train if rng.random() < 0.3]
-    assert measure(dev, train, cut) == naive_overlap(dev, train)
-
-
-def test_ngram_hashes_depend_on_the_words_and_their_order():
-    words = np.random.default_rng(0).integers(0, 2**63, size=100, dtype=np.uint64)
-    assert len(ngram_hashes(words)) == 88 and len(set(ngram_hashes(words).tolist())) == 88
-    assert ngram_hashes(words[5:30])[3] == ngram_hashes(words)[8]
-    assert len(ngram_hashes(words[:12])) == 0
-    swapped = words.copy()
-    swapped[[0, 8]] = swapped[[8, 0]]
-    assert ngram_hashes(swapped)[0] != ngram_hashes(words)[0]
 
 
 def test_overlap_of_a_worked_example(run, raw, tmp_path, capsys):

@@ -82,7 +82,10 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files under a folder that are not hidden; links are followed, each folder once."""
+    """Yield the files under a folder; hidden files and folders are skipped, links are followed.
+
+    Each folder is searched once. An interrupted atomic_write can leave a hidden folder behind.
+    """
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real_path = os.path.realpath(folder)
@@ -90,6 +93,7 @@ def _walk(root: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         visited.add(real_path)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
             if path.is_file() and not name.startswith("."):

@@ -68,7 +68,7 @@ class TokenTables:
             block = token_ids[seen_from : first + BLOCK + OVERLAP]
             if self.splits_space[block].any():
                 counts = self._starts_from_bytes(block)
-            else:  # every white space is in one token; 20 times as fast
+            else:  # every white space is in one token; 7 times as fast on real text
                 counts = self._starts_from_tables(block)
             starts[first : first + BLOCK] = counts[first - seen_from :][:BLOCK]
         return starts

@@ -1,0 +1,316 @@
+"""Read small real files as documents, and compare with plain Python."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHARED, sentences, write_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from babyllama.data import documents
+from babyllama.data.cleaners import create_cleaner_registry
+from babyllama.data.documents import (
+    domain_of,
+    find_files,
+    new_report,
+    read_document_parts,
+    read_documents,
+    read_parts,
+)
+
+
+def read_texts(path: Path, report: dict | None = None) -> list[str]:
+    """Return the text of each document that read_documents yields."""
+    return ["".join(lines) for lines in read_documents(path, report)]
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_find_files_returns_the_files_of_a_split_sorted(tmp_path):
+    names = "b.train a/z.train a/y.TRAIN.gz c.dev d.test e.txt f.jsonl .hidden.train x.train/in.txt"
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.train")
+
+    def find_names(split):
+        return [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path, split)]
+
+    train_names = "a/y.TRAIN.gz a/z.train b.train e.txt f.jsonl x.train/in.txt"
+    assert find_names("train") == train_names.split()
+    dev_names = ["c.dev", "e.txt", "f.jsonl", "x.train/in.txt"]
+    assert find_names("dev") == dev_names
+    assert find_names("validation") == dev_names
+    (tmp_path / "c.dev").unlink()
+    assert find_names("validation")[0] == "d.test"
+    assert find_files(tmp_path / "b.train", "dev") == [tmp_path / "b.train"]
+
+
+INTERRUPTED_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from babyllama.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as draft:
+    draft.write_text("half a text")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_find_files_ignores_what_a_killed_process_left_behind(tmp_path):
+    text_file = write_file(tmp_path, "synthetic.train", "a text")
+    command = [sys.executable, "-c", INTERRUPTED_WRITE, str(text_file)]
+    process = subprocess.run(command, cwd=ROOT, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.rglob("synthetic.train"))) == 2
+    assert find_files(tmp_path, "train") == [text_file]
+
+
+def test_find_files_lists_expected_and_existing_files(tmp_path):
+    write_file(tmp_path, "notes.md", "x")
+    with pytest.raises(FileNotFoundError, match=r"\.dev.*\.test.*\.txt.*\.jsonl.*notes\.md"):
+        find_files(tmp_path, "validation")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_files(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [
+        ("Open_Subtitles.train.gz", "open_subtitles"),
+        ("qed.dev", "qed"),
+        ("my.book.txt", "my.book"),
+        ("a.jsonl.gz", "a"),
+        ("b", "b"),
+    ],
+)
+def test_the_domain_is_the_file_name_without_its_endings(name, domain):
+    assert domain_of(Path("x.train", name)) == domain
+
+
+# ---- documents ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("x.txt", "a\nb\n\nc", ["a\nb\n\nc"]),
+        ("x.txt", "\n\na\n\n\nb\n\n\n\n\n\nc\n\n", ["a", "b", "c"]),
+        ("x.txt", "a\n\n = B = \nc\n\n= = = D = = =\ne", ["a\n\n = B = \nc", "= = = D = = =\ne"]),
+        (
+            "wikipedia.train",
+            " = A = \n \n = = B = = \nb\n = C = \nc",
+            [" = A = \n \n = = B = = \nb", " = C = \nc"],
+        ),
+        (
+            "simple_wiki.dev",
+            '<doc id="1">\na\n</doc>\n<doc id="2">\nb\n</doc>',
+            ['<doc id="1">\na\n</doc>', '<doc id="2">\nb\n</doc>'],
+        ),
+    ],
+)
+def test_documents_start_at_titles_and_behind_two_empty_lines(tmp_path, name, text, expected):
+    def without_blanks(texts: list[str]) -> list[str]:
+        return [text.replace(" ", "") for text in texts]
+
+    texts = read_texts(write_file(tmp_path, name, text))
+    assert without_blanks(texts) == without_blanks(expected)
+
+
+def test_only_a_subtitle_numbered_1_starts_a_document(tmp_path):
+    """A subtitle without text makes two empty lines, which start no document."""
+    first = (
+        "1\n00:00:01,000 --> 00:00:02,000\n1\n\n"
+        "2\n00:00:03,000 --> 00:00:04,000\n\n\n"
+        "3\n00:00:05,000 --> 00:00:06,000\nx"
+    )
+    second = "1\n00:00:01,000 --> 00:00:02,000\ny"
+    path = write_file(tmp_path, "qed.train", f"{first}\n\n{second}")
+    assert read_texts(path) == [first, second]
+
+
+def test_each_json_line_is_a_document(tmp_path):
+    lines = ['{"text": "a\\r\\n\\n\\n\\nb", "id": 3}', "", '"c \\ud800\\u0000d"', '{"text": ""}']
+    path = write_file(tmp_path, "x.jsonl", "\n".join(lines))
+    report = new_report()
+    assert read_texts(path, report) == ["a\n\n\n\nb", "c \ufffdd"]
+    assert report["surrogates_replaced"] == 1
+    assert report["nul_removed"] == 1
+    assert report["documents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not JSON"),
+        ("3", "neither"),
+        ('{"txt": "a"}', "neither"),
+        pytest.param("[" * 100_000, "not JSON", id="deeply-nested"),
+    ],
+)
+def test_a_json_line_without_text_is_an_error_with_its_number(tmp_path, line, problem):
+    path = write_file(tmp_path, "bad.jsonl", f'"a"\n"b"\n{line}\n')
+    with pytest.raises(ValueError, match=rf"bad\.jsonl: line 3 is {problem}"):
+        read_texts(path)
+
+
+SEPARATORS = "a\u2028b\u0085c\x0cd\u200be\u202ef"  # none of them ends a line
+INVALID_TEXTS = {  # bytes, texts, counts
+    "bom": (b"\xef\xbb\xbfone two", ["one two"], {"bom_removed": 1}),
+    "crlf": (b"one\r\ntwo\rthree\r\n\r\n\r\nfour", ["one\ntwo\nthree", "four"], {}),
+    "nul": (b"on\0e\0", ["one"], {"nul_removed": 2}),
+    "invalid": (
+        b"caf\xe9 \xff\xfe \xed\xa0\x80",
+        ["caf\ufffd \ufffd\ufffd \ufffd\ufffd\ufffd"],
+        {"invalid_bytes": 6},
+    ),
+    "invalid_after_bom": (
+        b"\xef\xbb\xbfab\xff",
+        ["ab\ufffd"],
+        {"invalid_bytes": 1, "bom_removed": 1},
+    ),
+    "truncated_character": ("aé".encode()[:-1], ["a\ufffd"], {"invalid_bytes": 1}),
+    "replacement_character": ("a\ufffdb".encode(), ["a\ufffdb"], {"invalid_bytes": 0}),
+    "separators": (SEPARATORS.encode(), [SEPARATORS], {}),
+    "empty": (b"", [], {"empty_files": 1, "documents": 0}),
+    "newlines": (b"\n\r\n\n\n\n\n", [], {"empty_files": 1}),
+    "one_byte": (b"x", ["x"], {"documents": 1, "words": 1, "bytes": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID_TEXTS)
+@pytest.mark.parametrize("is_gzipped", [False, True])
+def test_invalid_text_is_repaired_and_counted(tmp_path, kind, is_gzipped):
+    data, expected, counts = INVALID_TEXTS[kind]
+    if is_gzipped:
+        path = write_file(tmp_path, "x.txt.gz", gzip.compress(data))
+    else:
+        path = write_file(tmp_path, "x.txt", data)
+    report = new_report()
+    assert read_texts(path, report) == expected
+    assert {key: report[key] for key in counts} == counts
+    assert report["files"] == 1
+    assert report["bytes_on_disk"] == path.stat().st_size
+    if kind.startswith("invalid"):
+        assert report["first_invalid"] == f"{path}: line 1"
+
+
+def test_errors_name_the_broken_file(tmp_path):
+    complete = gzip.compress(os.urandom(3000).hex().encode())
+    for data in (complete[:-20], b"\x1f\x8b" + b"x" * 50, b"plain text"):
+        with pytest.raises(ValueError, match=r"x\.txt\.gz: broken gzip"):
+            read_texts(write_file(tmp_path, "x.txt.gz", data))
+    with pytest.raises(ValueError, match=r"x\.txt.*UTF-16"):
+        read_texts(write_file(tmp_path, "x.txt", "text".encode("utf-16")))
+
+
+# ---- sizes of blocks and parts ------------------------------------------------------------------
+
+
+def split_at_empty_lines(text: str) -> list[str]:
+    """Return the texts between two or more empty lines, found by splitting into lines."""
+    texts = []
+    lines = []
+    empty_lines = 0
+    for line in [*text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), "", "", ""]:
+        empty_lines = 0 if line else empty_lines + 1
+        if line:
+            lines.append(line)
+        elif empty_lines == 1:
+            lines.append("")
+        elif lines[:-1]:
+            texts.append("\n".join(lines).strip("\n"))
+            lines = []
+    return [text for text in texts if text]
+
+
+WORDS = ["cat", "don't", "1984", ".", ",", "é", "日本", "<s>", "</s>", "x" * 30]
+WHITE_SPACE = [" ", "  ", "\n", "\n\n", "\n\n\n", "\r\n"]
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    words=st.lists(st.sampled_from(WORDS + WHITE_SPACE), max_size=60),
+    block=st.integers(1, 40),
+    part=st.integers(4, 60),
+)
+def test_documents_do_not_depend_on_the_sizes_of_blocks_and_parts(
+    tmp_path, monkeypatch, words, block, part
+):
+    text = "".join(words)
+    lines = text.replace("\r\n", "\n").split("\n")
+    expected = split_at_empty_lines("\n".join("" if line.isspace() else line for line in lines))
+    path = write_file(tmp_path, "x.txt", text)
+    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(documents, "PART", part)
+    assert all(len(text) <= part for text in read_parts(path))
+    assert "".join(read_parts(path)) == "".join(read_texts(path))
+    report = new_report()
+    assert read_texts(path, report) == expected
+    assert report["bytes"] == sum(len(text.encode()) for text in expected)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_long_line_is_read_in_parts_and_stays_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "BLOCK", 30)
+    monkeypatch.setattr(documents, "LONG_LINE", 50)
+    words = " ".join(sentences(40))
+    text = f"a\n{words}\n= = = not a title\n{words} = = = nor this = = =\n\n\n{'x' * 500} 1"
+    is_json = name == "x.jsonl"
+    path = write_file(tmp_path, name, json.dumps(text) if is_json else text)
+    report = new_report()
+    texts = read_texts(path, report)
+    assert "\n\n\n".join(texts) == text
+    assert len(texts) == (1 if is_json else 2)
+    assert report["bytes"] == sum(map(len, texts))
+    if is_json:
+        assert report["words"] == len(text.split())
+    else:
+        for document in read_documents(path):
+            assert max(map(len, document)) <= 80
+
+
+def test_cleaning_in_parts_gives_the_same_text_as_cleaning_at_once(tmp_path, monkeypatch):
+    questions = sentences(80)
+    answers = sentences(80, seed=3)
+    pairs = zip(questions, answers, strict=True)
+    text = "\n\n".join(f"MARY: {question}\n[laughs]\nJOHN: {answer}" for question, answer in pairs)
+    content = f"[applause]\n\n\n{text}\n\n\nA.1: Bye .\n"
+    path = write_file(tmp_path, "switchboard.train", content)
+    cleaner = create_cleaner_registry()["switchboard"]
+    monkeypatch.setattr(documents, "PART", 500)
+    report = new_report()
+    first, second = map(list, read_document_parts(path, report, cleaner))
+    assert report["documents"] == 3  # cleaning leaves nothing of "[applause]"
+    assert len(first) > 8
+    assert max(map(len, first)) <= 502
+    assert "".join(first) == cleaner(text)
+    assert second == ["Bye."]
+
+
+# ---- real text ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="needs the shared corpus")
+@pytest.mark.parametrize("name", ["qed", "wikipedia", "childes"])
+def test_real_files_have_the_expected_documents(name):
+    path = SHARED / "corpus" / "dev" / f"{name}.dev"
+    report = new_report()
+    texts = read_texts(path, report)
+    assert report["words"] == len(path.read_text(encoding="utf-8").split())
+    assert report["invalid_bytes"] == 0
+    if name == "wikipedia":
+        assert len(texts) > 60
+    else:
+        assert len(texts) == {"qed": 8, "childes": 1}[name]
