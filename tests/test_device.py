@@ -1,13 +1,15 @@
-"""Device names, checked on the machine that runs the tests."""
+"""Device names and peak memory, checked on the machine that runs the tests."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from babyllama.device import pick_device
+from babyllama.device import keep_freed_memory, peak_memory_gb, pick_device, reset_peak_memory
 
 
 def test_wrong_device_names_list_the_valid_ones():
@@ -34,3 +36,18 @@ def test_auto_is_cuda_if_there_is_a_gpu():
     assert pick_device(None) == pick_device("auto") == torch.device("cuda")
     with pytest.raises(ValueError, match="does not exist"):
         pick_device("cuda:99")
+
+
+def test_the_peak_memory_can_be_reset():
+    device = torch.device("cpu")
+    keep_freed_memory()  # the memory that it keeps must not count either
+    block = np.ones(30_000_000)  # 0.24 GB
+    peak_with_block = peak_memory_gb(device)
+    assert block.nbytes / 1e9 < peak_with_block < 100
+    del block
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this machine does not let a process reset its peak memory")
+    reset_peak_memory(device)
+    assert peak_memory_gb(device) < peak_with_block - 0.15

@@ -1,0 +1,102 @@
+"""The declared tasks of a benchmark file: the built-in items, defaults and mistakes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from babyllama.config import ConfigError, read_yaml_file
+from babyllama.evaluation import tasks
+from babyllama.evaluation.benchmark_config import BUILT_IN, TYPES, load_tasks
+
+
+def test_there_are_enough_built_in_items():
+    built_in = load_tasks()
+    assert len(built_in["completion"].items) >= 100
+    assert built_in["consistency"].n >= 20
+    assert built_in["repetition"].n >= 20
+    assert built_in["speed"].options["batch_sizes"] == [1, 4, 8, 16]
+
+
+def test_built_in_completions_have_four_different_answers_that_the_prompt_does_not_contain():
+    rows = read_yaml_file(BUILT_IN)["tasks"]["completion"]["items"]
+    assert len({row["prompt"].lower() for row in rows}) == len(rows)
+    assert len({row["category"] for row in rows}) >= 8
+    for row in rows:
+        answers = {row["answer"].lower(), *map(str.lower, row["wrong"])}
+        assert len(row["wrong"]) == 3, row
+        assert len(answers) == 4, row
+        assert row["prompt"] == row["prompt"].strip()
+        assert row["answer"] == row["answer"].strip()
+        assert not re.search(rf"\b{re.escape(row['answer'])}\b", row["prompt"]), row
+
+
+def test_built_in_prompts_are_different_and_those_of_a_group_end_alike():
+    declared = read_yaml_file(BUILT_IN)["tasks"]
+    prompts = list(declared["repetition"]["prompts"])
+    for group in declared["consistency"]["groups"]:
+        group_prompts = [*group["prompts"], group["control"]]
+        prompts += group_prompts
+        last_words = {tuple(prompt.lower().split()[-2:]) for prompt in group_prompts}
+        assert len(last_words) == 1, group
+    assert len({prompt.lower() for prompt in prompts}) == len(prompts)
+
+
+def test_a_task_without_items_has_the_built_in_ones(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"sentence_good": "a b", "sentence_bad": "b a"}\n')
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "tasks:\n"
+        "  completion:\n"
+        "  quick: {type: speed, repeats: 1}\n"
+        f"  pairs: {{type: minimal_pairs, path: {tmp_path}}}\n"
+    )
+    declared = load_tasks(file)
+    assert declared["completion"].n == load_tasks()["completion"].n
+    options = {"batch_sizes": [1, 4, 8, 16], "max_new_tokens": 64, "repeats": 1}
+    assert declared["quick"].options == options
+    assert declared["pairs"].describe() == {"type": "minimal_pairs", "path": str(tmp_path)}
+
+
+def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
+    missing = tmp_path / "none"
+    declared = {
+        "blimpp": {},
+        "blimp": {"path": str(missing)},
+        "ewok": None,
+        "x/y": {},
+        "n": 3,
+        "list": {"type": ["blimp"]},
+        "speed": {"batch_sizes": [0], "repeat": 3},
+        "two": {"type": "wug_adj", "path": "a", "items": []},
+        "mine": {"type": "completion", "items": [{"prompt": "a", "answer": "b"}]},
+        "consistency": {"groups": [{"prompts": ["a"], "control": ""}]},
+        "babylm_macro_average": {"type": "speed"},
+    }
+    with pytest.raises(ConfigError) as error:
+        load_tasks({"tasks": declared})
+    for message in (
+        "tasks.blimpp.type: 'blimpp' is unknown; did you mean blimp?",
+        f"tasks.blimp: {missing} does not exist",
+        "tasks.list.type: ['blimp'] is unknown",
+        "tasks.ewok: ewok needs either `path` or `items`",
+        "tasks.n: 3 is not a task",
+        "tasks.speed.batch_sizes.0: 0 is not allowed",
+        "tasks.speed.repeat: unknown key; did you mean tasks.speed.repeats?",
+        "tasks.mine: items: item 1: missing fields: wrong",
+        "tasks.two: wug_adj needs either",
+        "tasks.x/y: not a name",
+        "tasks.babylm_macro_average: this name is reserved",
+        "tasks.consistency.groups.0.prompts:",
+    ):
+        assert message in str(error.value)
+
+
+def test_a_file_without_tasks_is_refused():
+    with pytest.raises(ConfigError, match="one section, `tasks`"):
+        load_tasks({"task": {}})
+
+
+def test_a_benchmark_file_may_name_every_type_of_task():
+    assert set(TYPES) == {*tasks.TASKS, "consistency", "repetition", "speed"}
