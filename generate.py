@@ -1,11 +1,12 @@
 """Type a prompt and watch the model continue it, token by token.
 
-    python generate.py models/quickstart --prompt "Once upon a time" python generate.py
-    models/quickstart --prompt "The cat" --num-samples 3 --temperature 0.7 --seed 1 python
-    generate.py models/quickstart        # asks for prompts; an empty line ends it
+    python generate.py models/quickstart --prompt "Once upon a time"
+    python generate.py models/quickstart --prompt "The cat" --num-samples 3 --temperature 0.7
+    python generate.py models/quickstart        # asks for prompts; an empty line ends it
 
-It knows no chat format and keeps no history. A text ends where the model ends it, after
---max-new-tokens, or if the context is full.
+These models only continue text. There is no chat format, and each prompt starts from scratch. A
+text ends when the model generates its end-of-text token, after --max-new-tokens, or when the
+context is full.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The documents are under test: what they name exists, their commands parse, their examples run."""
 
 import argparse
+import ast
 import importlib
 import os
 import re
@@ -88,6 +89,20 @@ def test_commands_parse(path):
             parse_ours("train.py", words[1:])
         else:
             assert program in OTHER_COMMANDS, f"{path.name}: unknown program in {command!r}"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *EXPERIMENTS])
+def test_commands_in_the_docstring_of_a_script_parse(script):
+    """Parse the indented `python ...` lines, one command each: a reflowed block would not parse."""
+    folder = ROOT if script in SCRIPTS else ROOT / "experiments"
+    docstring = ast.get_docstring(ast.parse((folder / f"{script}.py").read_text(encoding="utf-8")))
+    lines = re.findall(r"^    (?:\w+=\S+ )?(python .*)$", docstring.replace("\\\n", " "), re.M)
+    if script in SCRIPTS:
+        assert lines, "the docstring shows no command"
+    for line in lines:
+        assert line.count("python ") == 1, line
+        _, path, *arguments = shlex.split(line, comments=True)
+        parse_ours(path, arguments)
 
 
 def test_readme_fits_on_a_page():
