@@ -28,7 +28,8 @@ EXPERIMENTS = sorted(
     for p in (ROOT / "experiments").glob("*.py")
     if "def make_parser" in p.read_text(encoding="utf-8")
 )
-OTHER_COMMANDS = {"python3", "source", "pip"}
+OTHER_COMMANDS = {"python3", "source", "pip", ".venv/bin/python"}
+OTHER_FLAGS = {"--help", "--check", "--index-url"}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
 
 
@@ -109,6 +110,12 @@ def test_readme_fits_on_a_page():
     lines = README.splitlines()
     assert len(lines) <= 100
     assert max(map(len, lines)) <= 100
+
+
+def test_readme_installs_the_pinned_torch():
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (command,) = re.findall(r"pip install (torch\S+)", README)
+    assert command in requirements
 
 
 def test_readme_lists_every_script():
@@ -195,7 +202,7 @@ def flags_of(script: str) -> set[str]:
 
 
 def test_every_flag_in_the_documents_exists():
-    flags = {"--help", "--check"}.union(*(flags_of(name) for name in (*SCRIPTS, *EXPERIMENTS)))
+    flags = OTHER_FLAGS.union(*(flags_of(name) for name in (*SCRIPTS, *EXPERIMENTS)))
     for parser in launchers().values():
         flags |= {option for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", ALL)) <= flags
