@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -100,3 +101,15 @@ def test_a_file_without_tasks_is_refused():
 
 def test_a_benchmark_file_may_name_every_type_of_task():
     assert set(TYPES) == {*tasks.TASKS, "consistency", "repetition", "speed"}
+
+
+def test_phenomena_are_read_from_the_rows_of_blimp(tmp_path):
+    pair = {"sentence_good": "a", "sentence_bad": "b"}
+    rows = [
+        {**pair, "UID": "x", "linguistics_term": "binding"},
+        {**pair, "UID": "y", "linguistics_term": "agreement"},
+        pair,
+    ]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (task,) = load_tasks({"tasks": {"blimp": {"path": str(tmp_path)}}}).values()
+    assert task.describe()["phenomena"] == {"x": "binding", "y": "agreement"}
