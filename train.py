@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babyllama.architectures import ARCHITECTURES
 from babyllama.cli import add_flag, run_script
 from babyllama.config import (
     check_config,
@@ -139,41 +140,23 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
         raise ValueError(
             f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
         )
-    context = config.get("data", {}).get("seq_length", 128)
-    shared = {
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": model["tie_word_embeddings"],
-        "use_cache": True,
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
-    if model["type"] == "Llama":
-        model_config = transformers.LlamaConfig(
-            hidden_size=model["hidden_size"],
-            intermediate_size=model["intermediate_size"],
-            num_hidden_layers=model["n_layer"],
-            num_attention_heads=model["n_head"],
-            max_position_embeddings=context,
-            **shared,
-        )
-        return transformers.LlamaForCausalLM(model_config)
-
-    # GPT-2 and GPT-J have the same names for the same things
-    shared |= {
-        "n_embd": model["hidden_size"],
-        "n_inner": model["intermediate_size"],
-        "n_layer": model["n_layer"],
-        "n_head": model["n_head"],
-        "n_positions": context,
-        "resid_pdrop": model["resid_pdrop"],
-        "embd_pdrop": model["embd_pdrop"],
-        "attn_pdrop": model["attn_pdrop"],
-    }
-    if model["type"] == "GPT2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shared))
-    rotary_dim = min(64, model["hidden_size"] // model["n_head"])
-    return transformers.GPTJForCausalLM(transformers.GPTJConfig(rotary_dim=rotary_dim, **shared))
+    architecture = ARCHITECTURES[model["type"]]
+    settings = model | {"seq_length": config.get("data", {}).get("seq_length", 128)}
+    options = {theirs: settings[ours] for ours, theirs in architecture.config_keys.items()}
+    if architecture.max_rotary_dim:
+        head_size = model["hidden_size"] // model["n_head"]
+        options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
+    model_config = transformers.AutoConfig.for_model(
+        architecture.model_type,
+        vocab_size=vocab_size,
+        tie_word_embeddings=model["tie_word_embeddings"],
+        use_cache=True,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        **options,
+    )
+    return transformers.AutoModelForCausalLM.from_config(model_config)
 
 
 # ---- 3. the data --------------------------------------------------------------------------------

@@ -22,12 +22,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from babyllama.architectures import ARCHITECTURES, NAMES, WITH_DROPOUT
 from babyllama.files import ROOT
 from babyllama.schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection
 
 MAX_CONFIG_BYTES = 1_000_000  # PyYAML takes minutes for a large text file named by mistake
-FFN_RATIO = {"Llama": 8 / 3, "GPT2": 4.0, "GPTJ": 4.0}  # usual intermediate_size / hidden_size
-ROTARY = ("Llama", "GPTJ")  # rotary positions need an even head size
 
 
 class ConfigError(ValueError):
@@ -246,8 +245,8 @@ def check_model_section(section: Any) -> dict:
     if not isinstance(section, dict):
         keys = ", ".join(ModelSection.model_fields)
         raise ConfigError([f"model: {section!r} is not a section; it holds {keys}"])
-    if section.get("type") not in list(FFN_RATIO):
-        known = ", ".join(FFN_RATIO)
+    if section.get("type") not in NAMES:
+        known = ", ".join(NAMES)
         raise ConfigError([f"Unknown model type: {section.get('type')!r}; known: {known}"])
     model = _validate(ModelSection, {"name": "model", **section}, section="model")
     _fill_intermediate_size(model)
@@ -266,9 +265,11 @@ def with_defaults(name: str, section: Any) -> dict:
 
 
 def usual_intermediate_size(model_type: str, hidden_size: int) -> int:
-    """Return 4 x hidden_size, or for Llama 8/3 x, rounded up to a multiple of 8."""
-    size = round(hidden_size * FFN_RATIO[model_type])
-    return -(-size // 8) * 8 if model_type == "Llama" else size
+    """Return the width of the feed-forward layers that is usual for this architecture."""
+    architecture = ARCHITECTURES[model_type]
+    size = round(hidden_size * architecture.ffn_ratio)
+    multiple = architecture.ffn_multiple
+    return -(-size // multiple) * multiple
 
 
 def _fill_intermediate_size(model: dict) -> None:
@@ -313,7 +314,8 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
 
     width = model["hidden_size"]
     heads = model["n_head"]
-    rotary = model["type"] in ROTARY
+    architecture = ARCHITECTURES.get(model["type"])  # None: reported as an unknown type
+    rotary = architecture is not None and architecture.rotary
     if width and heads and width % heads:
         multiple = 2 * heads if rotary else heads
         below = width // multiple * multiple
@@ -328,8 +330,11 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
             "rotary positions need an even number"
         )
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if model["type"] == "Llama" and model[key]:
-            yield f"model.{key}: {model[key]}: Llama has no dropout; remove it or use GPT2 or GPTJ"
+        if architecture and not architecture.has_dropout and model[key]:
+            yield (
+                f"model.{key}: {model[key]}: {architecture.name} has no dropout; "
+                f"remove it or use {' or '.join(WITH_DROPOUT)}"
+            )
 
     for key in ("fp16", "bf16"):
         if training[key] and training["precision"] not in ("auto", key):
@@ -388,7 +393,7 @@ def unusual_values(config: dict) -> list[str]:
     model = config["model"]
     size = model["intermediate_size"]
     ratio = size / model["hidden_size"]
-    usual_ratio = FFN_RATIO[model["type"]]
+    usual_ratio = ARCHITECTURES[model["type"]].ffn_ratio
     usual_size = usual_intermediate_size(model["type"], model["hidden_size"])
     if size != usual_size and abs(ratio / usual_ratio - 1) > 0.1:
         lines.append(

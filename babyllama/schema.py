@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from babyllama import architectures
+
 MUON_LR = 8e-3  # Muon's best learning rates are above AdamW's (docs/results.md)
 TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM: words of training text
 MAX_EPOCHS = 10  # in both tracks of BabyLM
+WITH_DROPOUT = ", ".join(architectures.WITH_DROPOUT)
 
 
 def _key(
@@ -67,7 +70,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    type: Literal["Llama", "GPT2", "GPTJ"] = _key("Architecture")
+    type: Literal[architectures.NAMES] = _key("Architecture")
     name: str = _key(
         "Name of the run; its directory is logging.output_dir/name",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -88,13 +91,13 @@ class ModelSection(Section):
     )
     tie_word_embeddings: bool = _key("Share one matrix between embedding and output layer", False)
     resid_pdrop: float = _key(
-        "Dropout on the residual branches (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the residual branches ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
     embd_pdrop: float = _key(
-        "Dropout on the embeddings (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the embeddings ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
     attn_pdrop: float = _key(
-        "Dropout on the attention weights (GPT2, GPTJ)", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the attention weights ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
 
 

@@ -14,7 +14,7 @@ SCRIPTS = [
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 # Each floor may import itself and those below it.
 FLOORS = ["foundation", "config", "evaluation", "training", "script"]
-FOUNDATION = {"schema", "files", "device", "plots", "data", "cli"}
+FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 

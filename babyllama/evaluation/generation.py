@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import StaticCache
 
+from babyllama.architectures import MODEL_TYPES
 from babyllama.evaluation.loading import check_ids, context_length, encode
 from babyllama.evaluation.scoring import float32_inference
 
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 TOP_P_CANDIDATES = 256  # top-p sampling sorts all tokens only if these do not reach top_p
 MIN_GRAPH_STEPS = 8  # a CUDA graph does not pay off for fewer steps
-GRAPH_MODELS = ("llama", "gpt2", "gptj")  # keep nothing between steps but keys and values
 GRAPH_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # do not depend on the sequence length
 
 
@@ -319,7 +319,7 @@ def _supports_cuda_graph(model) -> bool:
     rotary = getattr(model.base_model, "rotary_emb", None)
     return (
         model.device.type == "cuda"
-        and model.config.model_type in GRAPH_MODELS
+        and model.config.model_type in MODEL_TYPES
         and getattr(rotary, "rope_type", "default") in GRAPH_ROPE_TYPES
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from babyllama.architectures import ARCHITECTURES
 from babyllama.device import (
     compiler_missing,
     fast_dtype,
@@ -108,8 +109,8 @@ def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool
         return False, "not with training.gradient_checkpointing"
     if "distillation" in config:
         return False, "not with teachers"
-    if config["model"]["type"] == "GPTJ" and not compiled:
-        return False, "not for GPT-J without compilation"
+    if ARCHITECTURES[config["model"]["type"]].graph_needs_compile and not compiled:
+        return False, f"not for {config['model']['type']} without compilation"
     return True, "one call starts all kernels of a batch"
 
 

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from babyllama.architectures import MODEL_TYPES
+
 # Logits in memory at a time: 16 MB in bf16 and 32 MB in float32, which fits a CPU's caches.
 SLICE_ELEMENTS = 2**23
 GPU_SLICE_ELEMENTS = 2**26
@@ -26,7 +28,6 @@ GPU_SLICE_ELEMENTS = 2**26
 # kernels need none: they are causal by themselves. For "sdpa" it would look for packed texts in
 # each batch, which waits for the GPU, and build a mask in compiled code.
 CAUSAL = "causal"
-KINDS = ("llama", "gpt2", "gptj")  # model_type of the architectures that train.py builds
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
@@ -40,7 +41,7 @@ def prepare_for_chunks(model: torch.nn.Module) -> None:
     attention stays eager, and gets its mask from attention_mask. Architectures that train.py does
     not build (teachers may be of any) stay as they are: their attention may have a sliding window.
     """
-    if model.config.model_type not in KINDS:
+    if model.config.model_type not in MODEL_TYPES:
         return
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(CAUSAL)
@@ -103,7 +104,7 @@ def attention_mask(
     """
     if mask_from is not None:
         return document_mask(input_ids, mask_from, dtype)
-    if model.config.model_type not in KINDS:
+    if model.config.model_type not in MODEL_TYPES:
         return None
     if model.config._attn_implementation == CAUSAL:
         return torch.ones_like(input_ids)  # no padding; without it GPT-2 waits to look for some

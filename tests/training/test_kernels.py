@@ -93,7 +93,7 @@ def test_measuring_speed_keeps_the_random_state():
         ({}, "fp16", True, "fp16"),
         ({"training__cuda_graphs": False}, "bf16", True, "as requested"),
         ({"training__gradient_checkpointing": True}, "bf16", True, "gradient_checkpointing"),
-        ({"model__type": "GPTJ"}, "bf16", False, "GPT-J"),
+        ({"model__type": "GPTJ"}, "bf16", False, "GPTJ"),
         ({"model__type": "GPTJ"}, "bf16", True, "one call"),
     ],
 )
