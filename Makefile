@@ -1,4 +1,4 @@
-# make quickstart: train and measure a small model.  make test: run all tests.  make help: the rest.
+# "make quickstart" trains and measures a small model, "make test" runs all tests, "make help" lists the rest.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,30 +8,30 @@ RUN := models/quickstart
 REPORT := $(RUN)/report.html
 
 .DELETE_ON_ERROR:
-.PHONY: help where quickstart test lint clean
+.PHONY: help quickstart report-path test lint clean
 help:
-	@echo "make quickstart   set up .venv, create text, train a tokenizer and a small Llama, and measure it"
+	@echo "make quickstart   set up .venv, create text, train a tokenizer and a small Llama, measure the model"
 	@echo "make test         set up .venv and run all tests"
-	@echo "make lint         check style (ruff) and that generated files are up to date"
-	@echo "make clean        remove .venv and tool caches; keep data/ and models/"
+	@echo "make lint         check the style (ruff), and that the generated files are up to date"
+	@echo "make clean        remove .venv and the tools' caches, but keep data/ and models/"
 
 $(INSTALLED): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or the like")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: this needs Python 3.11 or newer; choose one with, for example, make PYTHON=python3.11 quickstart")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# A finished quick start is shown again, an interrupted one is restarted.
-quickstart: where $(INSTALLED)
+# If the quick start is finished, train.py shows its results again; if it was interrupted, it starts over.
+quickstart: report-path $(INSTALLED)
 	$(PY) create_synthetic_data.py --num-tokens 300000 --complexity medium --output-dir data/synthetic
 	$(PY) train_tokenizer.py --data-dir data/synthetic/train --vocab-size 700 --output models/quickstart-tokenizer.json
 	$(PY) train.py --config config/quickstart.yaml $(if $(wildcard $(RUN)/training_metrics.json),,--overwrite)
 	@$(MAKE) --no-print-directory $(REPORT)
 
-where:
-	@echo "The report of the quick start: $(REPORT), complete when this command ends"
+report-path:
+	@echo "The results will be in $(REPORT) when this command has finished."
 
-# Measure again only if the weights, the tasks, the code or the libraries have changed.
+# Measuring takes a while, so do it again only if the weights, the tasks, the code or the libraries have changed.
 $(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*.py babyllama/*/*.j2 config/benchmark*.yaml) requirements.txt
 	$(PY) evaluate.py $(RUN)
 	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json

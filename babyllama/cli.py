@@ -1,8 +1,9 @@
-"""Give every script the same flags, error lines and exit codes."""
+"""Make every script behave alike on the command line: its flags, error lines, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +13,24 @@ EXIT_INTERRUPTED = 130
 
 
 def add_flag(parser: Any, name: str, **options) -> argparse.Action:
-    """Add --some-flag to a parser or group of flags; --some_flag is accepted too."""
+    """Add --some-flag to a parser or a group of flags; people may also write --some_flag."""
     return parser.add_argument(
         *dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options
     )
 
 
 def check_at_least(args: argparse.Namespace, minimum: dict[str, float]) -> None:
-    """Raise ValueError if a numeric flag is below its minimum, not a number, or infinite."""
+    """Raise ValueError if a numeric flag is below its minimum, infinite or not a number (NaN)."""
     for name, least in minimum.items():
         value = getattr(args, name)
-        if not least <= value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {least} or more")
+        if least <= value < float("inf"):
+            continue
+        finite = "" if math.isfinite(value) else "a finite number, "
+        raise ValueError(f"--{name.replace('_', '-')} {value} must be {finite}{least} or more")
 
 
 def duration(seconds: float) -> str:
-    """Return a time such as '42 s', '7 min' or '3.5 h'."""
+    """Format a time for people: '42 s', '7 min' or '3.5 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -36,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error on stderr, one line for each problem that it lists."""
+    """Print an error on stderr: one line, starting with "error: ", for each problem it lists."""
     for line in str(error).splitlines() or [type(error).__name__]:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
@@ -50,10 +53,10 @@ def run_script(
 ) -> int:
     """Run the body of a script and return its exit code.
 
-    A mistake of the user's (ValueError, OSError) or a lack of memory becomes one line on stderr and
-    exit code 2. Ctrl-C becomes exit code 130 and one line: the text of the KeyboardInterrupt if it
-    has one, else `interrupted`, if that is not empty. Anything else is a bug of ours and keeps its
-    traceback.
+    A ValueError or OSError is a mistake of the user's. It is printed without a traceback, and the
+    exit code is 2; running out of memory is reported the same way, with `memory_advice`. Ctrl-C
+    gives exit code 130 and one line, either the message of the KeyboardInterrupt or `interrupted`;
+    an empty string prints nothing. Any other exception is a bug of ours, so it keeps its traceback.
     """
     try:
         return body()
@@ -66,7 +69,8 @@ def run_script(
             print(message, file=sys.stderr)
         return EXIT_INTERRUPTED
     except (MemoryError, RuntimeError) as error:
-        from babyllama.device import is_out_of_memory  # imports torch, which the body has done
+        # this imports torch, which the body has certainly done before it can run out of memory
+        from babyllama.device import is_out_of_memory
 
         if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise

@@ -1,6 +1,6 @@
-"""Pick the device and probe what this machine can do: number formats, compiler, speed, memory.
+"""Find out what this machine can do: its devices, number formats, compiler, speed, memory.
 
-Knows nothing about models or configurations.
+Everything here is about the machine alone: no function needs a model or a configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# options of glibc's mallopt, from malloc.h
+# options of glibc's mallopt; Python has no names for them, these are the numbers in malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
@@ -32,9 +32,10 @@ M_MMAP_THRESHOLD = -3
 
 @functools.cache  # so that it warns once
 def pick_device(device: str | None = None) -> torch.device:
-    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" prefer CUDA.
+    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" prefer a GPU.
 
-    Falls back to the CPU with a warning if CUDA is requested but unavailable.
+    If CUDA is requested but this machine has none, warn and fall back to the CPU: the same command
+    then works on a laptop too. Any other device that does not exist is a ValueError.
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +52,7 @@ def pick_device(device: str | None = None) -> torch.device:
     }[chosen.type]
     if (chosen.index or 0) >= available:
         raise ValueError(
-            f"device {device} does not exist: this machine has {available} of its kind"
+            f"device {device} does not exist; {chosen.type} devices on this machine: {available}"
         )
     return chosen
 
@@ -60,7 +61,8 @@ def pick_device(device: str | None = None) -> torch.device:
 def cpu_has_bf16_units() -> bool:
     """Return True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX).
 
-    Reads /proc/cpuinfo, so it is False on systems other than Linux.
+    torch does not tell, so this reads /proc/cpuinfo. On systems other than Linux the answer is
+    always False.
     """
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -70,7 +72,10 @@ def cpu_has_bf16_units() -> bool:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of the fastest matrix products: bfloat16 if in hardware, else float32."""
+    """Return the dtype with the fastest matrix products: bfloat16 with hardware for it, or float32.
+
+    A processor without that hardware emulates bfloat16, which is slower than float32.
+    """
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -82,7 +87,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def compiler_missing() -> str | None:
-    """Return what torch.compile needs and this machine lacks, or None if it can compile."""
+    """Name what torch.compile needs but this machine lacks; return None if it can compile."""
     if torch.cuda.is_available():
         if not importlib.util.find_spec("triton"):
             return "the triton package"
@@ -95,17 +100,21 @@ def compiler_missing() -> str | None:
         return requirement
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():
-        return f"Python's headers (python3-dev; there is no {header})"
+        return f"Python's headers (the python3-dev package; {header} does not exist)"
     return None
 
 
 def matmul_flops(precision: str) -> float:
-    """Return the operations per second of a large matrix product, measured: the best of five."""
+    """Measure the speed of a large matrix product in floating-point operations per second.
+
+    Training cannot be faster than this, so a run reports its speed as a share of it. The fastest of
+    five products counts: other processes can only slow one down.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 8192 if on_gpu else 1024
-    # random numbers, as in training: a GPU multiplies constants with less power, so faster
+    # the numbers are random, as in training: a GPU uses less power on constants and runs faster
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn((size, size), generator=generator, device=device).to(dtype)
     b = torch.randn((size, size), generator=generator, device=device).to(dtype)
@@ -123,49 +132,56 @@ def matmul_flops(precision: str) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let the process reuse the memory it frees instead of returning it to the system (glibc only).
+    """Keep the memory that this process frees, so that it can reuse it (only with glibc, on Linux).
 
-    By default glibc returns large blocks at once and the system hands each out again as fresh pages
-    of zeros, which takes a quarter of a training step on a CPU (docs/results.md). Python has no
-    other way to say so. Older releases of glibc keep blocks of up to 32 MB only.
+    By default glibc returns every large block to the system at once, and when training asks for it
+    again, a moment later, the kernel has to fill new pages with zeros. That was 40,000 to 126,000
+    page faults in each training step on a CPU. Without them, and with rotary angles looked up
+    instead of computed, training rose from 8,266 to 9,629 tokens per second (docs/results.md).
     """
-    if _call_glibc("mallopt", M_MMAP_THRESHOLD, 1 << 30) or _call_glibc(
-        "mallopt", M_MMAP_THRESHOLD, 1 << 25
+    gigabyte = 1 << 30
+    older_limit = 1 << 25  # older releases of glibc refuse a threshold above 32 MB
+    if _call_glibc("mallopt", M_MMAP_THRESHOLD, gigabyte) or _call_glibc(
+        "mallopt", M_MMAP_THRESHOLD, older_limit
     ):
         _call_glibc("mallopt", M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _call_glibc(function: str, *args: int) -> int:
-    """Call a function of the C library; returns 0 (failure) if there is no such function."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
+    """Call a function of the C library; return 0, which means failure, if it does not exist."""
+    # musl, macOS and Windows have no such function
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         return getattr(ctypes.CDLL(None), function)(*args)
     return 0
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return True if torch raised this error because a device or the CPU ran out of memory."""
+    """Return True if torch raised this error because a GPU or the CPU ran out of memory."""
     message = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "alloc_failed")
     return any(sign in message for sign in signs)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Restart the measurement of `peak_memory_gb` (CUDA and Linux; does nothing elsewhere)."""
+    """Start measuring `peak_memory_gb` again from now on.
+
+    This works on CUDA devices and on Linux. Elsewhere the peak is that of the whole process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        _call_glibc("malloc_trim", 0)  # return what keep_freed_memory has kept
-        with contextlib.suppress(
-            OSError
-        ):  # not permitted: the peak since the process started stays
-            # 5 resets the peak of resident memory
+        # first give back what keep_freed_memory has kept, or it would count as memory in use
+        _call_glibc("malloc_trim", 0)
+        # writing 5 resets the peak; some containers do not permit it, and then the old peak remains
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory since `reset_peak_memory` in units of 1e9 bytes.
+    """Return the peak memory since `reset_peak_memory`, in units of 1e9 bytes.
 
-    Allocated memory on a CUDA device, else the resident memory of the process.
+    On a CUDA device this is the memory that torch allocated there; otherwise it is the resident
+    memory of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

@@ -1,6 +1,7 @@
-"""Read and write files safely.
+"""Write files so that nothing is ever left half-written, overwritten by mistake or unexplained.
 
-Atomic writes, hashes, a lock on a folder, and the environment that a result came from.
+The functions write atomically, decide what may be replaced, lock folders, hash files and describe
+the environment that a result came from.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 
 import filelock
 
-ROOT = Path(__file__).resolve().parent.parent  # of the project
-LOCK_FILE = ".lock"  # in a folder that a process is writing to; see exclusive_folder
+ROOT = Path(__file__).resolve().parent.parent  # the project's folder
+LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
 
 
 def default_cache_dir() -> Path:
-    """Return $BABYLLAMA_CACHE, or data/cache in the project."""
+    """Return the folder for caches: $BABYLLAMA_CACHE, or else data/cache in the project."""
     return Path(os.environ.get("BABYLLAMA_CACHE") or ROOT / "data" / "cache")
 
 
@@ -34,10 +35,11 @@ def default_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and move it to `path` if the block succeeds.
+    """Yield a temporary path beside `path`, and move it to `path` once the block has succeeded.
 
-    The block creates a file or a directory there. An existing file or directory at `path` is
-    replaced; if the block fails, what was written is deleted and `path` stays as it was.
+    The block creates a file or a directory at the temporary path. Whoever reads `path` therefore
+    sees the old content or the new content, but never half of it. If the block fails, what it wrote
+    is deleted and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -49,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8 with Unix line ends, and flush it to disk."""
+    """Write a text file atomically, as UTF-8 with Unix line endings, and flush it to disk."""
     with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
@@ -57,14 +59,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN) atomically."""
+    """Write a JSON file atomically; raise ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def nan_to_null(value: Any, name: str, undefined: list[str]) -> Any:
-    """Return the value with None for NaN and infinity, which strict JSON cannot hold.
+    """Return a copy of a value in which None replaces NaN and infinity, which JSON does not have.
 
-    The dotted names of the replaced numbers, below `name`, are appended to `undefined`.
+    The dotted name of every number that was replaced, such as "scores.loss", is appended to
+    `undefined`, so that the file can list them. `name` is the name of the value itself.
     """
     if isinstance(value, dict):
         return {
@@ -84,16 +87,20 @@ def nan_to_null(value: Any, name: str, undefined: list[str]) -> Any:
 
 
 def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
-    """Raise ValueError if `path` exists and is not the script's own earlier output.
+    """Raise ValueError if `path` exists, unless the script wrote it itself (`is_ours`).
 
-    The one policy for existing output: a script replaces what it wrote itself and nothing else.
+    All scripts follow this policy: they replace their own earlier output, but never a file of the
+    user's. `remedy` says what the user can do instead.
     """
     if path.exists() and not is_ours:
         raise ValueError(f"{path} exists and was not written by this script; {remedy}")
 
 
 def check_results_file(file: Path, flag: str) -> None:
-    """Create the folder of a results file; raise ValueError if the file cannot be written."""
+    """Raise ValueError if a results file cannot be written, before the work that produces it.
+
+    The file's folder is created if necessary. `flag` is the flag that names the file.
+    """
     remedy = f"name another file with {flag}"
     check_replaceable(file, holds_results(file), remedy)
     try:
@@ -104,7 +111,7 @@ def check_results_file(file: Path, flag: str) -> None:
 
 
 def holds_results(file: Path) -> bool:
-    """Return True for an empty file and for a JSON object with the key "results"."""
+    """Return True if a script may have written this file: it is empty, or has the key "results"."""
     try:
         content = file.read_bytes()
         return not content or "results" in json.loads(content)
@@ -116,9 +123,10 @@ def holds_results(file: Path) -> bool:
 def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
     """Create a folder and keep other processes from writing to it while the block runs.
 
-    Raise ValueError with the `remedy` if another process has locked it. The lock is a hidden file
-    in the folder. It is deleted at the end, and so is a folder that was created here and stayed
-    empty. If the process dies, the system releases the lock; the file remains but blocks nobody.
+    If another process has already locked the folder, raise ValueError with the `remedy`. The lock
+    is a hidden file, which is deleted at the end; so is the folder, if it was created here and is
+    still empty. If the process dies, the operating system releases the lock, so a file that is left
+    behind blocks nobody.
     """
     was_created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,15 +140,17 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows deletes it on release instead
+        # delete the file while it is still locked; Windows refuses that and deletes it on release
+        with contextlib.suppress(OSError):
             (folder / LOCK_FILE).unlink()
         lock.release()
+        # rmdir refuses to delete a folder that holds something, and that is what we want
         if was_created:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-# ---- where a result comes from ------------------------------------------------------------------
+# ---- the origin of a result ---------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
@@ -155,13 +165,16 @@ def is_model(folder: str | Path) -> bool:
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """Return one hash of a model's config.json and weights."""
+    """Return one hash that changes if a model's config.json or its weights change."""
     files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def describe_environment(device: str | None = None) -> dict[str, str | None]:
-    """Return versions, machine and git commit, for a results file; `device` as in pick_device."""
+    """Describe the software and the machine behind a result: versions, device, git commit.
+
+    `device` is a name that pick_device knows.
+    """
     import torch
 
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
@@ -181,7 +194,7 @@ def describe_environment(device: str | None = None) -> dict[str, str | None]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the project, or None if git or the repository is missing."""
+    """Return the project's git commit, or None without git or without a repository."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """Declare every key of a configuration file: type, default, range and meaning.
 
-These pydantic models are the only schema. Rules between keys (one must divide another, two exclude
-each other) and everything about YAML are in config.py.
+This is the only place that declares a key. config.py reads the YAML, and it checks the rules that
+involve several keys, such as one that must divide another or two that exclude each other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def _key(
 ) -> Any:
     """Return a field of the schema.
 
-    A value outside `typical` is allowed, with a warning. `allowed` describes the limits in words
-    if config.allowed_values cannot.
+    Values outside the `typical` range are allowed, but the user is warned about them. Error
+    messages describe the `limits` in words; `allowed` replaces that description where the limits
+    alone do not explain it, as with a regular expression.
     """
     extra: dict[str, Any] = {}
     if typical:
@@ -40,7 +41,7 @@ def _key(
 
 
 class Section(BaseModel):
-    """Refuse unknown keys, values of another type, NaN and infinity."""
+    """Reject unknown keys, values of the wrong type, NaN and infinity in every section."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -106,7 +107,7 @@ class TrainingSection(Section):
         f"Peak learning rate; up to {MUON_LR:g} is typical for muon",
         ge=1e-6,
         le=1e-2,
-        typical=(1e-5, 1e-3),
+        typical=(1e-5, 2e-3),
     )
     batch_size: int = _key("Chunks per batch on each device", gt=0, typical=(1, 128))
     num_epochs: int = _key("Passes over the training text", ge=1, typical=(1, 10))

@@ -53,8 +53,12 @@ def test_flags_have_two_spellings_and_a_minimum():
     add_flag(parser, "batch-size", type=float)
     for flag in ("--batch-size", "--batch_size"):
         check_at_least(parser.parse_args([flag, "2"]), {"batch_size": 2})
-        for value in ("1.5", "nan", "inf"):
-            with pytest.raises(ValueError, match=f"--batch-size {value} must be 2 or more"):
+        for value, requirement in [
+            ("1.5", "2 or more"),
+            ("nan", "a finite number, 2 or more"),
+            ("inf", "a finite number, 2 or more"),
+        ]:
+            with pytest.raises(ValueError, match=f"--batch-size {value} must be {requirement}"):
                 check_at_least(parser.parse_args([flag, value]), {"batch_size": 2})
 
 

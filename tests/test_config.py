@@ -206,7 +206,7 @@ def test_each_unusual_value_gets_one_warning(config_file, caplog):
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 3
     assert any(
-        "training.lr: 0.005 is outside the typical range 1e-05 to 0.001" in line for line in lines
+        "training.lr: 0.005 is outside the typical range 1e-05 to 0.002" in line for line in lines
     )
     assert any(
         "model.intermediate_size: 256 is 4.00 x hidden_size; 2.67 x is usual for Llama" in line

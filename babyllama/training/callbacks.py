@@ -34,16 +34,17 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunLog(TrainerCallback):
-    """Show a progress bar with the time left, and write metrics.jsonl: one JSON object per log row.
+    """Show a progress bar with the time left, and log to metrics.jsonl, one JSON object per line.
 
-    The clock runs during training steps only, not while the model is evaluated or saved. `seconds`
-    and `tokens` are those of the complete run, also after a resume.
+    The clock stops while the model is evaluated or saved, so that the speed is that of training
+    alone. After a resume, `seconds` and `tokens` continue from the log, so they always describe the
+    complete run.
     """
 
     def __init__(
         self, path: Path, words_per_token: float, flops_per_token: float, matmul_flops: float
     ):
-        """Set up a log; `matmul_flops` is the machine's speed in matrix products, per second."""
+        """Set up a log; `matmul_flops` is the machine's matmul speed in operations per second."""
         self.path = path
         self.words_per_token = words_per_token
         self.flops_per_token = flops_per_token
@@ -51,30 +52,34 @@ class RunLog(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.bar = None
         self.step_started: float | None = None  # None while the clock is stopped
-        # at the last stop of the clock
+        # as of the moment when the clock last stopped
         self.seconds = 0.0
         self.tokens = 0
-        # at the last row with a speed
+        # as of the last row that has a speed
         self.logged_seconds = 0.0
         self.logged_tokens = 0
-        # trained before a resume, in a time that the log does not tell
+        # steps before a resume whose duration the log does not record
         self.untimed_steps = 0
         self.untimed_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         reset_peak_memory(args.device)
 
-        # after a resume keep the rows up to the checkpoint; the later ones will be written again
+        # after a resume, keep only the rows up to the checkpoint: training will write the later
+        # ones again
         if state.global_step and self.path.is_file():
             rows = _read_rows(self.path)
             self.rows = [row for row in rows if row["step"] <= state.global_step]
         with self.path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
 
-        # continue the clock; every checkpoint has a row, unless the log was truncated or deleted
+        # continue the clock from the last row. Every checkpoint has a row, so the steps up to it
+        # are all timed, unless somebody truncated or deleted the log
         last_row = self.rows[-1] if self.rows else {"seconds": 0.0, "tokens": 0, "step": 0}
-        self.seconds = self.logged_seconds = last_row["seconds"]
-        self.tokens = self.logged_tokens = state.num_input_tokens_seen
+        self.seconds = last_row["seconds"]
+        self.tokens = state.num_input_tokens_seen
+        self.logged_seconds = self.seconds
+        self.logged_tokens = self.tokens
         self.untimed_steps = state.global_step - last_row["step"]
         self.untimed_tokens = self.tokens - last_row["tokens"]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
@@ -114,7 +119,8 @@ class RunLog(TrainerCallback):
             self.logged_seconds = self.seconds
         row["seconds"] = round(self.seconds, 3)
         row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
-        if not math.isfinite(row.get("grad_norm", 0.0)):  # fp16's loss scaler skips such a step
+        # with fp16 the gradient may overflow; the loss scaler then skips the step, and that is fine
+        if not math.isfinite(row.get("grad_norm", 0.0)):
             row["grad_norm"] = None
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
@@ -122,7 +128,7 @@ class RunLog(TrainerCallback):
         self._print(row)
 
     def _speed(self, args, state) -> dict[str, float]:
-        """Return the speed since the last row, memory, and the time left."""
+        """Return the speed since the last row, the peak memory and the estimated time left."""
         seconds = self.seconds - self.logged_seconds
         tokens_per_second = (self.tokens - self.logged_tokens) / seconds
         flops_per_second = tokens_per_second * self.flops_per_token
@@ -156,12 +162,12 @@ class RunLog(TrainerCallback):
         self.bar.close()
 
     def tokens_per_second(self) -> float:
-        """Return the training speed of the complete run, without evaluation and saving."""
+        """Return the speed of the complete run, not counting the time of evaluation and saving."""
         return (self.tokens - self.untimed_tokens) / self.seconds
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a log up to the first one that is truncated."""
+    """Yield the rows of a log, up to the first one that was not written completely."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -174,7 +180,7 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _SaveAndStop(TrainerCallback):
-    """After a signal, save a checkpoint at the end of the step and raise KeyboardInterrupt."""
+    """Save a checkpoint at the end of the step after a signal, then raise KeyboardInterrupt."""
 
     def __init__(self):
         self.requested = False
@@ -183,7 +189,8 @@ class _SaveAndStop(TrainerCallback):
     def handle_signal(self, number, frame) -> None:
         self.requested = True
         signal.signal(number, signal.default_int_handler)  # a second signal stops at once
-        if os.getpid() == self.main_process:  # the workers of a DataLoader get the signal too
+        # the workers of a DataLoader get the signal too, but one message is enough
+        if os.getpid() == self.main_process:
             print(
                 "\ninterrupted: finishing and saving this step; interrupt again to stop at once",
                 file=sys.stderr,
@@ -193,7 +200,7 @@ class _SaveAndStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
             control.should_save = True
-            control.should_log = True  # the row carries the clock of the checkpoint
+            control.should_log = True  # a resumed run continues its clock from this row
 
     def on_save(self, args, state, control, **kwargs):
         if self.requested:
@@ -204,8 +211,9 @@ class _SaveAndStop(TrainerCallback):
 def save_when_interrupted(trainer) -> Iterator[None]:
     """Make Ctrl-C or SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
 
-    Changes nothing if several processes train, or in a thread other than the main one, which does
-    not receive signals. A signal that the process ignores, as in the background, stays ignored.
+    It does nothing if several processes train, because they would stop at different steps, or
+    outside the main thread, because only that one may handle signals. A signal that the process
+    ignores already, as it does in the background, stays ignored.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if distributed.world_size() > 1 or not in_main_thread:
@@ -231,9 +239,10 @@ def save_when_interrupted(trainer) -> Iterator[None]:
 
 
 def prepare_wandb(config: dict) -> None:
-    """Set wandb's project; without a key log to files, so that wandb never asks for a login.
+    """Set wandb's project, and its offline mode if there is no API key.
 
-    Raises ValueError if wandb is not installed.
+    Without a key wandb would ask for a login and wait. Offline it writes files instead, which can
+    be uploaded later. Raise ValueError if wandb is not installed.
     """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -246,4 +255,4 @@ def prepare_wandb(config: dict) -> None:
         has_key |= "wandb" in netrc.read_text(errors="replace")
     if not has_key and "WANDB_MODE" not in os.environ:
         os.environ["WANDB_MODE"] = "offline"
-        log.warning("wandb: no key on this machine; logging to files (upload with: wandb sync)")
+        log.warning("wandb: found no API key; logging to files (upload them with: wandb sync)")

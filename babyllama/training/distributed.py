@@ -1,10 +1,11 @@
-"""Coordinate several processes (torchrun, accelerate launch), each with its share of every step.
+"""Coordinate several processes that train one model, each on its share of every step.
 
-Rank 0 prepares the data, writes files and prints; the others wait, then train on their chunks. In
-one process everything here does nothing. Knows neither configurations nor models.
+The processes are started by torchrun or `accelerate launch`. Rank 0 prepares the data, writes files
+and prints, while the others wait; then all of them train. In a single process these functions do
+nothing, so their callers need not care. Nothing here knows about configurations or models.
 
     distributed.start()                # after the command line is parsed
-    with distributed.main_first():     # rank 0 runs the block, then the others; one error ends all
+    with distributed.main_first():     # rank 0 first, then the others; an error ends all of them
         dataset = prepare()
     if distributed.is_main():
         write()
@@ -28,12 +29,12 @@ import numpy as np
 
 from babyllama import cli
 
-# the launcher's key-value store, and how many main_first blocks have begun
+# the launcher's key-value store, and the number of main_first blocks that have begun
 _group = SimpleNamespace(store=None, block=0)
 
 
 class OtherRankError(ValueError):
-    """An error that every process raises, because one of them failed in a main_first block."""
+    """An error that all processes raise because one of them failed in a main_first block."""
 
     on_all_ranks = True
 
@@ -42,25 +43,25 @@ class OtherRankError(ValueError):
 
 
 def world_size() -> int:
-    """Return the number of processes of this run, over all machines."""
+    """Return the number of processes that train together, on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the number of this process; the first one is 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_main() -> bool:
-    """Return True in the process that prints and writes."""
+    """Return True in rank 0, the only process that prints and writes files."""
     return rank() == 0
 
 
 def start() -> None:
-    """Join the process group, one GPU per process if there are GPUs, and silence all ranks but 0.
+    """Join the process group, take a GPU if there are any, and silence all ranks except 0.
 
-    Raises ValueError if a machine has fewer GPUs than processes, or if accelerate is configured to
-    shard the model.
+    Raise ValueError if this machine has fewer GPUs than processes, or if accelerate is configured
+    to shard the model itself.
     """
     if world_size() == 1 or _group.store:
         return
@@ -86,9 +87,9 @@ def start() -> None:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
-        # accelerate's default is cpu:0, to which older releases of torch cannot load a checkpoint
+        # accelerate would use cpu:0, but older releases of torch cannot load a checkpoint to it
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    # this import takes seconds; do it in all processes at once, before they wait for one another
+    # this import takes seconds, so let all processes do it now, before they wait for one another
     from transformers import Trainer  # noqa: F401
 
     store, _, _ = next(dist.rendezvous("env://"))
@@ -109,7 +110,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the process group at the end of a run."""
+    """Leave the process group, at the end of a run."""
     if _group.store:
         import torch.distributed as dist
 
@@ -118,9 +119,10 @@ def stop() -> None:
 
 
 def require_gpus() -> None:
-    """Raise ValueError if training.fsdp has no GPUs, and warn if there is only one process.
+    """Check that training.fsdp has GPUs and processes to shard the model over.
 
-    accelerate's FSDP does not shard on CPUs; each process would hold the complete model.
+    Raise ValueError on CPUs: accelerate's FSDP shards nothing there, so every process would hold
+    the complete model. Warn if there is only one process.
     """
     import torch
 
@@ -133,24 +135,24 @@ def require_gpus() -> None:
 
 
 def seed_per_rank(seed: int) -> None:
-    """Reseed all ranks but 0, so that dropout differs between processes."""
+    """Reseed all ranks except 0, so that each process draws its own dropout masks."""
     if not is_main():
         import torch
 
         torch.manual_seed(seed + rank())
 
 
-# ---- one after the other, with one end for all --------------------------------------------------
+# ---- rank 0 first, and errors that end all processes --------------------------------------------
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Run the block in rank 0, then in the other ranks; rank 0 waits for them.
+    """Run the block in rank 0, then in the other ranks, while rank 0 waits for them.
 
-    If a rank raises ValueError or OSError, all raise OtherRankError with its message; any other
-    exception ends the other ranks with exit code 1. The main_process_first of accelerate and
-    transformers does not: after an error in rank 0 the other ranks keep waiting or run the block,
-    and rank 0 does not learn of theirs.
+    If one rank raises ValueError or OSError, all ranks raise OtherRankError with its message. Any
+    other exception ends the other ranks with exit code 1. We do not use main_process_first of
+    accelerate and transformers because it does not handle errors: if rank 0 fails, the other ranks
+    wait forever or run the block anyway, and if another rank fails, rank 0 never learns of it.
     """
     if world_size() == 1:
         yield
@@ -174,9 +176,10 @@ def main_first() -> Iterator[None]:
 
 
 def _wait_for(key: str) -> str:
-    """Return the value of a key in the store as soon as a process sets it.
+    """Wait until a process sets this key in the store, and return its value.
 
-    Polls: preparing data may take hours, and Ctrl-C does not interrupt a blocking `get`.
+    This polls, because preparing the data may take hours and Ctrl-C cannot interrupt the store's
+    blocking `get`.
     """
     while not _group.store.check([key]):
         time.sleep(0.02)
@@ -184,7 +187,10 @@ def _wait_for(key: str) -> str:
 
 
 def _raise_if_failed(outcome: str) -> None:
-    """Fail like the process that had this outcome: "ok", "error:message" or "crash"."""
+    """Fail in the same way as another process, given its outcome.
+
+    The outcome is "ok", "error:" with a message, or "crash".
+    """
     kind, _, message = outcome.partition(":")
     if kind == "error":
         raise OtherRankError(message)
@@ -193,21 +199,20 @@ def _raise_if_failed(outcome: str) -> None:
 
 
 def _message(error: Exception) -> str:
-    """Return the message of an error; ranks other than 0 put their number before each line."""
+    """Return the message of an error, with the rank before each line unless it is rank 0."""
     prefix = "" if is_main() else f"rank {rank()}: "
     return "\n".join(prefix + line for line in str(error).splitlines())
 
 
 def print_error(error: Exception) -> None:
-    """Print an error on stderr; rank 0 alone prints an error that all ranks raise."""
+    """Print an error on stderr; if all ranks raise the same one, only rank 0 prints it."""
     if not getattr(error, "on_all_ranks", False):
         cli.print_error(ValueError(_message(error)))
         return
     if is_main():
         cli.print_error(error)
-    if (
-        _group.store
-    ):  # the launcher kills all ranks when the first one exits: wait for rank 0's print
+    # the launcher kills all ranks as soon as one exits, so wait until rank 0 has printed
+    if _group.store:
         printed_key = f"{_group.block}.printed"
         if is_main():
             _group.store.set(printed_key, "")
@@ -215,7 +220,7 @@ def print_error(error: Exception) -> None:
 
 
 def is_lost_process_error(error: RuntimeError) -> bool:
-    """Return True if this error says that the connection to another process broke."""
+    """Return True if this error means that the connection to another process broke."""
     signs = ("gloo", "NCCL", "Broken pipe", "Connection")
     return world_size() > 1 and any(sign in str(error) for sign in signs)
 
@@ -224,7 +229,7 @@ def is_lost_process_error(error: RuntimeError) -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process calls this."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -232,7 +237,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor):
-    """Return the sum of a tensor over all processes, in each of them."""
+    """Return the sum of a tensor over all processes; each of them gets it."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -242,19 +247,21 @@ def all_reduce_sum(tensor):
 
 
 def forward_through_wrapper(function, model, *args):
-    """Return function(inner model, *args), called within the forward pass of the model's wrapper.
+    """Return function(inner model, *args), called inside the forward pass of DDP or FSDP.
 
-    DDP and FSDP gather weights and gradients around their forward pass, so a function that calls
-    parts of the model, as the loss does, must run inside it. torch has no public way to do that
-    with DDP. For one call the function takes the place of the inner model's forward.
+    DDP and FSDP gather weights and gradients around their own forward pass. Our loss calls parts of
+    the model instead of the whole, so it has to run inside that pass, and torch has no public way
+    to ask DDP for this. So, for the length of one call, the function takes the place of the inner
+    model's forward.
     """
-    inner = getattr(model, "module", model)  # DDP has one, FSDP changes the model itself
-    own_forward = inner.__dict__.pop("forward", None)  # set by accelerate for autocast
+    inner = getattr(model, "module", model)  # DDP wraps the model, FSDP changes it in place
+    # accelerate sets a forward of its own on the instance, for autocast
+    accelerate_forward = inner.__dict__.pop("forward", None)
 
     def restore() -> None:
         inner.__dict__.pop("forward", None)
-        if own_forward is not None:
-            inner.forward = own_forward
+        if accelerate_forward is not None:
+            inner.forward = accelerate_forward
 
     def forward(*args):
         restore()
@@ -267,14 +274,14 @@ def forward_through_wrapper(function, model, *args):
         restore()
 
 
-# ---- which chunks each process gets -------------------------------------------------------------
+# ---- the chunks of each process -----------------------------------------------------------------
 
 
 def steps_per_epoch(n_chunks: int, chunks_per_step: int) -> int:
     """Return the number of optimizer steps in an epoch.
 
-    The last step takes the remaining chunks. If there is less than one per process, they join the
-    step before. Raises ValueError if there are fewer chunks than processes.
+    The last step takes the chunks that remain. If they are too few to give every process one, they
+    join the step before it instead. Raise ValueError if there are fewer chunks than processes.
     """
     if n_chunks < world_size():
         raise ValueError(
@@ -287,15 +294,16 @@ def steps_per_epoch(n_chunks: int, chunks_per_step: int) -> int:
 
 
 def chunks_after(steps: int, n_chunks: int, chunks_per_step: int) -> int:
-    """Return how many chunks all processes together have seen after some steps of any epoch."""
+    """Return the number of chunks that all processes together have seen after `steps` steps."""
     epochs, steps_of_epoch = divmod(steps, steps_per_epoch(n_chunks, chunks_per_step))
     return epochs * n_chunks + steps_of_epoch * chunks_per_step
 
 
 def batches_per_step(n_chunks: int, batch_size: int, at_most: int | None = None) -> int:
-    """Return how many batches of at most `batch_size` each process makes of `n_chunks`.
+    """Return the number of batches into which each process splits its share of `n_chunks`.
 
-    Fewer and larger ones if a batch would be empty or if there would be more than `at_most`.
+    A batch has up to `batch_size` chunks. Batches become larger, and fewer, if one would be empty
+    or if there would be more than `at_most`.
     """
     needed = math.ceil(n_chunks / (batch_size * world_size()))
     batches = max(1, min(needed, n_chunks // world_size()))
@@ -303,31 +311,31 @@ def batches_per_step(n_chunks: int, batch_size: int, at_most: int | None = None)
 
 
 def split_for_rank(chunks: np.ndarray, n_batches: int) -> list[np.ndarray]:
-    """Return this process's share of the chunks in `n_batches` batches.
+    """Return this process's share of the chunks, as `n_batches` batches.
 
-    Every chunk is in one batch of one process; batch sizes differ by one at most.
+    Every chunk is in exactly one batch of one process, and batch sizes differ by at most one.
     """
     return np.array_split(chunks, n_batches * world_size())[rank() :: world_size()]
 
 
 class ExactBatchSampler:
-    """Yield this process's batches of an epoch: every chunk once, in the steps of a single process.
+    """Yield this process's batches of an epoch, so that all processes together see each chunk once.
 
-    accelerate's sampler and torch's DistributedSampler repeat or drop chunks to make the processes'
-    shares equal.
+    The steps hold the same chunks as those of a single process. accelerate's sampler and torch's
+    DistributedSampler cannot do this: they repeat or drop chunks to make all shares equal.
     """
 
     drop_last = False
 
     def __init__(self, sampler, batch_size: int, accumulation: int):
-        """Split the order of `sampler` (all chunks, the same in every process; has set_epoch)."""
+        """Split the chunks in the order of `sampler`, which is the same in every process."""
         self.sampler = sampler
         self.batch_size = batch_size
         self.accumulation = accumulation
         n_chunks = len(sampler)
         chunks_per_step = batch_size * accumulation * world_size()
         n_steps = steps_per_epoch(n_chunks, chunks_per_step)
-        # the last step also takes chunks that are too few for a step of their own
+        # chunks that are too few for another step join the last one
         bounds = [step * chunks_per_step for step in range(n_steps)] + [n_chunks]
         self.steps = [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
@@ -345,7 +353,7 @@ class ExactBatchSampler:
 
 
 def train_loader(dataset, args, collate):
-    """Return this process's DataLoader for a Trainer with TrainingArguments `args`."""
+    """Return this process's DataLoader for a Trainer; `args` are its TrainingArguments."""
     import torch
     from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 
@@ -360,8 +368,8 @@ def train_loader(dataset, args, collate):
         persistent_workers=args.dataloader_persistent_workers,
         pin_memory=args.dataloader_pin_memory,
     )
-    # accelerate moves batches to the device and sets the epoch; as if for one process, because the
-    # batches are already this process's share
+    # accelerate moves the batches to the device and tells the sampler the epoch. It is told that
+    # there is one process, because it would split the batches, which are our share already
     return prepare_data_loader(
         loader,
         args.device,
