@@ -29,7 +29,7 @@ def read_log(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def floor_in_nats(run_dir: Path) -> float:
+def entropy_in_nats(run_dir: Path) -> float:
     """Return the entropy of the grammar of a run's text, in nats per token."""
     results = json.loads((run_dir / "training_metrics.json").read_text(encoding="utf-8"))["results"]
     bytes_per_token = results["eval_bytes"] / results["eval_tokens"]
@@ -47,7 +47,7 @@ def draw_quickstart(run_dir: Path, file: Path) -> None:
     rows = read_log(run_dir)
     losses = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
-    floor = floor_in_nats(run_dir)
+    entropy = entropy_in_nats(run_dir)
 
     figure, ((axis,),) = new_figure(1, 1, 7, 3)
     thousands = [row["tokens"] / 1000 for row in losses]
@@ -59,7 +59,7 @@ def draw_quickstart(run_dir: Path, file: Path) -> None:
         color=ORANGE,
         label=f"held-out, {held_out[-1]['eval_loss']:.3f}",
     )
-    axis.axhline(floor, color=GREEN, ls="--", label=f"entropy of the grammar, {floor:.3f}")
+    axis.axhline(entropy, color=GREEN, ls="--", label=f"entropy of the grammar, {entropy:.3f}")
     axis.set(xlabel="thousand tokens", ylabel="loss (nats per token)", ylim=(1.5, None))
     axis.legend(frameon=False)
     save(figure, file)
@@ -74,8 +74,8 @@ def draw_learning_rates(sweep_dir: Path, file: Path) -> None:
         name = f"{run['values']['training.lr']:g}: held-out {run['eval_bits_per_byte']:.3f}"
         steps = [row["step"] for row in rows]
         axis.plot(steps, [row["loss"] for row in rows], color=colour, label=name)
-    floor = floor_in_nats(sweep_dir / sweep["best"])
-    axis.axhline(floor, color="black", ls="--", lw=1, label="entropy of the grammar")
+    entropy = entropy_in_nats(sweep_dir / sweep["best"])
+    axis.axhline(entropy, color="black", ls="--", lw=1, label="entropy of the grammar")
     axis.set(xlabel="step", ylabel="training loss (nats per token)", ylim=(1.5, None))
     title = "peak learning rate: bits per byte"
     axis.legend(frameon=False, title=title, loc="upper left", bbox_to_anchor=(1, 1))

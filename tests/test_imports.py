@@ -12,18 +12,18 @@ SCRIPTS = [
     "train_tokenizer",
 ]  # fmt: skip
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
-# Each floor may import itself and those below it.
-FLOORS = ["foundation", "config", "evaluation", "training", "script"]
+# Each layer may import itself and those below it.
+LAYERS = ["foundation", "config", "evaluation", "training", "script"]
 FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 
-def floor_of(module: str) -> str:
-    """Return the floor of `babyllama.x.y` or of a script."""
+def layer_of(module: str) -> str:
+    """Return the layer of `babyllama.x.y` or of a script."""
     if not module.startswith("babyllama"):
         return "script"
-    room = (module.split(".") + ["files"])[1]
-    return "foundation" if room in FOUNDATION else room
+    folder = (module.split(".") + ["files"])[1]
+    return "foundation" if folder in FOUNDATION else folder
 
 
 def module_name(path) -> str:
@@ -59,10 +59,10 @@ def test_the_root_holds_the_scripts_and_nothing_else():
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_point_down(path):
-    floor = floor_of(module_name(path))
+    layer = layer_of(module_name(path))
     ours = {name for name in imported(path) if name.split(".")[0] in {"babyllama", *SCRIPTS}}
-    upwards = {name for name in ours if FLOORS.index(floor_of(name)) > FLOORS.index(floor)}
-    assert not upwards, f"{module_name(path)} ({floor}) imports {upwards}"
+    upwards = {name for name in ours if LAYERS.index(layer_of(name)) > LAYERS.index(layer)}
+    assert not upwards, f"{module_name(path)} ({layer}) imports {upwards}"
 
 
 def test_only_plots_imports_matplotlib():
