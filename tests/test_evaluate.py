@@ -30,58 +30,59 @@ def evaluator(model_dirs):
 
 @pytest.fixture(scope="module")
 def texts():
-    base = sentences(40, seed=5)
-    return [
-        *base,
-        "",
-        "a",
-        "Ünïcode 🙂 text.",
-        " ".join(base[:12]),
-    ]  # the last is longer than the context of 64
+    """Return 44 texts; one is empty and the last one exceeds the context of 64."""
+    short = sentences(40, seed=5)
+    long = " ".join(short[:12])
+    return [*short, "", "a", "Ünïcode 🙂 text.", long]
 
 
 def naive_nats(evaluator, text: str) -> tuple[float, int]:
-    """(nats, tokens) of a text within the context, one float64 softmax at a time."""
+    """Return (nats, tokens) of a text within the context, one float64 softmax at a time."""
     ids = [BOS, *evaluator.tokenizer.encode(text, add_special_tokens=False)]
     assert len(ids) <= 65
     with torch.no_grad():
         logits = evaluator.model(torch.tensor([ids[:-1]])).logits[0].double()
-    return -sum(
-        row.log_softmax(-1)[token].item() for row, token in zip(logits, ids[1:], strict=True)
-    ), len(ids) - 1
+    nats = 0.0
+    for row, token in zip(logits, ids[1:], strict=True):
+        nats -= row.log_softmax(-1)[token].item()
+    return nats, len(ids) - 1
 
 
 # ---- perplexity ----------------------------------------------------------------------------------
 
 
 def test_perplexity_equals_a_sum_over_tokens(evaluator, texts):
-    short = [text for text in texts[:-1] if text]
-    nats, tokens = map(sum, zip(*(naive_nats(evaluator, text) for text in short), strict=True))
-    got = evaluator.calculate_perplexity(short)
-    assert got["nats_per_token"] == got["average_loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-    assert got["bits_per_byte"] == pytest.approx(
-        nats / math.log(2) / sum(len(t.encode()) for t in short), rel=1e-5
-    )
-    assert got["word_perplexity"] == pytest.approx(
-        math.exp(nats / sum(len(t.split()) for t in short)), rel=1e-4
-    )
-    losses = [n / k for n, k in (naive_nats(evaluator, text) for text in short)]
-    assert got["std_loss"] == pytest.approx(np.std(losses), rel=1e-4)
-    assert (got["min_loss"], got["max_loss"]) == pytest.approx((min(losses), max(losses)), rel=1e-5)
-    assert (got["num_sequences"], got["total_tokens"], got["num_empty"]) == (len(short), tokens, 0)
-    low, high = got["perplexity_ci95"]
-    assert low < got["perplexity"] < high
+    short_texts = [text for text in texts[:-1] if text]
+    nats_and_tokens = [naive_nats(evaluator, text) for text in short_texts]
+    nats = sum(nats for nats, _ in nats_and_tokens)
+    tokens = sum(tokens for _, tokens in nats_and_tokens)
+    num_bytes = sum(len(text.encode()) for text in short_texts)
+    num_words = sum(len(text.split()) for text in short_texts)
+
+    result = evaluator.calculate_perplexity(short_texts)
+    assert result["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result["average_loss"] == result["nats_per_token"]
+    assert result["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert result["word_perplexity"] == pytest.approx(math.exp(nats / num_words), rel=1e-4)
+
+    losses = [nats / tokens for nats, tokens in nats_and_tokens]
+    assert result["std_loss"] == pytest.approx(np.std(losses), rel=1e-4)
+    assert result["min_loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert result["max_loss"] == pytest.approx(max(losses), rel=1e-5)
+    assert result["num_sequences"] == len(short_texts)
+    assert result["total_tokens"] == tokens
+    assert result["num_empty"] == 0
+    low, high = result["perplexity_ci95"]
+    assert low < result["perplexity"] < high
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, texts, batch_size):
-    other = ModelEvaluator(model_dirs["GPT2"], "cpu")
+    expected = evaluator.calculate_perplexity(texts)
     shuffled = random.Random(batch_size).sample(texts, len(texts))
-    a, b = (
-        evaluator.calculate_perplexity(texts),
-        other.calculate_perplexity(shuffled, batch_size=batch_size),
-    )
+    other = ModelEvaluator(model_dirs["GPT2"], "cpu")
+    result = other.calculate_perplexity(shuffled, batch_size=batch_size)
     for key in (
         "perplexity",
         "bits_per_byte",
@@ -90,37 +91,46 @@ def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, tex
         "num_sequences",
         "total_tokens",
     ):
-        assert b[key] == pytest.approx(a[key], rel=1e-5)
+        assert result[key] == pytest.approx(expected[key], rel=1e-5)
 
 
-def test_empty_texts_are_counted_and_do_not_change_the_figures(evaluator, texts):
-    one = evaluator.calculate_perplexity(["a"])
-    assert (one["num_sequences"], one["total_tokens"], one["std_loss"]) == (1, 1, 0.0)
-    assert one["nats_per_token"] == pytest.approx(naive_nats(evaluator, "a")[0], rel=1e-5)
-    assert all(math.isnan(x) for x in one["perplexity_ci95"])  # one text says nothing about others
-    mixed = evaluator.calculate_perplexity(["", "a", ""])
-    assert (mixed["num_sequences"], mixed["num_empty"], mixed["perplexity"]) == (
-        1,
-        2,
-        one["perplexity"],
-    )
-    long = evaluator.calculate_perplexity([texts[-1]])
-    assert (
-        long["total_tokens"]
-        == len(evaluator.tokenizer.encode(texts[-1], add_special_tokens=False))
-        > 64
-    )
-    for nothing in ([], [""]):
-        got = evaluator.calculate_perplexity(nothing)
-        assert (got["num_sequences"], got["total_tokens"], got["num_empty"]) == (0, 0, len(nothing))
-        assert all(
-            math.isnan(got[key])
-            for key in ("perplexity", "average_loss", "std_loss", "bits_per_byte")
-        )
-        assert all(math.isnan(got["perplexity_ci95"][i]) for i in (0, 1))
-        probabilities = evaluator.evaluate_token_probabilities(nothing)
-        assert probabilities["num_tokens"] == 0 and math.isnan(probabilities["avg_entropy"])
-        assert math.isnan(probabilities["expected_calibration_error"])
+def test_one_text_has_figures_but_no_interval(evaluator):
+    result = evaluator.calculate_perplexity(["a"])
+    assert (result["num_sequences"], result["total_tokens"]) == (1, 1)
+    assert result["std_loss"] == 0.0
+    nats, _ = naive_nats(evaluator, "a")
+    assert result["nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    assert all(math.isnan(bound) for bound in result["perplexity_ci95"])
+
+
+def test_empty_texts_are_counted_and_do_not_change_the_figures(evaluator):
+    result = evaluator.calculate_perplexity(["", "a", ""])
+    assert (result["num_sequences"], result["num_empty"]) == (1, 2)
+    assert result["perplexity"] == evaluator.calculate_perplexity(["a"])["perplexity"]
+
+
+def test_a_text_longer_than_the_context_is_scored_to_its_end(evaluator, texts):
+    long = texts[-1]
+    num_tokens = len(evaluator.tokenizer.encode(long, add_special_tokens=False))
+    assert num_tokens > 64
+    assert evaluator.calculate_perplexity([long])["total_tokens"] == num_tokens
+
+
+@pytest.mark.parametrize("no_text", [[], [""]])
+def test_without_text_every_figure_is_nan(evaluator, no_text):
+    result = evaluator.calculate_perplexity(no_text)
+    assert (result["num_sequences"], result["total_tokens"]) == (0, 0)
+    assert result["num_empty"] == len(no_text)
+    for key in ("perplexity", "average_loss", "std_loss", "bits_per_byte"):
+        assert math.isnan(result[key])
+    low, high = result["perplexity_ci95"]
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+    probabilities = evaluator.evaluate_token_probabilities(no_text)
+    assert probabilities["num_tokens"] == 0
+    assert math.isnan(probabilities["avg_entropy"])
+    assert math.isnan(probabilities["expected_calibration_error"])
 
 
 def test_a_string_instead_of_a_list_is_refused(evaluator):
@@ -128,19 +138,24 @@ def test_a_string_instead_of_a_list_is_refused(evaluator):
         evaluator.calculate_perplexity("The cat")
     with pytest.raises(ValueError, match="prompts must be a list"):
         evaluator.evaluate_generation_quality("The cat")
+
+
+def test_a_batch_size_of_zero_is_refused(evaluator):
     with pytest.raises(ValueError, match="batch_size 0"):
         evaluator.calculate_perplexity(["The cat"], batch_size=0)
 
 
-def test_a_broken_model_gives_no_finite_figure(model_dirs):
+def test_a_model_with_nan_weights_gives_no_finite_figure(model_dirs):
     broken = ModelEvaluator(model_dirs["Llama"], "cpu")
     with torch.no_grad():
         broken.model.lm_head.weight[7] = math.nan
-    got = {
-        **broken.calculate_perplexity(["The cat", "A dog"]),
-        **broken.evaluate_token_probabilities(["The cat"]),
-    }
-    counts = {
+    result = broken.calculate_perplexity(["The cat", "A dog"])
+    result |= broken.evaluate_token_probabilities(["The cat"])
+    finite = set()
+    for key, value in result.items():
+        if isinstance(value, float | int) and math.isfinite(value):
+            finite.add(key)
+    assert finite <= {
         "num_sequences",
         "num_documents",
         "num_empty",
@@ -149,26 +164,21 @@ def test_a_broken_model_gives_no_finite_figure(model_dirs):
         "total_bytes",
         "total_words",
     }
-    numbers = {
-        key: value
-        for key, value in got.items()
-        if isinstance(value, float | int) and key not in counts
-    }
-    assert {key for key, value in numbers.items() if math.isfinite(value)} == set()
 
 
 def test_without_bos_and_eos_the_first_token_does_not_count(bare_model_dir):
     evaluator = ModelEvaluator(bare_model_dir, "cpu")
-    got = evaluator.calculate_perplexity(["cat dog girl", "bird"])
+    result = evaluator.calculate_perplexity(["cat dog girl", "bird"])
     with torch.no_grad():
-        logits = evaluator.model(torch.tensor([[1, 2, 3]])).logits[0].double().log_softmax(-1)
-    counts = got["total_tokens"], got["total_words"], got["total_bytes"]
-    assert counts == (2, 2, len("dog girl"))  # the first one has nothing before it
-    assert got["average_loss"] == pytest.approx(-(logits[0, 2] + logits[1, 3]).item() / 2, rel=1e-5)
-    made = evaluator.evaluate_generation_quality(
-        ["cat dog", "bird"], max_length=4, num_return_sequences=2
-    )
-    assert made["num_generations"] == 4
+        logprobs = evaluator.model(torch.tensor([[1, 2, 3]])).logits[0].double().log_softmax(-1)
+    nats = -(logprobs[0, 2] + logprobs[1, 3]).item()
+    counts = (result["total_tokens"], result["total_words"], result["total_bytes"])
+    assert counts == (2, 2, len("dog girl"))
+    assert result["average_loss"] == pytest.approx(nats / 2, rel=1e-5)
+
+    options = {"max_length": 4, "num_return_sequences": 2}
+    generation = evaluator.evaluate_generation_quality(["cat dog", "bird"], **options)
+    assert generation["num_generations"] == 4
     with pytest.raises(ValueError, match="no BOS to start from"):
         evaluator.evaluate_generation_quality([""])
 
@@ -177,104 +187,125 @@ def test_without_bos_and_eos_the_first_token_does_not_count(bare_model_dir):
 
 
 def test_changed_weights_are_scored_again(model_dirs):
-    evaluator, text = ModelEvaluator(model_dirs["Llama"], "cpu"), ["The cat sat"]
-    evaluator.calculate_perplexity(text)
+    evaluator = ModelEvaluator(model_dirs["Llama"], "cpu")
+    texts = ["The cat sat"]
+    evaluator.calculate_perplexity(texts)
     with torch.no_grad():
         evaluator.model.lm_head.weight.zero_()
-    uniform = math.log(evaluator.model.config.vocab_size)
-    assert evaluator.calculate_perplexity(text)["nats_per_token"] == pytest.approx(
-        uniform, rel=1e-6
-    )
-    assert evaluator.evaluate_token_probabilities(text)["avg_entropy"] == pytest.approx(
-        uniform, rel=1e-6
-    )
+    uniform = pytest.approx(math.log(evaluator.model.config.vocab_size), rel=1e-6)
+    assert evaluator.calculate_perplexity(texts)["nats_per_token"] == uniform
+    assert evaluator.evaluate_token_probabilities(texts)["avg_entropy"] == uniform
 
 
-def test_token_probabilities_equal_a_loop(evaluator):
-    chosen = sentences(6, seed=9)
-    top, entropies, ranks, hits = [], [], [], []
-    for text in chosen:
+def test_token_probabilities_equal_a_loop_over_the_vocabulary(evaluator):
+    texts = sentences(6, seed=9)
+    top_probs = []
+    entropies = []
+    ranks = []
+    hits = []
+    for text in texts:
         ids = [BOS, *evaluator.tokenizer.encode(text, add_special_tokens=False)]
         with torch.no_grad():
             rows = evaluator.model(torch.tensor([ids])).logits[0].double().softmax(-1).tolist()
-        for row, token in zip(rows, ids[1:], strict=False):
-            top.append(max(row))
+        for row, token in zip(rows[:-1], ids[1:], strict=True):
+            top_probs.append(max(row))
             entropies.append(-sum(p * math.log(p) for p in row))
             ranks.append(1 + sum(p > row[token] for p in row))
             hits.append(row[token] == max(row))
-    got = evaluator.evaluate_token_probabilities(chosen)
-    assert got["num_tokens"] == len(top)
-    assert got["avg_top_token_prob"] == pytest.approx(np.mean(top), rel=1e-5)
-    assert got["std_top_token_prob"] == pytest.approx(np.std(top), rel=1e-4)
-    assert got["avg_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
-    assert got["std_entropy"] == pytest.approx(np.std(entropies), rel=1e-3)
-    assert got["low_confidence_ratio"] == np.mean(np.array(top) < 0.1)
-    assert got["top1_accuracy"] == np.mean(hits)
-    assert (got["mean_rank"], got["median_rank"]) == (np.mean(ranks), np.median(ranks))
-    assert got["mean_reciprocal_rank"] == pytest.approx(np.mean(1 / np.array(ranks)))
-    assert sum(got["surprisal_histogram_bits"]["counts"]) == len(top)
-    assert (
-        "".join(got["surprisal_sample"]["tokens"])
-        == chosen[0][: len("".join(got["surprisal_sample"]["tokens"]))]
-    )
+
+    result = evaluator.evaluate_token_probabilities(texts)
+    assert result["num_tokens"] == len(top_probs)
+    assert result["avg_top_token_prob"] == pytest.approx(np.mean(top_probs), rel=1e-5)
+    assert result["std_top_token_prob"] == pytest.approx(np.std(top_probs), rel=1e-4)
+    assert result["avg_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert result["std_entropy"] == pytest.approx(np.std(entropies), rel=1e-3)
+    assert result["low_confidence_ratio"] == np.mean(np.array(top_probs) < 0.1)
+    assert result["top1_accuracy"] == np.mean(hits)
+    assert result["mean_rank"] == np.mean(ranks)
+    assert result["median_rank"] == np.median(ranks)
+    assert result["mean_reciprocal_rank"] == pytest.approx(np.mean(1 / np.array(ranks)))
+    assert sum(result["surprisal_histogram_bits"]["counts"]) == len(top_probs)
+    assert texts[0].startswith("".join(result["surprisal_sample"]["tokens"]))
 
 
 def test_a_uniform_model_is_calibrated(model_dirs):
-    uniform = ModelEvaluator(model_dirs["Llama"], "cpu")
-    torch.nn.init.zeros_(uniform.model.lm_head.weight)
-    got = uniform.evaluate_token_probabilities(["The cat sleeps.", "A dog"])
-    assert got["top1_accuracy"] == pytest.approx(1 / 400, rel=1e-4)  # ties are not credited in full
-    assert got["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
-    assert uniform.calculate_perplexity(["The cat sleeps."])["perplexity"] == pytest.approx(
-        400, rel=1e-5
-    )
+    evaluator = ModelEvaluator(model_dirs["Llama"], "cpu")
+    torch.nn.init.zeros_(evaluator.model.lm_head.weight)
+    result = evaluator.evaluate_token_probabilities(["The cat sleeps.", "A dog"])
+    assert result["top1_accuracy"] == pytest.approx(1 / 400, rel=1e-4)  # 400 tokens tie
+    assert result["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
+    perplexity = evaluator.calculate_perplexity(["The cat sleeps."])["perplexity"]
+    assert perplexity == pytest.approx(400, rel=1e-5)
 
 
 # ---- generation ----------------------------------------------------------------------------------
 
 
-def test_generation_quality_measures_its_own_samples(evaluator):
+def test_generation_quality_measures_the_samples_that_it_returns(evaluator):
     prompts = ["The cat", "", "A dog"]
-    got = evaluator.evaluate_generation_quality(prompts, max_length=12, num_return_sequences=3)
-    samples = [sample["generations"] for sample in got["generation_samples"]]
-    assert [sample["prompt"] for sample in got["generation_samples"]] == prompts
-    assert [len(group) for group in samples] == [3, 3, 3]
-    words = [text.split() for group in samples for text in group]
-    assert got["num_generations"] == 9 and got["num_empty_generations"] == words.count([])
-    ones = Counter(word for text in words for word in text)
-    assert got["distinct_1"] == pytest.approx(len(ones) / sum(ones.values()))
-    assert got["avg_diversity_score"] == pytest.approx(np.nanmean(got["diversity_scores"]))
-    assert got["avg_words"] == pytest.approx(np.mean([len(text) for text in words]))
-    again = evaluator.evaluate_generation_quality(prompts, 12, 0.8, 0.95, 3)
-    assert again["generation_samples"] == got["generation_samples"]
-    other = evaluator.evaluate_generation_quality(prompts, 12, 1.2, 0.5, 3)
-    assert other["generation_samples"] != got["generation_samples"]
-    greedy = evaluator.evaluate_generation_quality(
-        ["The cat", "A dog"], max_length=12, temperature=0
-    )
-    assert greedy["self_bleu"] == pytest.approx(1.0)
+    result = evaluator.evaluate_generation_quality(prompts, max_length=12, num_return_sequences=3)
+    samples = result["generation_samples"]
+    assert [sample["prompt"] for sample in samples] == prompts
+    assert [len(sample["generations"]) for sample in samples] == [3, 3, 3]
+
+    generations = []
+    for sample in samples:
+        generations += [text.split() for text in sample["generations"]]
+    word_counts = Counter()
+    for words in generations:
+        word_counts.update(words)
+    assert result["num_generations"] == 9
+    assert result["num_empty_generations"] == generations.count([])
+    assert result["distinct_1"] == pytest.approx(len(word_counts) / word_counts.total())
+    assert result["avg_diversity_score"] == pytest.approx(np.nanmean(result["diversity_scores"]))
+    assert result["avg_words"] == pytest.approx(np.mean([len(words) for words in generations]))
+
+
+def test_samples_are_repeatable_and_follow_temperature_and_top_p(evaluator):
+    def sample(**options):
+        prompts = ["The cat", "", "A dog"]
+        result = evaluator.evaluate_generation_quality(prompts, max_length=12, **options)
+        return result["generation_samples"]
+
+    defaults = sample()
+    assert sample(temperature=0.8, top_p=0.95, num_return_sequences=3) == defaults
+    assert sample(temperature=1.2, top_p=0.5) != defaults
+
+
+def test_greedy_generations_of_a_prompt_are_equal(evaluator):
+    options = {"max_length": 12, "temperature": 0}
+    result = evaluator.evaluate_generation_quality(["The cat", "A dog"], **options)
+    assert result["self_bleu"] == pytest.approx(1.0)
+
+
+def test_without_prompts_the_diversity_is_nan(evaluator):
     assert math.isnan(evaluator.evaluate_generation_quality([])["avg_diversity_score"])
 
 
-# ---- passages, plots, command line ---------------------------------------------------------------
+# ---- plots and passages --------------------------------------------------------------------------
 
 
 def test_any_subset_of_the_figures_can_be_plotted(evaluator, texts, tmp_path):
-    text = evaluator.evaluate_token_probabilities([r"a $\frac{ <script> cat", *texts])
-    hostile = {"generation_samples": [{"prompt": r"$\frac{", "generations": ["_^$\n\x00 <b>"]}]}
-    for number, what in enumerate(
+    probabilities = evaluator.evaluate_token_probabilities([r"a $\frac{ <script> cat", *texts])
+    perplexity = evaluator.calculate_perplexity(texts)
+    # matplotlib would read a formula
+    samples = [{"prompt": r"$\frac{", "generations": ["_^$\n\x00 <b>"]}]
+    generation = {"generation_samples": samples}
+    without_interval = evaluator.calculate_perplexity(texts[:1])
+    for i, metrics in enumerate(
         [
-            text,
-            hostile,
-            {"probabilities": text, "generation": hostile},
-            {**text, **evaluator.calculate_perplexity(texts)},
-            evaluator.calculate_perplexity(texts),
-            {"results": {"perplexity": evaluator.calculate_perplexity(texts[:1])}},
+            probabilities,
+            generation,
+            {"probabilities": probabilities, "generation": generation},
+            {**probabilities, **perplexity},
+            perplexity,
+            {"results": {"perplexity": without_interval}},
         ]
     ):
-        path = tmp_path / "pictures" / f"{number}.png"
-        evaluator.plot_metrics(what, str(path))
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+        path = tmp_path / "pictures" / f"{i}.png"
+        evaluator.plot_metrics(metrics, str(path))
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing to draw"):
         evaluator.plot_metrics({"perplexity": 3.0}, tmp_path / "none.png")
 
@@ -283,101 +314,116 @@ def test_passages_lose_no_word():
     rng = random.Random(0)
     words = ["word" * rng.randint(1, 9) for _ in range(3000)]
     text = "".join(word + rng.choice(["\n", " ", " ", " "]) for word in words)
-    cut = list(evaluate.passages(text))
-    assert " ".join(cut).split() == words
-    assert all(0 < len(passage) <= evaluate.PASSAGE_CHARS for passage in cut)
-    assert [len(p) for p in evaluate.passages("x" * 4500)] == [2000, 2000, 500]
+    passages = list(evaluate.passages(text))
+    assert " ".join(passages).split() == words
+    assert all(0 < len(passage) <= evaluate.PASSAGE_CHARS for passage in passages)
+
+
+def test_a_word_longer_than_a_passage_is_cut():
+    assert [len(passage) for passage in evaluate.passages("x" * 4500)] == [2000, 2000, 500]
+
+
+def test_white_space_is_no_passage():
     assert list(evaluate.passages(" \n ")) == []
 
 
 def test_passages_are_drawn_evenly_and_by_seed(corpus_dir):
-    everything, owners, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
-    assert len(everything) == total == 12 and owners == list(range(1, 13))
-    assert evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)[0] == everything
-    drawn = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
-    assert drawn[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
-    counts = Counter(text for chosen, _, _ in drawn for text in chosen)
-    assert set(counts) == set(everything) and min(counts.values()) > 60  # 100 each are expected
-    assert all(sorted(chosen, key=everything.index) == chosen for chosen, _, _ in drawn)
+    everything, documents, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
+    assert len(everything) == total == 12
+    assert documents == list(range(1, 13))
+    from_file, _, _ = evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)
+    assert from_file == everything
+
+    draws = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
+    assert draws[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
+    counts = Counter()
+    for passages, _, _ in draws:
+        counts.update(passages)
+        assert passages == sorted(passages, key=everything.index)
+    assert set(counts) == set(everything)
+    assert min(counts.values()) > 60  # 100 each are expected
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_dir(model_dirs, corpus_dir, tmp_path):
-    """A model directory as a training run leaves it, for what evaluate.py reads."""
+    """Return a directory with what evaluate.py reads of a training run."""
     folder = tmp_path / "run"
     shutil.copytree(model_dirs["Llama"], folder)
     shutil.copytree(corpus_dir / "dev", tmp_path / "text")
-    (folder / "training_config.yaml").write_text(
-        yaml.safe_dump({"data": {"eval_path": str(tmp_path / "text")}})
-    )
+    config = {"data": {"eval_path": str(tmp_path / "text")}}
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
 def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
-    out = capsys.readouterr()
-    report = json.loads(
-        (run_dir / "evaluation_results.json").read_text(), parse_constant=pytest.fail
-    )
+    out = capsys.readouterr().out
+    text = (run_dir / "evaluation_results.json").read_text()
+    report = json.loads(text, parse_constant=pytest.fail)  # fails on NaN and Infinity
     assert set(report) == {
-        "results", "config", "versions", "n-samples", "undefined", "notes", "git_hash", "environment",
-    }  # fmt: skip
+        "results",
+        "config",
+        "versions",
+        "n-samples",
+        "undefined",
+        "notes",
+        "git_hash",
+        "environment",
+    }
     assert set(report["results"]) == set(report["versions"]) == set(report["n-samples"])
     assert report["n-samples"]["perplexity"] == {"original": 12, "effective": 12}
-    assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out.out
-    assert "note: the text figures rest on 12 documents only" in out.out and report["notes"]
+    assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out
+    assert "note: the text figures rest on 12 documents only" in out
+    assert report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
+
+    # the figures are those of the method
     texts, _, _ = evaluate.draw_passages(run_dir.parent / "text", 500, 0)
-    again = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
+    perplexity = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
     for key, value in report["results"]["perplexity"].items():
-        assert value == pytest.approx(again[key], rel=1e-5)
+        assert value == pytest.approx(perplexity[key], rel=1e-5)
 
 
 def test_a_checkpoint_is_evaluated_on_the_held_out_text_of_its_run(run_dir, capsys, caplog):
+    checkpoint = run_dir / "checkpoint-5"
+    checkpoint.mkdir()
     for file in (*run_dir.glob("*.json"), run_dir / "model.safetensors"):
-        (run_dir / "checkpoint-5").mkdir(exist_ok=True)
-        shutil.copy(file, run_dir / "checkpoint-5")
+        shutil.copy(file, checkpoint)
     (run_dir.parent / "text" / "toy.dev").write_bytes(b"The cat sees a caf\xe9.\n\n\nThe dog.\n")
-    assert evaluate.main([str(run_dir / "checkpoint-5"), "--device", "cpu"]) == 0
+    assert evaluate.main([str(checkpoint), "--device", "cpu"]) == 0
     assert "2 of 2 passages" in capsys.readouterr().out
-    assert re.fullmatch(
-        r"1 bytes are not UTF-8, the first at .*toy.dev: line 1", caplog.messages[0]
-    )
+    warning = r"1 bytes are not UTF-8, the first at .*toy.dev: line 1"
+    assert re.fullmatch(warning, caplog.messages[0])
 
 
-def test_the_flags_reach_the_results(run_dir, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("The cat\n\nA dog sees\n")
-    (tmp_path / "text.dev").write_text("a")
+def test_the_flags_reach_the_results(run_dir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat\n\nA dog sees\n")
+    text = tmp_path / "text.dev"
+    text.write_text("a")
     output = tmp_path / "deep" / "results.json"
-    arguments = [
-        str(run_dir),
-        "--num_samples",
-        "5",
-        "--output-path",
-        str(output),
-        "--seed",
-        "3",
-        "--temperature",
-        "0",
+    flags = [
+        *("--num_samples", "5"),
+        *("--output-path", str(output)),
+        *("--seed", "3"),
+        *("--temperature", "0"),
+        *("--custom-prompts", str(prompts)),
+        *("--eval-data", str(text)),
+        *("--device", "cpu"),
     ]
-    files = [
-        "--custom-prompts",
-        str(tmp_path / "prompts.txt"),
-        "--eval-data",
-        str(tmp_path / "text.dev"),
-    ]
-    assert evaluate.main([*arguments, *files, "--device", "cpu"]) == 0
+    assert evaluate.main([str(run_dir), *flags]) == 0
     report = json.loads(output.read_text(), parse_constant=pytest.fail)
-    assert [s["prompt"] for s in report["results"]["generation"]["generation_samples"]] == [
-        "The cat",
-        "A dog sees",
-    ]
-    assert (report["config"]["seed"], report["config"]["temperature"]) == (3, 0)
+    samples = report["results"]["generation"]["generation_samples"]
+    assert [sample["prompt"] for sample in samples] == ["The cat", "A dog sees"]
+    assert report["config"]["seed"] == 3
+    assert report["config"]["temperature"] == 0
     assert report["results"]["perplexity"]["perplexity_ci95"] == [None, None]  # one text
     assert "perplexity.perplexity_ci95" in report["undefined"]
     assert output.with_name("evaluation_plots.png").is_file()
     assert not (run_dir / "evaluation_results.json").exists()
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -406,66 +452,80 @@ def test_the_flags_reach_the_results(run_dir, tmp_path, capsys):
     ],
 )
 def test_a_mistake_gets_one_error_line(run_dir, model_dirs, tmp_path, capsys, arguments, message):
-    (tmp_path / "empty.dev").write_text("\n\n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "training_config.yaml").write_text("data: 3\n")
-    (tmp_path / "odd" / "config.json").write_text("{}")
-    names = {
-        "ODD": str(tmp_path / "odd"),
+    empty = tmp_path / "empty.dev"
+    empty.write_text("\n\n")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "training_config.yaml").write_text("data: 3\n")
+    (odd / "config.json").write_text("{}")
+    paths = {
+        "ODD": str(odd),
         "RUN": str(run_dir),
         "MODEL": str(model_dirs["GPT2"]),
-        "EMPTY": str(tmp_path / "empty.dev"),
-        "LATIN": str(tmp_path / "latin.txt"),
+        "EMPTY": str(empty),
+        "LATIN": str(latin),
     }
-    for name, path in names.items():
+    for name, path in paths.items():
         message = message.replace(name, path)
-    assert evaluate.main([names.get(word, word) for word in arguments]) == 2
+    assert evaluate.main([paths.get(argument, argument) for argument in arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(message) and err.count("\n") == 1
+    assert err.startswith(message)
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_prints_one_line_and_writes_nothing(run_dir, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ModelEvaluator, "evaluate_token_probabilities", interrupted)
+    monkeypatch.setattr(ModelEvaluator, "evaluate_token_probabilities", interrupt)
     assert evaluate.main([str(run_dir), "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
     assert not (run_dir / "evaluation_results.json").exists()
 
 
-def test_a_missing_cuda_device_is_one_warning_line(model_dirs):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    code = f"from evaluate import ModelEvaluator; print(ModelEvaluator({str(model_dirs['Llama'])!r}).device)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "cpu\n" and done.stderr == "CUDA is not available; using the CPU\n"
-
-
-# ---- imports and outputs -------------------------------------------------------------------------
-
-
-def test_importing_the_scripts_imports_nothing_heavy():
-    code = (
-        "import sys, evaluate, generate\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'tqdm', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_the_model_is_not_overwritten_by_the_results(run_dir, capsys, name):
+    file = run_dir / name
+    content = file.read_bytes()
+    assert evaluate.main([str(run_dir), "--output-path", str(file)]) == 2
+    assert f"{file} exists and was not written by this script" in capsys.readouterr().err
+    assert file.read_bytes() == content
 
 
 def test_an_output_that_cannot_be_written_fails_before_the_work(run_dir, tmp_path, capsys):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert evaluate.main([str(run_dir), "--output-path", str(blocked / "results.json")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "cannot be written" in error and "--output-path" in error
-    before = (run_dir / "config.json").read_bytes()
-    for there in (run_dir / "config.json", run_dir / "model.safetensors"):
-        assert evaluate.main([str(run_dir), "--output-path", str(there)]) == 2
-        assert f"{there} exists and was not written by this script" in capsys.readouterr().err
-    assert (run_dir / "config.json").read_bytes() == before
+    file = tmp_path / "file"
+    file.write_text("")
+    assert evaluate.main([str(run_dir), "--output-path", str(file / "results.json")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written" in err
+    assert "--output-path" in err
+
+
+# ---- imports -------------------------------------------------------------------------------------
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_a_missing_cuda_device_is_one_warning_line(model_dirs):
+    model = str(model_dirs["Llama"])
+    process = run_python(
+        f"from evaluate import ModelEvaluator; print(ModelEvaluator({model!r}).device)"
+    )
+    assert process.returncode == 0
+    assert process.stdout == "cpu\n"
+    assert process.stderr == "CUDA is not available; using the CPU\n"
+
+
+def test_importing_the_scripts_imports_nothing_heavy():
+    process = run_python(
+        "import sys, evaluate, generate\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'tqdm', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
