@@ -1,7 +1,7 @@
-"""Share what the experiments repeat: timing, child processes, random chunks and a tokenizer.
+"""Provide what the experiments share: timing, child processes, random chunks, a tokenizer.
 
-Import it before babyllama: it puts the repository on sys.path, behind the installed packages
-(lm-eval imports another `evaluate`), and remembers the environment that babyllama changes.
+Import it before babyllama. It puts the repository on sys.path, after the installed packages because
+lm-eval imports another `evaluate`, and remembers the environment before babyllama changes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Remove from text what is not text in the files of each BabyLM domain, and repair its spacing.
+"""Remove what is not language from the files of each BabyLM domain.
 
     from data_utils import DomainCleaners, create_cleaner_registry
     DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"

@@ -1,8 +1,8 @@
-"""Grade the candidates of tasks: turn their scores into results, and compare results.
+"""Turn the scores of a task's candidates into results.
 
-Knows no model and reads no file. The score of a candidate is its summed log-probability; the
-candidate with the highest score is the model's choice. Averages are those of BabyLM's evaluation
-pipeline of 2025.
+Also compares the results of two models, or of a model and the trivial baselines. Knows no model and
+reads no file. The score of a candidate is its summed log-probability; the candidate with the
+highest score is the model's choice. Averages are those of BabyLM's evaluation pipeline of 2025.
 
     from babyllama.evaluation.grading import score_items
     items = read_items("blimp", "data/blimp_filtered")

@@ -1,7 +1,9 @@
-"""Name and order the models of a comparison by their paths. Opens no model.
+"""Give the models of a comparison short names.
 
-from babyllama.evaluation.model_names import short_names
-short_names(["models/a/final", "models/b/final", "c"])  # ["a/final", "b/final", "c"]
+Checkpoints of one run are also put in order. It looks at paths only and opens no model.
+
+    from babyllama.evaluation.model_names import short_names
+    short_names(["models/a/final", "models/b/final", "c"])  # ["a/final", "b/final", "c"]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Record a batch's forward and backward pass on a GPU, and replay them with one launch.
+"""Replay a batch's forward and backward pass on a GPU with one launch.
 
     step = CudaGraphStep(run, model.parameters(), batch_size=32)
     loss = step(input_ids, items)     # the same as run(input_ids, items): gradients are in p.grad

@@ -1,4 +1,6 @@
-"""Know what a run directory holds and which checkpoint to resume from.
+"""Define the layout of a run directory.
+
+This includes which of its checkpoints are intact, so that a run can resume from one.
 
 Handles file names and formats only: nothing here trains, scores or imports torch. The layout:
 
