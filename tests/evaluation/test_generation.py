@@ -33,7 +33,7 @@ PROMPTS = ["The cat", "The girl sees the old dog in the garden near", "", "a"]
 
 @pytest.fixture(scope="module")
 def models():
-    """One model of each kind, with larger weights, so that predictions are far from uniform."""
+    """Return a model of each kind; larger weights make its predictions far from uniform."""
     models = {kind: build_tiny_model(kind) for kind in KINDS}
     with torch.no_grad():
         for model in models.values():
@@ -78,7 +78,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(models, tokenizer):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_longer_run_continues_the_shorter_one(models):
+def test_more_new_tokens_continue_the_same_sample(models):
     def sample(steps: int) -> list[list[int]]:
         prompts = [[BOS, 60, 70], [BOS]]
         batch = generate_steps(models["Llama"], prompts, max_new_tokens=steps, seed=4)
@@ -112,11 +112,12 @@ def test_top_p_sorts_the_vocabulary_if_the_distribution_is_flat():
 def test_eos_ends_a_text_and_is_not_part_of_it(models, tokenizer):
     model = copy.deepcopy(models["GPTJ"])
     options = {"max_new_tokens": 8, "temperature": 0}
-    unstopped = [tokens[0] for tokens in generate_steps(model, [[BOS, 60]], **options)]
-    stop = unstopped[3]
-    stopped = [tokens[0] for tokens in generate_steps(model, [[BOS, 60]], stop={stop}, **options)]
-    assert len(unstopped) == 8
-    assert stopped == [*unstopped[: unstopped.index(stop)], None]
+    free_tokens = [tokens[0] for tokens in generate_steps(model, [[BOS, 60]], **options)]
+    stop = free_tokens[3]
+    steps = generate_steps(model, [[BOS, 60]], stop={stop}, **options)
+    assert len(free_tokens) == 8
+    assert [tokens[0] for tokens in steps] == [*free_tokens[: free_tokens.index(stop)], None]
+
     with torch.no_grad():
         model.lm_head.bias[EOS] = 1e4
     assert generate(model, tokenizer, ["The cat", "a"], max_new_tokens=8) == [[""], [""]]
@@ -125,12 +126,13 @@ def test_eos_ends_a_text_and_is_not_part_of_it(models, tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_new_tokens_stay_within_the_context(models, tokenizer, caplog, kind):
     model = models[kind]
-    long = " ".join(sentences(40))
-    ids = encode(tokenizer, [long])[0]
+    long_prompt = " ".join(sentences(40))
+    ids = encode(tokenizer, [long_prompt])[0]
 
     # a long prompt keeps its last tokens
     with caplog.at_level(logging.WARNING):
-        texts = generate(model, tokenizer, [long, "The cat"], max_new_tokens=10, temperature=0)
+        options = {"max_new_tokens": 10, "temperature": 0}
+        texts = generate(model, tokenizer, [long_prompt, "The cat"], **options)
     messages = [message for message in caplog.messages if "truncating a prompt" in message]
     assert messages == ["truncating a prompt to its last 54 tokens: the context is 64"]
     steps = generate_steps(model, [ids[-54:]], max_new_tokens=10, temperature=0, stop={EOS})
@@ -141,8 +143,8 @@ def test_prompt_and_new_tokens_stay_within_the_context(models, tokenizer, caplog
     steps = list(generate_steps(model, [ids, [BOS]], max_new_tokens=500, temperature=0))
     rows = list(zip(*steps, strict=True))
     assert [sum(token is not None for token in row) for row in rows] == [32, 63]
-    alone = list(generate_steps(model, [[BOS]], max_new_tokens=500, temperature=0))
-    assert [tokens[0] for tokens in alone] == [tokens[1] for tokens in steps]
+    single_steps = list(generate_steps(model, [[BOS]], max_new_tokens=500, temperature=0))
+    assert [tokens[0] for tokens in single_steps] == [tokens[1] for tokens in steps]
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,17 @@ def test_wrong_options_are_refused(models, tokenizer, options, message):
         generate(models["Llama"], tokenizer, ["a"], **options)
 
 
-def test_wrong_prompts_are_refused(models, tokenizer):
+def test_no_prompts_give_no_texts(models, tokenizer):
     assert generate(models["Llama"], tokenizer, []) == []
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(models):
     message = r"text 0: token ids 3\.\.400 are outside the model's vocabulary, 0\.\.399"
     with pytest.raises(ValueError, match=message):
         next(generate_steps(models["Llama"], [[3, 400]], max_new_tokens=2))
 
 
-def test_nan_weights_generate_nothing(tokenizer):
+def test_nan_weights_are_an_error(tokenizer):
     model = build_tiny_model("Llama")
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
@@ -182,7 +187,7 @@ STEPS = 12
 PROMPT_IDS = [[1, 5, 6, 7, 8, 9], [1, 4], [1]]
 
 
-def replayed_on_the_cpu(decoder: GraphDecoder):
+def replay_on_the_cpu(decoder: GraphDecoder):
     """Replay a traced step, as a CUDA graph would: same operations, same memory, no Python.
 
     Tracing runs the step once, so its effects on the cache and the mask are undone.
@@ -213,7 +218,7 @@ def replayed_on_the_cpu(decoder: GraphDecoder):
     return decode
 
 
-def build(kind: str):
+def build_model(kind: str):
     if kind != "grouped queries":
         return build_tiny_model(kind)
     llama = build_tiny_model("Llama")
@@ -227,14 +232,14 @@ def build(kind: str):
 @pytest.mark.parametrize("uses_graph", [False, True])
 def test_each_step_has_the_logits_of_the_uncached_text(kind, prompts, uses_graph):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(kind).to(device)
+    model = build_model(kind).to(device)
     texts = [list(ids) for ids in prompts]
     width = max(map(len, texts))
     tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in texts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in texts], device=device)
     decode = GraphDecoder(model, mask, STEPS) if uses_graph else Decoder(model, mask)
     if uses_graph and device == "cpu":
-        decode = replayed_on_the_cpu(decode)
+        decode = replay_on_the_cpu(decode)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(STEPS):
         logits = decode(tokens, positions)
@@ -261,7 +266,7 @@ class RenamedOutput(ModelOutput):
     cache: object = None
 
 
-def test_the_cache_may_have_either_name(models, tokenizer, monkeypatch):
+def test_the_model_may_call_its_cache_by_either_name(models, tokenizer, monkeypatch):
     """transformers 5.24 renamed past_key_values to cache, in the call and in the output."""
     model = copy.deepcopy(models["Llama"])
     prompts = ["The cat", "The dog sees"]

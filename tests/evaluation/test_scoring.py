@@ -35,10 +35,10 @@ def models(tiny_model):
 
 @pytest.fixture(scope="module")
 def texts():
-    """130 texts, from empty to the full context of 64 tokens."""
-    base = sentences(120, seed=3)
-    pairs = [" ".join(base[i : i + 2]) for i in range(7)]
-    return [*base, "", "a", "Ünï©ode 🙂", *pairs]
+    """Return 130 texts, from empty to the full context of 64 tokens."""
+    single = sentences(120, seed=3)
+    pairs = [" ".join(single[i : i + 2]) for i in range(7)]
+    return [*single, "", "a", "Ünï©ode 🙂", *pairs]
 
 
 def naive_logprobs(model, ids: list[int]) -> list[float]:
@@ -96,9 +96,10 @@ def test_statistics_equal_a_loop_over_the_vocabulary(models, tokenizer):
         assert scores.entropies[i] == pytest.approx(-sum(p * math.log(p) for p in row), rel=1e-5)
         assert scores.ranks[i] == sorted(row, reverse=True).index(row[token]) + 1
         assert scores.hits[i] == (row[token] == max(row))
-    plain = token_logprobs(models["GPT2"], tokenizer, [text])[0]
-    assert plain.logprobs == pytest.approx(scores.logprobs, rel=1e-6)
-    assert plain.top_probs is None
+
+    without_stats = token_logprobs(models["GPT2"], tokenizer, [text])[0]
+    assert without_stats.logprobs == pytest.approx(scores.logprobs, rel=1e-6)
+    assert without_stats.top_probs is None
 
 
 def test_without_bos_the_first_token_has_no_score(models, tokenizer):
@@ -129,7 +130,8 @@ def test_windows_score_each_token_once_with_enough_context(n, start, context, da
 def test_long_text_equals_one_forward_pass_per_token(models, context, stride):
     ids = [BOS, *np.random.default_rng(0).integers(3, 400, 149).tolist()]
     options = {"context": context, "stride": stride, "batch_tokens": 200}
-    long, short = ids_logprobs(models["GPT2"], [ids, ids[:30]], **options)
+    long_scores, short_scores = ids_logprobs(models["GPT2"], [ids, ids[:30]], **options)
+
     stride = context // 2 if stride is None else stride
     double = copy.deepcopy(models["GPT2"]).double()
     expected = []
@@ -137,22 +139,22 @@ def test_long_text_equals_one_forward_pass_per_token(models, context, stride):
         window = math.ceil(max(0, i - context) / stride)  # the first one that reaches token i
         end = min(context + window * stride, len(ids) - 1)
         expected.append(naive_logprobs(double, ids[max(0, end - context) : i + 1])[-1])
-    assert long.logprobs == pytest.approx(expected, rel=1e-5)
-    assert len(short.ids) == 29
+    assert long_scores.logprobs == pytest.approx(expected, rel=1e-5)
+    assert len(short_scores.ids) == 29
 
 
-def test_starts_skip_the_tokens_before_them(models):
+def test_scores_can_start_at_a_later_token(models):
     rng = np.random.default_rng(1)
     sequences = [rng.integers(3, 400, n).tolist() for n in (0, 1, 5, 40, 150)]
-    complete = ids_logprobs(models["Llama"], sequences)
+    scores_from_start = ids_logprobs(models["Llama"], sequences)
     for start in (1, 4, 39, 200):
-        partial = ids_logprobs(models["Llama"], sequences, starts=[start] * 5)
-        for all_scores, scores in zip(complete, partial, strict=True):
+        later_scores = ids_logprobs(models["Llama"], sequences, starts=[start] * 5)
+        for all_scores, scores in zip(scores_from_start, later_scores, strict=True):
             assert scores.ids.tolist() == all_scores.ids[start - 1 :].tolist()
             assert scores.logprobs == pytest.approx(all_scores.logprobs[start - 1 :], rel=1e-5)
 
 
-def test_capped_logits_are_computed_by_the_model():
+def test_capped_logits_of_gemma_are_scored_as_the_model_computes_them():
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=120,
@@ -212,9 +214,12 @@ def test_nan_weights_give_nan_scores(tiny_model, tokenizer):
         assert np.isnan(values).all()
 
 
+def test_no_sequences_have_no_scores(models):
+    assert ids_logprobs(models["Llama"], []) == []
+
+
 def test_impossible_requests_name_the_value_and_the_limit(models):
     model = models["Llama"]
-    assert ids_logprobs(model, []) == []
     message = r"text 1: token ids 3\.\.400 are outside the model's vocabulary, 0\.\.399"
     with pytest.raises(ValueError, match=message):
         ids_logprobs(model, [[1, 2], [3, 400]])
@@ -230,7 +235,7 @@ def test_impossible_requests_name_the_value_and_the_limit(models):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_gives_the_scores_of_the_cpu(models, tokenizer, texts, kind):
-    on_cpu = token_logprobs(models[kind], tokenizer, texts)
-    on_gpu = token_logprobs(copy.deepcopy(models[kind]).to("cuda"), tokenizer, texts)
-    for a, b in zip(on_cpu, on_gpu, strict=True):
-        assert a.logprobs == pytest.approx(b.logprobs, rel=2e-5)
+    all_cpu_scores = token_logprobs(models[kind], tokenizer, texts)
+    all_gpu_scores = token_logprobs(copy.deepcopy(models[kind]).to("cuda"), tokenizer, texts)
+    for cpu_scores, gpu_scores in zip(all_cpu_scores, all_gpu_scores, strict=True):
+        assert cpu_scores.logprobs == pytest.approx(gpu_scores.logprobs, rel=2e-5)
