@@ -188,7 +188,7 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
     """Return the datasets and what DataProcessor counted in them, by split."""
     import numpy as np
 
-    from babyllama.training.trainer import ShiftedChunks
+    from babyllama.training.chunks import ShiftedChunks
     from data_utils import DataProcessor
 
     data = with_defaults("data", config.get("data"))
@@ -290,11 +290,12 @@ def setup_run(
 
 def train_and_save(run: Run) -> None:
     """Train the model and write the results into the run directory."""
+    from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog
     from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.results import print_summary, write_results
-    from babyllama.training.trainer import LMTrainer, training_arguments
+    from babyllama.training.trainer import LMTrainer
 
     config = run.config
     plan = run.plan
@@ -343,7 +344,7 @@ def fit(trainer, run: Run) -> None:
             advice = f"resume from {saved[0].name} with --resume_from_checkpoint latest"
         message = f"interrupted after step {trainer.state.global_step}; {advice}"
         raise KeyboardInterrupt(message if distributed.is_main() else "") from None
-    trainer.graphs = None  # free their memory for the final evaluation
+    trainer.release_graphs()
 
 
 # ---- 5. the command line ------------------------------------------------------------------------

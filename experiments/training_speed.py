@@ -129,7 +129,7 @@ def train_once(
     import torch
     import transformers
 
-    from babyllama.training.trainer import training_arguments
+    from babyllama.training.arguments import training_arguments
     from train import create_model
 
     transformers.set_seed(config["training"]["seed"])

@@ -19,17 +19,14 @@ import create_synthetic_data
 import train
 from babyllama.cli import EXIT_INTERRUPTED
 from babyllama.config import check_config, unusual_values
+from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
+from babyllama.training.chunks import collate_chunks
+from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, checkpoints
-from babyllama.training.trainer import (
-    LMTrainer,
-    TrainingError,
-    collate_chunks,
-    evaluate_chunks,
-    training_arguments,
-)
+from babyllama.training.trainer import LMTrainer, TrainingError
 
 SHIPPED = {
     p.stem: p

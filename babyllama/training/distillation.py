@@ -35,10 +35,11 @@ from babyllama.data.tokenizer import load_tokenizer, vocabulary_difference
 from babyllama.evaluation.loading import context_length, load_model
 from babyllama.files import atomic_write, default_cache_dir, is_model, weights_sha256, write_json
 from babyllama.training import distributed
+from babyllama.training.chunks import collate_chunks
 from babyllama.training.kernels import eager_is_faster, pick_precision
 from babyllama.training.loss import attention_mask, next_token_nll, prepare_for_chunks, slice_nll
 from babyllama.training.run_dir import check_teacher_exists
-from babyllama.training.trainer import LMTrainer, collate_chunks
+from babyllama.training.trainer import LMTrainer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ABOUT_FILE = "about.json"

@@ -13,6 +13,7 @@ from babyllama.evaluation.generation import generate
 from babyllama.files import describe_environment, write_json, write_text
 from babyllama.plots import plot_training
 from babyllama.training import distributed
+from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.run_dir import (
     COMPLIANCE_FILE,
     METRICS_FILE,
@@ -20,7 +21,6 @@ from babyllama.training.run_dir import (
     checkpoint_step,
     make_weights_readable,
 )
-from babyllama.training.trainer import evaluate_chunks
 
 
 def kept_step(trainer) -> int:

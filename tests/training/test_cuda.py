@@ -15,9 +15,10 @@ from babyllama.config import check_config
 from babyllama.evaluation import fast_choices
 from babyllama.evaluation.generation import generate
 from babyllama.training import kernels
+from babyllama.training.arguments import training_arguments
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import make_optimizer
-from babyllama.training.trainer import LMTrainer, training_arguments
+from babyllama.training.trainer import LMTrainer
 
 pytestmark = [
     pytest.mark.gpu,

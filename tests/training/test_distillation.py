@@ -16,6 +16,7 @@ from test_train import chunks
 import train
 from babyllama.config import check_config
 from babyllama.device import compiler_missing, pick_device
+from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
 from babyllama.training.distillation import (
     CachedChunks,
@@ -29,9 +30,9 @@ from babyllama.training.distillation import (
     make_kernel,
     write_cache,
 )
+from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_dir import check_teacher_exists
-from babyllama.training.trainer import evaluate_chunks, training_arguments
 
 LN2, LN3 = math.log(2), math.log(3)
 

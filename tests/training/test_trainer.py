@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import train
 from babyllama.config import check_config
 from babyllama.training import trainer
+from babyllama.training.chunks import ShiftedChunks
 from babyllama.training.run_dir import RESULTS, checkpoints
-from babyllama.training.trainer import ShiftedChunks
 
 
 def results_of(run_dir) -> dict:

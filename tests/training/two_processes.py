@@ -17,6 +17,7 @@ from conftest import build_tiny_model
 
 import train
 from babyllama.training import distributed, trainer
+from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.run_dir import RESULTS, checkpoints
 
 
@@ -69,8 +70,8 @@ def check_evaluation() -> None:
         for row in np.random.default_rng(0).integers(3, 400, (11, 32)).astype(np.uint16)
     ]
     for n in (11, 8, 1):
-        alone = trainer.evaluate_chunks(model, rows[:n], lengths, 2)
-        together = trainer.evaluate_chunks(model, rows[:n], lengths, 2, across_ranks=True)
+        alone = evaluate_chunks(model, rows[:n], lengths, 2)
+        together = evaluate_chunks(model, rows[:n], lengths, 2, across_ranks=True)
         assert together == pytest.approx(alone, rel=1e-6), n
         assert (together["tokens"], together["bytes"]) == (alone["tokens"], alone["bytes"])
 
