@@ -358,45 +358,43 @@ def test_no_tracked_file_names_a_path_of_one_machine():
             assert not re.search(r"(?<![\w:/.])/(?:home|root|mnt|Users|work)/\w", text), name
 
 
-def test_every_key_of_a_result_is_in_the_reference(model_dirs):
-    from babyllama.evaluation.benchmark_config import load_tasks
-    from benchmark import BenchmarkSuite
+def section_of_reference(name: str) -> str:
+    return TEXTS[ROOT / "API_REFERENCE.md"].split(f"\n### {name}\n", 1)[1].split("\n### ")[0]
+
+
+def named_in(section: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", section))
+
+
+def test_every_key_of_evaluate_is_in_the_reference(model_dirs):
     from evaluate import ModelEvaluator
 
-    text = TEXTS[ROOT / "API_REFERENCE.md"]
-    sections = {
-        name: text.split(f"\n### {name}\n", 1)[1].split("\n### ")[0]
-        for name in ("evaluate", "benchmark")
-    }
     evaluator = ModelEvaluator(model_dirs["GPT2"], "cpu")
-    results_of_evaluate = [
-        evaluator.calculate_perplexity(["The cat.", "A dog."]),
-        evaluator.evaluate_token_probabilities(["The cat."]),
-    ]
-    results_of_evaluate += [
-        evaluator.evaluate_generation_quality(["The"], max_length=5),
-        results_of_evaluate[1]["reliability"][0],
-    ]
-    keys = {"evaluate": set().union(*results_of_evaluate)}
+    perplexity = evaluator.calculate_perplexity(["The cat.", "A dog."])
+    probabilities = evaluator.evaluate_token_probabilities(["The cat."])
+    quality = evaluator.evaluate_generation_quality(["The"], max_length=5)
+    bin_of_reliability = probabilities["reliability"][0]
+    keys = {*perplexity, *probabilities, *quality, *bin_of_reliability}
+    assert keys - named_in(section_of_reference("evaluate")) == set()
+
+
+def test_every_key_of_benchmark_is_in_the_reference(model_dirs):
+    from babyllama.evaluation.benchmark_config import load_tasks
+    from benchmark import BenchmarkSuite
+
     items = [{"prompt": "The cat", "answer": "sees", "wrong": ["the"]}]
-    prompts = {
-        "groups": [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2,
-        "max_new_tokens": 4,
-    }
+    groups = [{"prompts": ["The cat", "A cat"], "control": "The"}] * 2
     declared = {
         "completion": {"items": items},
-        "consistency": prompts,
+        "consistency": {"groups": groups, "max_new_tokens": 4},
         "repetition": {"prompts": ["The", "A"], "max_new_tokens": 4},
+        "speed": {"batch_sizes": [1], "max_new_tokens": 3, "repeats": 1},
     }
-    declared["speed"] = {"batch_sizes": [1], "max_new_tokens": 3, "repeats": 1}
-    results = BenchmarkSuite(
-        model_dirs["GPT2"], "cpu", load_tasks({"tasks": declared})
-    ).run_all_benchmarks()
-    keys["benchmark"] = set().union(
-        *(results[name] for name in declared), results["speed"]["batches"][0]
-    )
-    keys["benchmark"] |= set(results) - set(declared) | set(
-        results["completion"]["baselines"]["shorter"]
-    )
-    for name, section in sections.items():
-        assert keys[name] - set(re.findall(r"`(\w+)`", section)) == set(), name
+    suite = BenchmarkSuite(model_dirs["GPT2"], "cpu", load_tasks({"tasks": declared}))
+    results = suite.run_all_benchmarks()
+    keys = set(results) - set(declared)
+    for name in declared:
+        keys |= set(results[name])
+    keys |= set(results["speed"]["batches"][0])
+    keys |= set(results["completion"]["baselines"]["shorter"])
+    assert keys - named_in(section_of_reference("benchmark")) == set()
