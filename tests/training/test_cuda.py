@@ -1,8 +1,9 @@
-"""GPU only: the same numbers as on the CPU, and no waiting between the rows of the log."""
+"""Compare a GPU with the CPU, and check that training does not wait for the GPU."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,12 @@ pytestmark = [
 KINDS = ("Llama", "GPT2", "GPTJ")
 
 
-class Watch(transformers.TrainerCallback):
-    """From one step on, whatever waits for the device is an error."""
+class ForbidWaiting(transformers.TrainerCallback):
+    """Raise an error if training waits for the GPU after step `first` and before step `last`."""
 
     def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+        self.first = first
+        self.last = last
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.first:
@@ -40,57 +42,77 @@ class Watch(transformers.TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def rows_of(n: int) -> list[dict[str, np.ndarray]]:
-    return [{"input_ids": row} for row in np.random.default_rng(0).integers(3, 400, (n, 32))]
+def random_chunks(n: int) -> list[dict[str, np.ndarray]]:
+    token_ids = np.random.default_rng(0).integers(3, 400, (n, 32))
+    return [{"input_ids": row} for row in token_ids]
+
+
+def random_batch() -> torch.Tensor:
+    """Return the ids of eight chunks, (8, 32)."""
+    return torch.as_tensor(np.stack([chunk["input_ids"] for chunk in random_chunks(8)]))
 
 
 def train(
     folder: Path,
     kind: str = "Llama",
     *,
-    steps=12,
-    extra=0,
-    compiled=False,
-    dropout=0.0,
-    callbacks=(),
-    **keys,
-):
-    """The trainer after `steps` steps and an epoch's last batch of `extra` chunks; its model has seen them once."""
+    extra_chunks: int = 0,
+    compiled: bool = False,
+    dropout: float = 0.0,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    **options,
+) -> LMTrainer:
+    """Return the trainer after an epoch of 12 full steps and one of `extra_chunks` chunks."""
     torch._dynamo.reset()
-    keys = {f"training__{key}": value for key, value in keys.items()}
-    config = check_config(
-        tiny_config(*[folder] * 3, training__num_epochs=1, **{"training__logging_steps": 1, **keys})
-    )
-    config["model"]["type"], training = kind, config["training"]
-    recorded, _ = kernels.pick_cuda_graphs(config, training["precision"], compiled)
-    arguments = training_arguments(config, folder, training["precision"])
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    batch = training["batch_size"]
-    dtype = torch.bfloat16 if training["precision"] == "bf16" else torch.float32
+    settings = {"training__num_epochs": 1, "training__logging_steps": 1}
+    settings |= {f"training__{key}": value for key, value in options.items()}
+    config = check_config(tiny_config(folder, folder, folder, **settings))
+    config["model"]["type"] = kind
+    training = config["training"]
+    precision = training["precision"]
+    batch_size = training["batch_size"]
+
+    arguments = training_arguments(config, folder, precision)
+    arguments.save_strategy = "no"
+    arguments.eval_strategy = "no"
     model = build_tiny_model(kind)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    cuda_graphs, _ = kernels.pick_cuda_graphs(config, precision, compiled)
+    n_chunks = 12 * batch_size * training["gradient_accumulation_steps"] + extra_chunks
     trainer = LMTrainer(
-        model=model, args=arguments, train_dataset=rows_of(steps * batch * training["gradient_accumulation_steps"] + extra),
-        byte_lengths=[1] * 400, training=training, callbacks=list(callbacks),
-        loss=NextTokenLoss(dtype=dtype, batch_size=batch, compile=compiled), cuda_graphs=recorded,
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=random_chunks(n_chunks),
+        byte_lengths=[1] * 400,
+        training=training,
+        callbacks=list(callbacks),
+        loss=NextTokenLoss(dtype=dtype, batch_size=batch_size, compile=compiled),
+        cuda_graphs=cuda_graphs,
+    )
     trainer.train()
     return trainer
 
 
-def column(trainer: LMTrainer, name: str) -> list[float]:
-    return [row[name] for row in trainer.state.log_history if "loss" in row]
+def logged_values(trainer: LMTrainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if "loss" in row]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_no_step_waits_for_the_gpu_between_rows_of_the_log(tmp_path, optimizer, compiled):
-    watch = Watch(4, 10)
     try:
-        train(tmp_path, compiled=compiled, callbacks=[watch], optimizer=optimizer, precision="bf16", ema=0.9,
-              logging_steps=100)  # fmt: skip
+        train(
+            tmp_path,
+            compiled=compiled,
+            callbacks=[ForbidWaiting(first=4, last=10)],
+            optimizer=optimizer,
+            precision="bf16",
+            ema=0.9,
+            logging_steps=100,
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -98,99 +120,108 @@ def test_no_step_waits_for_the_gpu_between_rows_of_the_log(tmp_path, optimizer, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_recorded_batches_have_the_same_losses(tmp_path, kind, accumulation, compiled):
-    """Also where the last batch of the epoch is a smaller one, alone or behind others of its step."""
-    found = {}
-    for on in (True, False):
-        keys = {"gradient_accumulation_steps": accumulation, "cuda_graphs": on, "compile": compiled}
+def test_batches_recorded_as_cuda_graphs_have_the_same_losses(
+    tmp_path, kind, accumulation, compiled
+):
+    """The last batch of the epoch is smaller; with accumulation, others of its step precede it."""
+    losses = {}
+    gradient_norms = {}
+    for cuda_graphs in (True, False):
         trainer = train(
-            tmp_path / str(on), kind, extra=8 * (accumulation - 1) + 5, compiled=compiled, **keys
+            tmp_path / str(cuda_graphs),
+            kind,
+            extra_chunks=8 * (accumulation - 1) + 5,
+            compiled=compiled,
+            gradient_accumulation_steps=accumulation,
+            cuda_graphs=cuda_graphs,
+            compile=compiled,
         )
-        recorded = on and (
-            compiled or kind != "GPTJ"
-        )  # whose attention copies from the CPU where it is not compiled
-        kinds = set(trainer.graphs.graphs if trainer.graphs else ())
-        assert kinds == (
-            {False, True} if recorded and accumulation > 1 else {False} if recorded else set()
-        )
-        found[on] = column(trainer, "loss"), column(trainer, "grad_norm")
-    assert len(found[True][0]) == 13
-    assert found[True][0] == pytest.approx(found[False][0], abs=2e-4)
-    assert found[True][1] == pytest.approx(found[False][1], rel=1e-2)
-    assert max(found[True][0]) - min(found[True][0]) > 0.01
+        # without compilation, the attention of GPT-J copies from the CPU and cannot be recorded
+        is_recorded = cuda_graphs and (compiled or kind != "GPTJ")
+        expected_graphs = set()
+        if is_recorded:
+            expected_graphs = {False, True} if accumulation > 1 else {False}
+        graphs = trainer.graphs.graphs if trainer.graphs else {}
+        assert set(graphs) == expected_graphs
+        losses[cuda_graphs] = logged_values(trainer, "loss")
+        gradient_norms[cuda_graphs] = logged_values(trainer, "grad_norm")
+    assert len(losses[True]) == 13
+    assert losses[True] == pytest.approx(losses[False], abs=2e-4)
+    assert gradient_norms[True] == pytest.approx(gradient_norms[False], rel=1e-2)
+    assert max(losses[True]) - min(losses[True]) > 0.01
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_batch_has_new_dropout_each_time(tmp_path, compiled):
+def test_each_replay_of_a_cuda_graph_draws_new_dropout(tmp_path, compiled):
     trainer = train(tmp_path, "GPT2", compiled=compiled, dropout=0.5, gradient_accumulation_steps=1)
     graph, loss = trainer.graphs.graphs[False]
-    seen = set()
+    losses = set()
     for _ in range(4):
         graph.replay()
-        seen.add(loss.item())
-    assert len(seen) == 4
+        losses.add(loss.item())
+    assert len(losses) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_bf16_batch_has_the_loss_and_gradients_of_float32_on_the_cpu(kind):
-    model, ids = (
-        build_tiny_model(kind).train(),
-        torch.as_tensor(np.stack([r["input_ids"] for r in rows_of(8)])),
-    )
-    on_gpu = copy.deepcopy(model).cuda()
-    NextTokenLoss()(model, ids).backward()
+    cpu_model = build_tiny_model(kind).train()
+    gpu_model = copy.deepcopy(cpu_model).cuda()
+    token_ids = random_batch()
+    cpu_loss = NextTokenLoss()(cpu_model, token_ids)
+    cpu_loss.backward()
     for chunked in (False, True):
-        on_gpu.zero_grad()
-        loss_of = NextTokenLoss(dtype=torch.bfloat16, batch_size=8, compile=True, chunked=chunked)
+        gpu_model.zero_grad()
+        compute_loss = NextTokenLoss(
+            dtype=torch.bfloat16, batch_size=8, compile=True, chunked=chunked
+        )
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            found = loss_of(on_gpu, ids.cuda())
-        found.backward()
-        with torch.no_grad():
-            assert found.item() == pytest.approx(NextTokenLoss()(model, ids).item(), rel=2e-3)
-        for (name, own), other in zip(on_gpu.named_parameters(), model.parameters(), strict=True):
-            gap = (own.grad.cpu() - other.grad).norm() / other.grad.norm().clamp(min=1e-6)
+            gpu_loss = compute_loss(gpu_model, token_ids.cuda())
+        gpu_loss.backward()
+        assert gpu_loss.item() == pytest.approx(cpu_loss.item(), rel=2e-3)
+        named_parameters = gpu_model.named_parameters()
+        for (name, gpu), cpu in zip(named_parameters, cpu_model.parameters(), strict=True):
+            gap = (gpu.grad.cpu() - cpu.grad).norm() / cpu.grad.norm().clamp(min=1e-6)
             assert gap < 0.05, f"{name}: {gap}"
 
 
 def test_a_step_of_muon_equals_the_cpu_step():
-    training = check_config(tiny_config(*[Path("x")] * 3, training__optimizer="muon"))["training"]
-    model, ids = (
-        build_tiny_model("Llama").train(),
-        torch.as_tensor(np.stack([r["input_ids"] for r in rows_of(8)])),
-    )
-    before = [p.detach().clone() for p in model.parameters()]
-    on_gpu = copy.deepcopy(model).cuda()
-    for one in (model, on_gpu):
-        (NextTokenLoss()(one, ids.to(one.device)) / ids.numel()).backward()
-        make_optimizer(one, training).step()
-    for (name, own), other, old in zip(
-        on_gpu.named_parameters(), model.parameters(), before, strict=True
-    ):
-        gap = (own.detach().cpu() - other).norm() / (other - old).norm()
-        assert gap < 0.05, f"{name}: {gap}"  # Newton and Schulz in bf16
+    path = Path("x")
+    config = check_config(tiny_config(path, path, path, training__optimizer="muon"))
+    cpu_model = build_tiny_model("Llama").train()
+    gpu_model = copy.deepcopy(cpu_model).cuda()
+    start = [p.detach().clone() for p in cpu_model.parameters()]
+    token_ids = random_batch()
+    for model in (cpu_model, gpu_model):
+        loss = NextTokenLoss()(model, token_ids.to(model.device)) / token_ids.numel()
+        loss.backward()
+        make_optimizer(model, config["training"]).step()
+    parameters = zip(gpu_model.named_parameters(), cpu_model.parameters(), start, strict=True)
+    for (name, gpu), cpu, before in parameters:
+        gap = (gpu.detach().cpu() - cpu).norm() / (cpu - before).norm()
+        assert gap < 0.05, f"{name}: {gap}"  # the Newton-Schulz iteration runs in bf16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gpu_generates_the_same_text_as_the_cpu(kind, tokenizer):
     model = build_tiny_model(kind)
-    prompts, options = (
-        ["The cat sees", "The", "The old dog near the river"],
-        {"max_new_tokens": 24, "temperature": 0},
-    )
+    prompts = ["The cat sees", "The", "The old dog near the river"]
+    options = {"max_new_tokens": 24, "temperature": 0}
     expected = generate(model, tokenizer, prompts, **options)
     assert generate(model.cuda(), tokenizer, prompts, **options) == expected
-    assert (
-        generate(model, tokenizer, prompts[1:2], **options) == expected[1:2]
-    )  # nothing on the left
+    # a prompt alone has no padding on the left
+    assert generate(model, tokenizer, prompts[1:2], **options) == expected[1:2]
 
 
 def test_a_gpu_scores_few_texts_in_float32():
-    rng, model = np.random.default_rng(1), build_tiny_model("Llama")
+    rng = np.random.default_rng(1)
+    model = build_tiny_model("Llama")
     texts = [[1, *rng.integers(3, 400, n).tolist()] for n in rng.integers(4, 20, 1200)]
-    expected, _ = fast_choices.relative_scores(model, texts, [1] * 1200, [2] * 600)
-    scores, precision = fast_choices.relative_scores(model.cuda(), texts, [1] * 1200, [2] * 600)
+    starts = [1] * 1200
+    counts = [2] * 600
+    cpu_scores, _ = fast_choices.relative_scores(model, texts, starts, counts)
+    gpu_scores, precision = fast_choices.relative_scores(model.cuda(), texts, starts, counts)
     assert precision == {"items": 600, "float32_items": 600}
-    gaps = scores[::2] - scores[1::2]
-    assert gaps == pytest.approx(
-        expected[::2] - expected[1::2], abs=0.05
-    )  # most of them from the CPU's fast pass
+    gpu_gaps = gpu_scores[::2] - gpu_scores[1::2]
+    cpu_gaps = cpu_scores[::2] - cpu_scores[1::2]
+    # the CPU scores most of them in its fast number format
+    assert gpu_gaps == pytest.approx(cpu_gaps, abs=0.05)
