@@ -1,4 +1,4 @@
-"""From a YAML file to a trained model, with real tiny models: what is built, trained and refused."""
+"""Train real tiny models from YAML files, and check models, losses, runs and errors."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, build_tiny_model, errors_of, tiny_config
+from conftest import ROOT, build_tiny_model, errors_of, rows_of, tiny_config
 
 import create_synthetic_data
 import train
@@ -25,18 +25,18 @@ from babyllama.training.chunks import collate_chunks
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, checkpoints
+from babyllama.training.run_dir import METRICS_FILE, checkpoints
 from babyllama.training.trainer import LMTrainer, TrainingError
 
 SHIPPED = {
-    p.stem: p
-    for p in sorted((ROOT / "config").glob("*.yaml"))
-    if not p.stem.startswith("benchmark")
+    path.stem: path
+    for path in sorted((ROOT / "config").glob("*.yaml"))
+    if not path.stem.startswith("benchmark")
 }
 
 
-class Words:
-    """The size and special ids of a tokenizer, which is all that create_model needs."""
+class TokenizerSize:
+    """Stand in for a tokenizer: create_model needs only its size and special ids."""
 
     bos_token_id = 1
     eos_token_id = 2
@@ -57,49 +57,50 @@ def test_shipped_configs_build_with_the_size_of_their_name(name):
     config = train.load_config(SHIPPED[name])
     assert config["model"]["name"] == name
     with torch.device("meta"):
-        model = train.create_model(config, Words())
+        model = train.create_model(config, TokenizerSize())
     size = re.search(r"-(\d+)M", name)
     if size:
         assert model.num_parameters() / 1e6 == pytest.approx(float(size[1]), rel=0.05)
-    published = [
-        "model.intermediate_size: 1024 is 2.00 x hidden_size; 2.67 x is usual for Llama (1368)"
-    ]
-    expected = published if name == "distill-58M" else []
-    assert unusual_values(config) == expected, "a shipped config should cause no warning"
+    warnings = []
+    if name == "distill-58M":  # the published shape
+        warnings = [
+            "model.intermediate_size: 1024 is 2.00 x hidden_size; 2.67 x is usual for Llama (1368)"
+        ]
+    assert unusual_values(config) == warnings
 
 
-def test_the_promised_configs_are_shipped():
-    promised = ["babylm-strict-small", "babylm-strict"]
-    promised += [
-        "quickstart",
-        "llama-10M",
-        "llama-16M",
-        "llama-95M",
-        "llama-360M",
-        "gpt2-97M",
-        "gpt2-705M",
-        "gptj-97M",
-    ]
-    assert set(promised) <= set(SHIPPED)
+def test_the_documented_configs_are_shipped():
+    documented = "quickstart babylm-strict-small babylm-strict llama-10M llama-16M llama-95M"
+    documented += " llama-360M gpt2-97M gpt2-705M gptj-97M"
+    assert set(documented.split()) <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
 def test_create_model_uses_every_key(kind):
-    section = {"type": kind, "hidden_size": 48, "intermediate_size": 80, "n_layer": 3, "n_head": 4, "vocab_size": 320,
-               "tie_word_embeddings": True}  # fmt: skip
+    section = {
+        "type": kind,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 320,
+        "tie_word_embeddings": True,
+    }
     if kind != "Llama":
         section |= {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}
-    model = train.create_model({"model": section}, Words(300))
+    model = train.create_model({"model": section}, TokenizerSize(300))
     config = model.config
     names = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "GPTJ": "GPTJForCausalLM"}
     assert type(model).__name__ == names[kind]
-    assert (config.vocab_size, config.hidden_size) == (320, 48)
-    assert (config.num_hidden_layers, config.num_attention_heads) == (3, 4)
+    assert config.vocab_size == 320
+    assert config.hidden_size == 48
+    assert config.num_hidden_layers == 3
+    assert config.num_attention_heads == 4
     assert config.max_position_embeddings == 128
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    widths = {p.shape for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
-    assert any(80 in shape for shape in widths), "intermediate_size is not used"
+    matrices = {p.shape for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    assert any(80 in shape for shape in matrices), "intermediate_size is not used"
     if kind != "Llama":
         assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.2, 0.3)
 
@@ -110,46 +111,49 @@ def test_each_dropout_key_has_an_effect(kind, key):
     section = {"type": kind, "hidden_size": 48, "n_layer": 2, "n_head": 4}
     if key:
         section[key] = 0.5
-    model = train.create_model({"model": section}, Words()).train()
+    model = train.create_model({"model": section}, TokenizerSize()).train()
     ids = torch.arange(20)[None]
     first = model(input_ids=ids).logits
     second = model(input_ids=ids).logits
     assert torch.equal(first, second) == (key is None)
 
 
-def test_create_model_accepts_a_model_section_alone():
-    config = {"model": {"type": "Llama", "hidden_size": 384, "intermediate_size": 1024, "n_layer": 8, "n_head": 8,
-                        "vocab_size": 16000}}  # fmt: skip
-    # by hand: 2 embeddings, 8 layers of (4 attention + 3 feed-forward matrices + 2 norms), 1 norm
+def test_create_model_needs_only_the_model_section():
+    section = {
+        "type": "Llama",
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "n_layer": 8,
+        "n_head": 8,
+        "vocab_size": 16000,
+    }
+    # 2 embeddings, 8 layers of (4 attention + 3 feed-forward matrices + 2 norms), 1 norm
     expected = 2 * 16000 * 384 + 8 * (4 * 384 * 384 + 3 * 384 * 1024 + 2 * 384) + 384
-    assert train.create_model(config, Words()).num_parameters() == expected
+    assert train.create_model({"model": section}, TokenizerSize()).num_parameters() == expected
 
 
 def test_prepare_datasets_modern_needs_only_two_paths(corpus_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path))
-    config = {
-        "data": {
-            key: str(corpus_dir / "train" / "toy.train") for key in ("train_path", "eval_path")
-        }
-    }
-    train_data, held_out = train.prepare_datasets_modern(config, tokenizer)
-    assert len(train_data[0]["input_ids"]) == 128 and 0 < len(held_out) <= 256
-    shifted, _ = train.prepare_datasets_modern(
-        {"data": {**config["data"], "random_offset": True}}, tokenizer
-    )
+    path = str(corpus_dir / "train" / "toy.train")
+    section = {"train_path": path, "eval_path": path}
+    train_data, eval_data = train.prepare_datasets_modern({"data": section}, tokenizer)
+    assert len(train_data[0]["input_ids"]) == 128
+    assert 0 < len(eval_data) <= 256
+    shifted_config = {"data": {**section, "random_offset": True}}
+    shifted, _ = train.prepare_datasets_modern(shifted_config, tokenizer)
     assert len(shifted) == len(train_data) - 1
     with pytest.raises(
         ValueError, match=r"data.seq_len: unknown key; did you mean data.seq_length\?"
     ):
-        train.prepare_datasets_modern({"data": {**config["data"], "seq_len": 3}}, tokenizer)
+        train.prepare_datasets_modern({"data": {**section, "seq_len": 3}}, tokenizer)
 
 
-def test_create_model_rejects_unknown_types_and_small_vocabularies():
+def test_an_unknown_model_type_or_too_small_a_vocabulary_is_an_error():
     with pytest.raises(ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
-        train.create_model({"model": {"type": "BERT"}}, Words())
+        train.create_model({"model": {"type": "BERT"}}, TokenizerSize())
     small = {"type": "Llama", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}
     with pytest.raises(ValueError, match="100 is less than the tokenizer's 16000 tokens"):
-        train.create_model({"model": small}, Words())
+        train.create_model({"model": small}, TokenizerSize())
 
 
 # ---- loss and evaluation --------------------------------------------------------------------------
@@ -176,7 +180,8 @@ def naive_nll(model, rows) -> float:
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
 def test_evaluation_is_exact_for_any_batch_size(kind):
-    model, rows = build_tiny_model(kind), chunks(11)
+    model = build_tiny_model(kind)
+    rows = chunks(11)
     n_bytes = np.random.default_rng(1).integers(0, 9, 400)
     expected = naive_nll(build_tiny_model(kind), rows)
     for batch_size in (1, 2, 7, 64):
@@ -196,10 +201,15 @@ def make_trainer(tmp_path, model, rows, loss=None, **training) -> LMTrainer:
         tmp_path / "metrics.jsonl", words_per_token=0.5, flops_per_token=100.0, matmul_flops=1e9
     )
     return LMTrainer(
-        model=model, args=training_arguments(config, tmp_path, "fp32"), train_dataset=rows, eval_dataset=rows[:2],
-        byte_lengths=np.ones(400, dtype=np.int64), callbacks=[run_log], training=config["training"],
+        model=model,
+        args=training_arguments(config, tmp_path, "fp32"),
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        byte_lengths=np.ones(400, dtype=np.int64),
+        callbacks=[run_log],
+        training=config["training"],
         loss=loss or NextTokenLoss(),
-    )  # fmt: skip
+    )
 
 
 def test_uneven_accumulation_equals_one_large_batch(tmp_path):
@@ -207,8 +217,16 @@ def test_uneven_accumulation_equals_one_large_batch(tmp_path):
     weights = []
     for batch_size, accumulation in ((3, 3), (7, 1)):
         model = build_tiny_model("Llama").train()
-        make_trainer(tmp_path / str(batch_size), model, chunks(7), batch_size=batch_size, num_epochs=1,
-                     gradient_accumulation_steps=accumulation, lr_scheduler="constant").train()  # fmt: skip
+        trainer = make_trainer(
+            tmp_path / str(batch_size),
+            model,
+            chunks(7),
+            batch_size=batch_size,
+            num_epochs=1,
+            gradient_accumulation_steps=accumulation,
+            lr_scheduler="constant",
+        )
+        trainer.train()
         weights.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in build_tiny_model("Llama").parameters()])
     assert (weights[0] - start).abs().max() > 1e-4
@@ -222,11 +240,10 @@ def test_the_log_holds_the_exact_loss_of_each_step(tmp_path):
         tmp_path, build_tiny_model("GPT2").train(), rows, batch_size=3, num_epochs=1
     )
     trainer.train()
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(
-        naive_nll(build_tiny_model("GPT2"), rows) / (7 * 31), rel=1e-6
-    )
-    assert first["tokens"] == 7 * 32
+    first_row = rows_of(tmp_path)[0]
+    expected = naive_nll(build_tiny_model("GPT2"), rows) / (7 * 31)
+    assert first_row["loss"] == pytest.approx(expected, rel=1e-6)
+    assert first_row["tokens"] == 7 * 32
 
 
 def test_pinned_loss(tmp_path):
@@ -255,14 +272,13 @@ def test_nan_stops_the_run_and_saves_nothing(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")
     trainer = make_trainer(tmp_path, model, chunks(30), num_epochs=1, save_steps=1)
-    with pytest.raises(
-        TrainingError, match="NaN or infinite at or before step 1; nothing was saved"
-    ):
+    message = "NaN or infinite at or before step 1; nothing was saved"
+    with pytest.raises(TrainingError, match=message):
         trainer.train()
     assert not checkpoints(tmp_path)
 
 
-def test_collate_returns_no_mask_and_masks_the_first_label():
+def test_the_first_token_of_a_chunk_is_no_label_and_there_is_no_attention_mask():
     batch = collate_chunks(chunks(3))
     assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].dtype == torch.int64
@@ -277,34 +293,29 @@ def test_an_infinite_gradient_norm_is_logged_as_null(tmp_path):
     run_log = RunLog(tmp_path / "metrics.jsonl", 0.5, 100.0, 1e9)
     args = SimpleNamespace(device=torch.device("cpu"))
     run_log.on_train_begin(args, TrainerState(), TrainerControl())
-    run_log.on_log(
-        args,
-        TrainerState(),
-        TrainerControl(),
-        {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3},
-    )
-    row = json.loads(
-        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
-    )
+    values = {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3}
+    run_log.on_log(args, TrainerState(), TrainerControl(), values)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert row["grad_norm"] is None
 
 
 @pytest.mark.parametrize("eval_steps", [2, 3])
 def test_evaluation_does_not_change_dropout(eval_steps, config_file, tmp_path):
-    dropout = {"model__resid_pdrop": 0.1, "model__embd_pdrop": 0.1}
-    losses = []
+    losses = {}
     for name, steps in (("often", eval_steps), ("rarely", 100)):
         path = config_file(
             model__type="GPT2",
             model__name=name,
+            model__resid_pdrop=0.1,
+            model__embd_pdrop=0.1,
             training__eval_steps=steps,
             training__logging_steps=1,
-            **dropout,
         )
         assert train.main(["--config", str(path)]) == 0
-        rows = map(json.loads, (tmp_path / "models" / name / "metrics.jsonl").open())
-        losses.append([row["loss"] for row in rows if "loss" in row])
-    assert losses[0] == losses[1]
+        rows = rows_of(tmp_path / "models" / name)
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+    assert losses["often"] == losses["rarely"]
 
 
 # ---- runs -----------------------------------------------------------------------------------------
@@ -314,12 +325,20 @@ def test_a_finished_run_is_a_plain_model_directory(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config_path, run_dir = finished
-    names = {p.name for p in run_dir.iterdir() if p.is_file()}
+    names = {path.name for path in run_dir.iterdir() if path.is_file()}
     assert names == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training_config.yaml", "data_report.json", "metrics.jsonl", "training_metrics.json", "training_curves.png",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_config.yaml",
+        "data_report.json",
+        "metrics.jsonl",
+        "training_metrics.json",
+        "training_curves.png",
         "README.md",
-    }  # fmt: skip
+    }
     assert not list(run_dir.rglob("training_args.bin"))
     model = AutoModelForCausalLM.from_pretrained(run_dir)
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
@@ -328,26 +347,23 @@ def test_a_finished_run_is_a_plain_model_directory(finished):
     assert tokenizer("The cat")["input_ids"][0] == tokenizer.bos_token_id == 1
     assert tokenizer.model_max_length == 32
 
-    def refuse(name):
+    def refuse_constant(name):
         raise AssertionError(f"{name} in JSON")
 
-    metrics = json.loads((run_dir / "training_metrics.json").read_text(), parse_constant=refuse)
+    metrics = json.loads(
+        (run_dir / "training_metrics.json").read_text(), parse_constant=refuse_constant
+    )
     results = metrics["results"]
-    rows = [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").open()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse_constant) for line in lines]
     assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
     assert rows[-1]["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
-    assert (
-        rows[-1]["tokens"]
-        == results["tokens_trained"]
-        == metrics["data"]["train"]["chunks"] * 32 * 2
-    )
+    assert rows[-1]["tokens"] == results["tokens_trained"]
+    assert results["tokens_trained"] == metrics["data"]["train"]["chunks"] * 32 * 2
     assert results["eval_loss"] < 0.9 * math.log(400), "the model learned nothing"
     assert len(metrics["samples"]) == 3
-    assert (
-        train.load_config(run_dir / "training_config.yaml")
-        == train.load_config(config_path)
-        == metrics["config"]
-    )
+    assert train.load_config(run_dir / "training_config.yaml") == metrics["config"]
+    assert train.load_config(config_path) == metrics["config"]
     card = (run_dir / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     values = {m["type"]: m["value"] for m in header["model-index"][0]["results"][0]["metrics"]}
@@ -363,33 +379,34 @@ def test_the_saved_model_has_the_reported_loss(finished, tokenizer):
     config_path, run_dir = finished
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BABYLLAMA_CACHE", str(config_path.parent / "cache"))
-        _, held_out = train.prepare_datasets_modern(train.load_config(config_path), tokenizer)
+        _, eval_data = train.prepare_datasets_modern(train.load_config(config_path), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(run_dir)
     results = json.loads((run_dir / "training_metrics.json").read_text())["results"]
-    assert naive_nll(model, held_out) / results["eval_tokens"] == pytest.approx(
-        results["eval_loss"], rel=1e-5
-    )
-    texts = [tokenizer.decode(row["input_ids"][1:], skip_special_tokens=True) for row in held_out]
-    assert results["eval_bytes"] == pytest.approx(sum(len(t.encode()) for t in texts), rel=1e-3)
+    expected = naive_nll(model, eval_data) / results["eval_tokens"]
+    assert expected == pytest.approx(results["eval_loss"], rel=1e-5)
+    texts = [tokenizer.decode(row["input_ids"][1:], skip_special_tokens=True) for row in eval_data]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert results["eval_bytes"] == pytest.approx(n_bytes, rel=1e-3)
 
 
-def test_the_seed_decides_the_weights_and_the_order(config_file, tmp_path):
+def test_runs_are_equal_if_and_only_if_their_seeds_are(config_file, tmp_path):
     path = config_file(training__num_epochs=1)
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+    weights = {}
+    for name, seed in (("first", 1), ("repeated", 1), ("other", 2)):
         assert train.main(["--config", str(path), "--model_name", name, "--seed", str(seed)]) == 0
-    a, b, c = ((tmp_path / "models" / n / "model.safetensors").read_bytes() for n in "abc")
-    assert a == b
-    assert a != c
+        weights[name] = (tmp_path / "models" / name / "model.safetensors").read_bytes()
+    assert weights["first"] == weights["repeated"]
+    assert weights["first"] != weights["other"]
 
 
 @pytest.mark.parametrize("max_steps", [5, 1000])
 def test_max_steps_ends_the_run(max_steps, config_file, tmp_path, capsys):
-    """5 is within an epoch, 1000 is more than the epochs have; the learning rate decays either way."""
+    """The learning rate decays with a limit within an epoch (5) and beyond the last (1000)."""
     path = config_file(training__logging_steps=1)
     assert train.main(["--config", str(path), "--set", f"training.max_steps={max_steps}"]) == 0
     run_dir = tmp_path / "models" / "tiny"
     metrics = json.loads((run_dir / METRICS_FILE).read_text())
-    rows = [json.loads(line) for line in (run_dir / LOG_FILE).read_text().splitlines()]
+    rows = rows_of(run_dir)
     steps = metrics["plan"]["steps"]
     assert (steps == 5) == (max_steps == 5)
     assert rows[-1]["step"] == steps
@@ -426,7 +443,7 @@ def test_ctrl_c_before_training_exits_with_130(config_file, monkeypatch, capsys)
 # ---- precision ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_fp16_falls_back_without_cuda():
     training = check_config(tiny_config(Path(), Path(), Path()))["training"]
     precision, reason = pick_precision({**training, "fp16": True, "precision": "auto"})
@@ -436,28 +453,25 @@ def test_fp16_falls_back_without_cuda():
     assert pick_precision({**training, "precision": "auto"})[0] == precision
 
 
-def test_precision_flags_override_the_file(config_file):
-    """Flags also win over what the machine would choose."""
+def test_precision_flags_override_the_config(config_file):
+    """Flags also override what the machine would choose, and --set overrides the other flags."""
+
+    def precision(value: str, **flags) -> str:
+        path = str(config_file(training__precision=value))
+        return train.load_config(path, SimpleNamespace(**flags))["training"]["precision"]
+
+    assert precision("fp32", bf16=False) == "fp32"
+    assert precision("fp16", fp16=False) == "fp32"
+    assert precision("fp16", bf16=False) == "fp16"
+    assert precision("auto", fp16=False) == "auto"
+    assert precision("auto", bf16=False, set=["training.precision=bf16"]) == "bf16"
 
     def picked(**flags) -> str:
-        path = config_file(training__precision="auto")
-        return pick_precision(train.load_config(str(path), SimpleNamespace(**flags))["training"])[0]
+        path = str(config_file(training__precision="auto"))
+        return pick_precision(train.load_config(path, SimpleNamespace(**flags))["training"])[0]
 
     assert picked(bf16=False) == "fp32"
     assert picked(bf16=True) == "bf16"
-    assert (
-        train.load_config(str(config_file()), SimpleNamespace(bf16=False))["training"]["precision"]
-        == "fp32"
-    )
-    fp16 = str(config_file(training__precision="fp16"))
-    assert train.load_config(fp16, SimpleNamespace(fp16=False))["training"]["precision"] == "fp32"
-    assert train.load_config(fp16, SimpleNamespace(bf16=False))["training"]["precision"] == "fp16"
-    auto = str(config_file(training__precision="auto"))
-    assert train.load_config(auto, SimpleNamespace(fp16=False))["training"]["precision"] == "auto"
-    both = SimpleNamespace(bf16=False, set=["training.precision=bf16"])
-    assert (
-        train.load_config(auto, both)["training"]["precision"] == "bf16"
-    )  # --set beats the other flags
 
 
 # ---- warnings -------------------------------------------------------------------------------------
@@ -491,27 +505,23 @@ def test_more_steps_than_the_epochs_have_get_a_warning(config_file, caplog):
 
 
 def test_fsdp_in_one_process_gets_a_warning(config_file, caplog):
-    assert (
-        train.main(["--config", str(config_file()), "--dry-run", "--set", "training.fsdp=true"])
-        == 0
-    )
+    flags = ["--dry-run", "--set", "training.fsdp=true"]
+    assert train.main(["--config", str(config_file()), *flags]) == 0
     assert "training.fsdp: true has no effect in one process" in caplog.text
 
 
 # ---- errors ---------------------------------------------------------------------------------------
 
 
-def test_a_missing_tokenizer_names_the_command(config_file, capsys):
-    assert (
-        train.main(["--config", str(config_file(data__tokenizer_path="nowhere/tokenizer.json"))])
-        == 2
-    )
+def test_a_missing_tokenizer_is_an_error_with_the_command_that_trains_it(config_file, capsys):
+    path = config_file(data__tokenizer_path="nowhere/tokenizer.json")
+    assert train.main(["--config", str(path)]) == 2
     (line,) = errors_of(capsys)
     assert "nowhere/tokenizer.json not found" in line
     assert "python train_tokenizer.py --data-dir" in line
 
 
-def test_missing_text_and_too_little_text(config_file, tmp_path, capsys):
+def test_missing_text_or_too_little_text_is_an_error(config_file, tmp_path, capsys):
     assert train.main(["--config", str(config_file(data__train_path="nowhere"))]) == 2
     assert "nowhere not found (data.train_path)" in errors_of(capsys)[0]
     (tmp_path / "few").mkdir()
@@ -528,45 +538,40 @@ def test_a_wrong_config_is_reported_before_torch_is_imported(tmp_path):
             f"import sys, train\nassert train.main({arguments!r}) == 2\n"
             "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+        command = [sys.executable, "-c", code]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        assert "Traceback" not in process.stderr
+        assert all(line.startswith("error: ") for line in process.stderr.splitlines())
 
 
 def test_out_of_memory_suggests_flags_that_work(config_file, capsys):
     """Raise torch's error at the first step, then train with the flags of the message."""
 
-    def full(self, *args, **kwargs):
+    def run_out_of_memory(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     path = str(config_file(training__num_epochs=1, training__precision="fp32"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LMTrainer, "training_step", full)
+        patch.setattr(LMTrainer, "training_step", run_out_of_memory)
         assert train.main(["--config", path]) == 2
     (line,) = errors_of(capsys)
     assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16) --overwrite; " in line
-    less, further = line.split("less with ")[1].split("; ")
-    flags = [
-        *less.replace("(or --bf16)", "").split(),
-        *further.removesuffix(" save more").replace(" and ", " ").split(),
-    ]
-    assert flags[-4:] == [
-        "--set",
-        "training.gradient_checkpointing=true",
-        "--set",
-        "training.chunked_loss=true",
-    ]
+    first_advice, second_advice = line.split("less with ")[1].split("; ")
+    flags = first_advice.replace("(or --bf16)", "").split()
+    flags += second_advice.removesuffix(" save more").replace(" and ", " ").split()
+    settings = "--set training.gradient_checkpointing=true --set training.chunked_loss=true"
+    assert flags[-4:] == settings.split()
     assert train.main(["--config", path, *flags]) == 0
+
+
+def test_memory_advice_suggests_only_flags_that_save_memory():
     smallest = {"batch_size": 1, "gradient_accumulation_steps": 1, "fp16": False, "bf16": False}
-    assert "; so do --fp16 (or --bf16), a smaller model" in memory_advice(
-        {**smallest, "precision": "fp32"}
-    )
+    fp32_advice = memory_advice({**smallest, "precision": "fp32"})
+    assert "; so do --fp16 (or --bf16), a smaller model" in fp32_advice
     assert "; so do a smaller model" in memory_advice({**smallest, "precision": "bf16"})
-    assert "fp16" not in memory_advice({"batch_size": 8, "gradient_accumulation_steps": 1, "precision": "bf16",
-                                                "fp16": False, "bf16": True})  # fmt: skip
+    large = {**smallest, "batch_size": 8, "precision": "bf16", "bf16": True}
+    assert "fp16" not in memory_advice(large)
 
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--dry-run"])
@@ -576,51 +581,45 @@ def test_a_word_level_tokenizer_is_refused_before_anything_is_deleted(
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     config_path, run_dir = finished_copy
-    words = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "The",
-        "naïve cat",
-    ]  # a blank is no character of byte-level tokens
-    backend = Tokenizer(
-        models.WordLevel(dict(zip(words, range(5), strict=True)), unk_token="<pad>")
-    )
+    # no byte-level token has a blank
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "The": 3, "naïve cat": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "words.json"))
     weights = (run_dir / "model.safetensors").read_bytes()
-    set_it = ["--set", f"data.tokenizer_path={tmp_path / 'words.json'}"]
-    assert train.main(["--config", str(config_path), *set_it, flag]) == 2
+    setting = f"data.tokenizer_path={tmp_path / 'words.json'}"
+    assert train.main(["--config", str(config_path), "--set", setting, flag]) == 2
     assert "byte-level" in errors_of(capsys)[0]
-    assert (run_dir / "model.safetensors").read_bytes() == weights and checkpoints(run_dir)
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    assert checkpoints(run_dir)
 
 
-def test_a_wrong_grammar_file_is_refused_before_training(config_file, corpus_dir, tmp_path, capsys):
+def test_a_wrong_grammar_file_is_an_error_before_training(
+    config_file, corpus_dir, tmp_path, capsys
+):
+    edited = tmp_path / "edited"
     for split in ("train", "dev"):
-        shutil.copytree(corpus_dir / split, tmp_path / "edited" / split)
-    next((tmp_path / "edited" / "dev").iterdir()).rename(
-        tmp_path / "edited" / "dev" / "synthetic.dev"
-    )
-    (tmp_path / "edited" / "grammar.json").write_text("{}")
-    assert (
-        train.main(["--config", str(config_file(data__eval_path=str(tmp_path / "edited" / "dev")))])
-        == 2
-    )
+        shutil.copytree(corpus_dir / split, edited / split)
+    next((edited / "dev").iterdir()).rename(edited / "dev" / "synthetic.dev")
+    (edited / "grammar.json").write_text("{}")
+    path = config_file(data__eval_path=str(edited / "dev"))
+    assert train.main(["--config", str(path)]) == 2
     assert "grammar.json: was not written by create_synthetic_data.py" in errors_of(capsys)[0]
     assert not (tmp_path / "models").exists()
 
 
-def test_a_file_has_the_floor_of_its_folder(tmp_path):
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "synthetic.dev").write_text("The cat sleeps.")
-    assert create_synthetic_data.grammar_floor(str(tmp_path / "dev")) is None
+def test_only_synthetic_text_alone_has_the_floor_of_its_grammar(tmp_path):
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    synthetic = folder / "synthetic.dev"
+    synthetic.write_text("The cat sleeps.")
+    assert create_synthetic_data.grammar_floor(str(folder)) is None
     (tmp_path / "grammar.json").write_text('{"floor": {"bits_per_byte": 0.8}}')
-    assert [
-        create_synthetic_data.grammar_floor(str(tmp_path / p)) for p in ("dev", "dev/synthetic.dev")
-    ] == [0.8, 0.8]
-    (tmp_path / "dev" / "other.dev").write_text("Other text.")
-    assert [
-        create_synthetic_data.grammar_floor(str(tmp_path / p)) for p in ("dev", "dev/other.dev")
-    ] == [None, None]
-    (tmp_path / "dev" / "synthetic.dev").unlink()
-    assert create_synthetic_data.grammar_floor(str(tmp_path / "dev")) is None
+    assert create_synthetic_data.grammar_floor(str(folder)) == 0.8
+    assert create_synthetic_data.grammar_floor(str(synthetic)) == 0.8
+    other = folder / "other.dev"
+    other.write_text("Other text.")
+    assert create_synthetic_data.grammar_floor(str(folder)) is None
+    assert create_synthetic_data.grammar_floor(str(other)) is None
+    synthetic.unlink()
+    assert create_synthetic_data.grammar_floor(str(folder)) is None

@@ -636,7 +636,9 @@ def test_a_run_does_not_overwrite_its_teacher(config_file, tmp_path, capsys):
     for teacher in (run_dir, next(run_dir.glob("checkpoint-*"))):
         path = config_file({"cache": "none", "teachers": [str(teacher)]})
         assert train.main(["--config", str(path), "--overwrite"]) == 2
-        message = "a teacher (distillation.teachers) in the run's own directory"
+        message = (
+            f"{teacher}: this teacher (distillation.teachers) is in the run's output directory"
+        )
         assert message in errors_of(capsys)[0]
     assert read_files() == before
 
