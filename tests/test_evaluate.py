@@ -442,8 +442,14 @@ def test_the_flags_reach_the_results(run_dir, tmp_path):
         (["RUN", "--custom-prompts", "EMPTY"], "error: EMPTY contains no prompt"),
         (["RUN", "--eval-data", "EMPTY"], "error: EMPTY contains no text"),
         (["RUN", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
-        (["RUN", "--temperature", "nan"], "error: --temperature nan must be a finite number, 0 or more"),
-        (["RUN", "--temperature", "inf"], "error: --temperature inf must be a finite number, 0 or more"),
+        (
+            ["RUN", "--temperature", "nan"],
+            "error: --temperature nan must be a finite number, 0 or more",
+        ),
+        (
+            ["RUN", "--temperature", "inf"],
+            "error: --temperature inf must be a finite number, 0 or more",
+        ),
         (["RUN", "--output-path", "ODD"], "error: --output-path ODD is a directory: name a file"),
         (["RUN", "--custom-prompts", "LATIN"], "error: LATIN: not UTF-8 (byte 3)"),
         (["MODEL"], "error: MODEL does not record its held-out text: name text with --eval-data"),
