@@ -6,9 +6,10 @@
     python train.py --config config/llama-10M.yaml --resume_from_checkpoint latest
     python train.py --config config/llama-10M.yaml --sweep sweep.yaml
 
-The story of a run, top to bottom: load and check the configuration, create the model, tokenize the
-text, set up the run, train, write the results. It does not clean text or train tokenizers
-(prepare_data.py), and it does not compare models (benchmark.py).
+Read it from top to bottom and you have read what happens in a run: load and check the
+configuration, create the model, tokenize the text, set up the run, train, write the results. The
+text must be clean and have a tokenizer already (prepare_data.py makes both), and comparing the
+finished models is benchmark.py's task.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from babyllama.config import (
     unusual_values,
     with_defaults,
 )
-from babyllama.files import exclusive_folder
+from babyllama.files import describe_environment, exclusive_folder
 from babyllama.schema import SECTIONS
 from babyllama.training import distributed
 from babyllama.training.checks import check_inputs, check_request, warn_about_leaks
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("train")
 
-FLAGS = {  # name on the command line -> key of the configuration
+# Flags for the keys that people change most, beside --set for all of them.
+FLAGS = {  # name of the flag -> key of the configuration
     "lr": "training.lr",
     "batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation_steps",
@@ -77,9 +79,10 @@ FLAGS = {  # name on the command line -> key of the configuration
 def load_config(config_path: str, args: Any = None) -> dict:
     """Read a YAML configuration, apply the command line, check it, and fill in every default.
 
-    `args` is any namespace; missing attributes and None override nothing. The command line beats
-    the file, and --set beats the other flags. Warn about unusual values. Raise FileNotFoundError
-    for a missing file, and ConfigError (a ValueError) that lists every problem.
+    The command line beats the file, and --set beats the other flags. `args` may be any namespace:
+    attributes that are missing or None override nothing. Values that are allowed but unusual are
+    logged as warnings. Raise FileNotFoundError for a missing file, or one ConfigError (a
+    ValueError) that lists every problem.
     """
     raw = read_yaml_file(config_path)
     flags = {} if args is None else vars(args)
@@ -97,9 +100,9 @@ def load_config(config_path: str, args: Any = None) -> dict:
 
 
 def override_precision(raw: Any, fp16: bool | None, bf16: bool | None) -> None:
-    """Let --fp16 and --bf16 win over the file, which has three keys for the number format."""
+    """Apply --fp16 and --bf16 to the three keys that choose the number format in the file."""
     training = raw.get("training") if isinstance(raw, dict) else None
-    if not isinstance(training, dict):  # check_config will report it
+    if not isinstance(training, dict):  # check_config will report this
         return
     precision = training.get("precision", "auto")
     if fp16 or bf16:
@@ -107,7 +110,8 @@ def override_precision(raw: Any, fp16: bool | None, bf16: bool | None) -> None:
         training["bf16"] = bool(bf16)
         training["precision"] = "auto"
         return
-    # --no-bf16 also keeps auto from choosing bf16; a GPU without bf16 may still get fp16 from auto
+    # --no-bf16 also rules out auto, which might choose bf16. --no-fp16 only contradicts fp16: on a
+    # GPU without bf16, auto may still choose fp16
     no_fp16 = fp16 is False and precision == "fp16"
     no_bf16 = bf16 is False and precision in ("auto", "bf16") and not training.get("fp16")
     if no_fp16 or no_bf16:
@@ -115,7 +119,7 @@ def override_precision(raw: Any, fp16: bool | None, bf16: bool | None) -> None:
 
 
 def load_checked_config(args: argparse.Namespace) -> dict:
-    """Load the configuration of a command line and check that its inputs exist."""
+    """Load the configuration that a command line describes, and check that its inputs exist."""
     config = load_config(args.config, args)
     check_inputs(config)
     return config
@@ -164,28 +168,29 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
 
 @dataclass
 class Data:
-    """The tokenized text of a run."""
+    """Hold the tokenized text of a run and what is known about it."""
 
     tokenizer: Any
-    byte_lengths: Any  # (V,) UTF-8 bytes of each token
+    byte_lengths: Any  # (V,) number of UTF-8 bytes of each token
     train: Dataset  # full chunks: column input_ids, seq_length integers in each row
     held_out: Dataset
-    report: dict  # content of data_report.json
-    floor: float | None  # entropy of the grammar that wrote the held-out text, bits per byte
+    report: dict  # what data_report.json will contain
+    entropy_floor: float | None  # of the grammar behind the held-out text, in bits per byte
 
 
 def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
     """Return the (train, held-out) datasets: column input_ids, seq_length integers in each row.
 
-    The text is not cleaned (prepare_data.py does that). The held-out set is a fixed choice of
-    data.eval_samples chunks. Only data.train_path and data.eval_path are required in `config`.
+    This is the function for notebooks, under the name that the specification gave it. The text is
+    not cleaned again, because prepare_data.py has done that. The held-out set is a fixed choice of
+    data.eval_samples chunks. `config` needs only data.train_path and data.eval_path.
     """
     train, held_out, _ = prepare_datasets_with_report(config, tokenizer)
     return train, held_out
 
 
 def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
-    """Return the datasets and what DataProcessor counted in them, by split."""
+    """Return the same datasets, and for each split what DataProcessor counted while reading it."""
     import numpy as np
 
     from babyllama.training.chunks import ShiftedChunks
@@ -202,7 +207,8 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
         train = ShiftedChunks(train, seed)
 
     held_out = splits["validation"]
-    if len(held_out) > data["eval_samples"]:  # the same chunks for every model and seed
+    if len(held_out) > data["eval_samples"]:
+        # the generator's seed is fixed, so that all models and seeds are scored on the same chunks
         rng = np.random.default_rng(0)
         chosen = rng.choice(len(held_out), data["eval_samples"], replace=False)
         held_out = held_out.select(sorted(chosen.tolist()))
@@ -210,15 +216,15 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
 
 
 def load_data(config: dict) -> Data:
-    """Load the tokenizer, check that teachers fit it, and tokenize the text."""
+    """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text."""
     from babyllama.data.tokenizer import byte_lengths, load_tokenizer
     from create_synthetic_data import grammar_floor
 
-    # everything that can fail goes first: tokenizing may take long
+    # tokenizing may take long, so first do everything else that can fail
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
     tokenizer.model_max_length = config["data"]["seq_length"]
     lengths = byte_lengths(tokenizer)
-    floor = grammar_floor(config["data"]["eval_path"])
+    entropy_floor = grammar_floor(config["data"]["eval_path"])
     if "distillation" in config:
         from babyllama.training.distillation import check_teachers, identify_teachers
 
@@ -230,43 +236,46 @@ def load_data(config: dict) -> Data:
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}
     warn_about_leaks(report)
-    return Data(tokenizer, lengths, train, held_out, report, floor)
+    return Data(tokenizer, lengths, train, held_out, report, entropy_floor)
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------
 
 
 @dataclass
-class Run:
-    """Everything that training needs, checked and ready."""
+class PreparedRun:
+    """Hold everything that training needs, checked and ready to start."""
 
     config: dict
     run_dir: Path
     data: Data
-    budget: dict | None  # BabyLM's word budget
+    budget: dict | None  # BabyLM's word budget, with a babylm section
     model: torch.nn.Module
-    loss: Any  # turns a model and a batch into nats
-    plan: dict  # derived numbers: steps, tokens, precision, expected time
-    checkpoint: Path | None  # to resume from
+    loss: Any  # callable: (model, batch) -> loss in nats
+    plan: dict  # numbers derived from all this: steps, tokens, precision, expected time
+    checkpoint: Path | None  # the checkpoint to resume from
 
 
 def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, report: dict) -> bool:
-    """Print the results of this run if it is finished already; return True if it is."""
+    """Print the results if this very run is finished already, and return True if it is."""
     metrics = None if args.overwrite else finished_metrics(run_dir, config, report)
     if metrics is None:
         return False
     if args.resume_from_checkpoint not in (None, "latest"):
-        find_checkpoint(args.resume_from_checkpoint, run_dir)  # raises for a wrong path
+        find_checkpoint(args.resume_from_checkpoint, run_dir)  # so that a wrong path is an error
     from babyllama.training.results import print_summary
 
-    print(f"{run_dir}: already trained with this configuration and text (--overwrite retrains)")
+    print(
+        f"{run_dir} is already trained with this configuration and text; these are its results "
+        "(--overwrite trains it again)"
+    )
     print_summary(run_dir, metrics)
     return True
 
 
 def setup_run(
     args: argparse.Namespace, config: dict, run_dir: Path, data: Data, budget: dict | None
-) -> Run:
+) -> PreparedRun:
     """Create the model, choose precision and kernels for this machine, and print the plan."""
     import transformers
 
@@ -285,16 +294,19 @@ def setup_run(
     loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
-    return Run(config, run_dir, data, budget, model, loss, plan, checkpoint)
+    return PreparedRun(config, run_dir, data, budget, model, loss, plan, checkpoint)
 
 
-def train_and_save(run: Run) -> None:
-    """Train the model and write the results into the run directory."""
+# ---- 5. training --------------------------------------------------------------------------------
+
+
+def train_and_save(run: PreparedRun) -> None:
+    """Train the model, then write and print the results."""
     from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog
     from babyllama.training.distillation import make_distillation_trainer
-    from babyllama.training.results import print_summary, write_results
+    from babyllama.training.results import print_summary
     from babyllama.training.trainer import LMTrainer
 
     config = run.config
@@ -319,17 +331,18 @@ def train_and_save(run: Run) -> None:
         cuda_graphs=plan["cuda_graphs"],
         callbacks=[run_log] if distributed.is_main() else [],
     )
-    trainer.word_log = attach_word_counter(trainer, config, counts, run.budget)
+    word_counter = attach_word_counter(trainer, config, counts, run.budget)
     distributed.seed_per_rank(config["training"]["seed"])
     fit(trainer, run)
 
     model = trainer.best_model()
     with distributed.main_first():
         if distributed.is_main():
-            print_summary(run.run_dir, write_results(run, trainer, model, run_log))
+            metrics = write_results(run, trainer, model, run_log, word_counter)
+            print_summary(run.run_dir, metrics)
 
 
-def fit(trainer, run: Run) -> None:
+def fit(trainer, run: PreparedRun) -> None:
     """Run the training steps; if they are interrupted, say which checkpoint to resume from."""
     from babyllama.training.callbacks import save_when_interrupted
 
@@ -344,34 +357,66 @@ def fit(trainer, run: Run) -> None:
             advice = f"resume from {saved[0].name} with --resume_from_checkpoint latest"
         message = f"interrupted after step {trainer.state.global_step}; {advice}"
         raise KeyboardInterrupt(message if distributed.is_main() else "") from None
-    trainer.release_graphs()
+    trainer.release_graphs()  # the final evaluation may need their memory
 
 
-# ---- 5. the command line ------------------------------------------------------------------------
+# ---- 6. the results -----------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train the model of a command line; in several processes, join the others."""
+def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> dict:
+    """Save and measure the trained model; return the content of training_metrics.json."""
+    from babyllama.training.results import (
+        draw_samples,
+        measure_model,
+        measure_training,
+        save_model,
+        write_documents,
+    )
+
+    # save first: if anything below fails, the trained model is not lost
+    save_model(run.run_dir, model, run.data.tokenizer, run_log)
+    metrics = {
+        "results": {
+            **measure_model(trainer, model),
+            "floor_bits_per_byte": run.data.entropy_floor,
+            **measure_training(trainer, run_log, word_counter, run.config["data"]["seq_length"]),
+        },
+        "babylm": word_counter.compliance(),
+        "plan": run.plan,
+        "samples": draw_samples(model, run.data.tokenizer, run.config),
+        "data": run.data.report,
+        "config": run.config,
+        "environment": describe_environment(),
+    }
+    write_documents(run.run_dir, metrics, run_log.rows)
+    return metrics
+
+
+# ---- 7. the command line ------------------------------------------------------------------------
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Do what a command line asks for, as one of several processes if a launcher started us."""
     distributed.start()
     try:
-        run_once(args)
+        prepare_and_train(args)
     except RuntimeError as error:
         if distributed.is_lost_process_error(error):
             reason = str(error).strip().splitlines()[0]
             raise ConnectionError(
-                "lost another process: it was killed (out of memory?), or its error is printed "
-                f"above ({reason})"
+                "lost the connection to another process: it was killed, perhaps because memory ran "
+                f"out, or its own error is printed above ({reason})"
             ) from None
         raise
     distributed.stop()
     return 0
 
 
-def run_once(args: argparse.Namespace) -> None:
-    """Go from the configuration to the run directory, or as far as the command line asks for."""
+def prepare_and_train(args: argparse.Namespace) -> None:
+    """Prepare a run and train it; stop early for a dry run, or if it is finished already."""
     with contextlib.ExitStack() as stack:
         with distributed.main_first():
-            # check everything that can be checked before the text is read
+            # reading the text may take long, so first check everything that does not need it
             config = load_config(args.config, args)
             budget = check_inputs(config)
             run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
@@ -383,45 +428,47 @@ def run_once(args: argparse.Namespace) -> None:
             writes = distributed.is_main() and not args.dry_run
             if writes:
                 stack.enter_context(exclusive_folder(run_dir, "choose another --model_name"))
-            run = setup_run(args, config, run_dir, data, budget)
+            prepared = setup_run(args, config, run_dir, data, budget)
             if args.dry_run:
-                print("dry run: nothing was trained; the tokenized text is kept for the run")
+                print("dry run: nothing was trained; the tokenized text is cached for the real run")
                 return
             if writes:
-                start_run_dir(run_dir, config, data.report, run.checkpoint)
-        train_and_save(run)
+                start_run_dir(run_dir, config, data.report, prepared.checkpoint)
+        train_and_save(prepared)
 
 
 def memory_advice(args: argparse.Namespace) -> str:
-    """Return what makes a step of this configuration fit in less memory."""
+    """Return advice on how a step of this configuration would need less memory."""
     from babyllama.training import kernels
 
     return kernels.memory_advice(load_config(args.config, args)["training"])
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line; most flags take their meaning from the schema."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a language model from scratch, as a YAML file describes it.",
-        epilog="Flags can be written with hyphens or underscores. They beat the YAML file.",
+        epilog="Flags beat the YAML file. They may be written with hyphens or with underscores.",
     )
     add = functools.partial(add_flag, parser)
     add("config", required=True, metavar="FILE", help="YAML file, e.g. config/quickstart.yaml")
     for name, dotted in FLAGS.items():
         section, key = dotted.split(".")
         field = SECTIONS[section].model_fields[key]
-        options = {"type": field.annotation if field.annotation in (int, float) else str}
+        kind = field.annotation if field.annotation in (int, float) else str
+        options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
         if field.annotation in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction, "default": None}
         add(name.replace("_", "-"), help=f"{dotted}: {field.description}", **options)
-    resume_help = "a checkpoint directory of this run, or the word latest"
-    add("resume-from-checkpoint", metavar="PATH", help=resume_help)
-    set_help = "any key of the configuration; may be repeated"
+    resume_help = "continue from a checkpoint directory of this run, or from the latest one"
+    add("resume-from-checkpoint", metavar="PATH|latest", help=resume_help)
+    set_help = "change any key of the configuration; may be repeated"
     add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"
     add("sweep", metavar="FILE", help=sweep_help)
-    add("overwrite", action="store_true", help="replace a run of the same name")
-    dry_run_help = "prepare everything and print the derived numbers, but do not train"
+    add("overwrite", action="store_true", help="replace an earlier run of the same name")
+    dry_run_help = "prepare everything and print the plan of the run, but do not train"
     add("dry-run", action="store_true", help=dry_run_help)
     return parser
 
@@ -434,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
         body = functools.partial(run_sweep, args, argv, load_checked_config)
         advice = "the same command continues the sweep"
     else:
-        body = functools.partial(run, args)
+        body = functools.partial(run_command, args)
         advice = "if a checkpoint was saved, resume with --resume_from_checkpoint latest"
     return run_script(
         body,

@@ -1,4 +1,4 @@
-"""The shape of the project: imports point down, scripts start fast, notebooks can import them."""
+"""Check the shape of the project: imports point down, and scripts start fast."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ SCRIPTS = [
     "train_tokenizer",
 ]  # fmt: skip
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
-# Each layer may import itself and those below it.
+# From the bottom up: a layer may import itself and the layers below it.
 LAYERS = ["foundation", "config", "evaluation", "training", "script"]
 FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
@@ -20,10 +20,12 @@ SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"
 
 def layer_of(module: str) -> str:
     """Return the layer of `babyllama.x.y` or of a script."""
-    if not module.startswith("babyllama"):
+    if module == "babyllama":
+        return "foundation"
+    if not module.startswith("babyllama."):
         return "script"
-    folder = (module.split(".") + ["files"])[1]
-    return "foundation" if folder in FOUNDATION else folder
+    part = module.split(".")[1]
+    return "foundation" if part in FOUNDATION else part
 
 
 def module_name(path) -> str:

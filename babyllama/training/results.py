@@ -1,4 +1,8 @@
-"""Write what a finished run leaves in its directory: the model, its metrics, curves and card."""
+"""Measure and document a trained model at the end of its run.
+
+train.py calls these functions one after the other: save the model, score it, describe the training,
+draw samples, and write the metrics, the curves and the model card. Nothing here trains.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from jinja2 import Template
 
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
-from babyllama.files import describe_environment, write_json, write_text
+from babyllama.files import write_json, write_text
 from babyllama.plots import plot_training
 from babyllama.training import distributed
 from babyllama.training.held_out import evaluate_chunks
@@ -23,104 +27,109 @@ from babyllama.training.run_dir import (
 )
 
 
+def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
+    """Save the model and its tokenizer as a plain directory that from_pretrained can load.
+
+    Raise ValueError if the log is empty, because without it there is no speed and no curve to
+    report. That happens if a finished run is resumed after somebody deleted its log.
+    """
+    model.save_pretrained(run_dir)
+    make_weights_readable(run_dir)
+    tokenizer.save_pretrained(run_dir)
+    if not run_log.rows:
+        raise ValueError(
+            f"{run_log.path} is missing, and there is no step left to train that would write it: "
+            f"the model is saved, but without metrics and model card; {RETRAIN}"
+        )
+
+
+def measure_model(trainer, model) -> dict[str, float]:
+    """Return the scores on the held-out text, in float32, each with the prefix "eval_"."""
+    scores = evaluate_chunks(
+        model,
+        trainer.eval_dataset,
+        trainer.byte_lengths,
+        trainer.args.per_device_eval_batch_size,
+        trainer.mask_from,
+    )
+    return {f"eval_{name}": score for name, score in scores.items()}
+
+
 def kept_step(trainer) -> int:
-    """Return the step whose weights the run keeps: the last, or with early stopping the best."""
+    """Return the step whose weights are kept: the best one with early stopping, else the last."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return checkpoint_step(Path(best)) if best else trainer.state.global_step
 
 
-def write_results(run, trainer, model, run_log) -> dict:
-    """Evaluate the trained model in float32 and save it with its metrics, curves and card.
+def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[str, float]:
+    """Return the speed and memory of the training, and how much text the model has seen.
 
-    `run` is a train.Run. Return the content of training_metrics.json.
+    With early stopping the amounts of text are those of the weights that were kept; `steps_run`
+    counts all steps.
     """
-    config = run.config
-    run_dir = run.run_dir
-    seq_length = config["data"]["seq_length"]
-    scores = evaluate_chunks(
-        model,
-        run.data.held_out,
-        trainer.byte_lengths,
-        config["training"]["batch_size"],
-        trainer.mask_from,
-    )
-
-    # a plain model directory that from_pretrained loads
-    model.save_pretrained(run_dir)
-    make_weights_readable(run_dir)
-    run.data.tokenizer.save_pretrained(run_dir)
-    if not run_log.rows:
-        raise ValueError(
-            f"{run_log.path} is missing, and no step is left that would write it: "
-            f"the model is saved, but without metrics and card; {RETRAIN}"
-        )
-
-    samples = generate(
-        model.eval(),
-        run.data.tokenizer,
-        [""] * 3,
-        max_new_tokens=min(48, seq_length - 1),
-        temperature=0.8,
-        top_p=0.95,
-        seed=config["training"]["seed"],
-    )
-
-    # with early stopping, the results describe the step that was kept
     steps = kept_step(trainer)
     n_chunks = len(trainer.train_dataset)
     chunks_per_step = trainer.get_total_train_batch_size(trainer.args)
     chunks = distributed.chunks_after(steps, n_chunks, chunks_per_step)
-    word_log = trainer.word_log
-    metrics = {
-        "results": {
-            **{f"eval_{key}": value for key, value in scores.items()},
-            "floor_bits_per_byte": run.data.floor,
-            "tokens_per_second": run_log.tokens_per_second(),
-            "training_seconds": run_log.seconds,
-            "first_step_seconds": run_log.rows[0]["seconds"],
-            "peak_memory_gb": peak_memory_gb(model.device),
-            "steps": steps,
-            "steps_run": trainer.state.global_step,
-            "epochs": round(chunks / n_chunks, 4),
-            "tokens_trained": chunks * seq_length,
-            "words_trained": word_log.words_seen(steps),
-        },
-        "babylm": word_log.compliance(),
-        "plan": run.plan,
-        "samples": [text for texts in samples for text in texts],
-        "data": run.data.report,
-        "config": config,
-        "environment": describe_environment(),
+    return {
+        "tokens_per_second": run_log.tokens_per_second(),
+        "training_seconds": run_log.seconds,
+        "first_step_seconds": run_log.rows[0]["seconds"],
+        "peak_memory_gb": peak_memory_gb(trainer.args.device),
+        "steps": steps,
+        "steps_run": trainer.state.global_step,
+        "epochs": round(chunks / n_chunks, 4),
+        "tokens_trained": chunks * seq_length,
+        "words_trained": word_counter.words_seen(steps),
     }
 
-    curves = run_dir / "training_curves.png"
-    plot_training(
-        run_log.rows, curves, config["model"]["name"], _floor_loss(run.data.floor, scores)
+
+def draw_samples(model, tokenizer, config: dict) -> list[str]:
+    """Return three texts that the model writes without a prompt."""
+    samples = generate(
+        model.eval(),
+        tokenizer,
+        [""] * 3,
+        max_new_tokens=min(48, config["data"]["seq_length"] - 1),
+        temperature=0.8,
+        top_p=0.95,
+        seed=config["training"]["seed"],
     )
+    return [text for texts in samples for text in texts]
+
+
+def write_documents(run_dir: Path, metrics: dict, rows: list[dict]) -> None:
+    """Write the training curves, the model card, BabyLM's compliance.json and the metrics.
+
+    `metrics` is the content of training_metrics.json, `rows` the training log.
+    """
+    title = metrics["config"]["model"]["name"]
+    plot_training(rows, run_dir / "training_curves.png", title, _floor_loss(metrics["results"]))
     write_text(run_dir / "README.md", model_card(metrics))
     if metrics["babylm"]:
         write_json(run_dir / COMPLIANCE_FILE, metrics["babylm"])
-    write_json(run_dir / METRICS_FILE, metrics)  # last: it marks the run as finished
-    return metrics
+    # this file marks the run as finished, so it must be the last one
+    write_json(run_dir / METRICS_FILE, metrics)
 
 
-def _floor_loss(bits_per_byte: float | None, scores: dict) -> float | None:
-    """Convert the entropy of the grammar from bits per byte to nats per token."""
+def _floor_loss(results: dict) -> float | None:
+    """Convert the entropy of the grammar, if it is known, from bits per byte to nats per token."""
+    bits_per_byte = results["floor_bits_per_byte"]
     if bits_per_byte is None:
         return None
-    return bits_per_byte * math.log(2) * scores["bytes"] / scores["tokens"]
+    return bits_per_byte * math.log(2) * results["eval_bytes"] / results["eval_tokens"]
 
 
 def print_summary(run_dir: Path, metrics: dict) -> None:
-    """Print the scores and samples of a finished run."""
+    """Print the scores and the samples of a finished run."""
     results = metrics["results"]
     steps = metrics["plan"]["steps"]
-    floor = results["floor_bits_per_byte"]
-    note = f" (the best possible on this grammar is {floor:.4f} on average)" if floor else ""
+    entropy = results["floor_bits_per_byte"]
+    note = f" (the best possible on this grammar is {entropy:.4f} on average)" if entropy else ""
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
     print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{note}")
-    if results.get("steps", steps) < steps:  # runs of older versions have no "steps"
+    if results.get("steps", steps) < steps:  # older versions wrote no "steps"
         print(
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "
             f"kept the weights of step {results['steps']:,}"
@@ -133,7 +142,7 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
 
 
 def model_card(metrics: dict) -> str:
-    """Return the README.md of a run: metadata for model hubs, scores, and how it was trained."""
+    """Return the README.md of a run: metadata for model hubs, the scores, and the training."""
     config = metrics["config"]
     scores = [
         {"type": key, "value": round(metrics["results"][f"eval_{key}"], 4)}
