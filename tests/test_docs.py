@@ -144,6 +144,15 @@ def test_architecture_names_every_module_of_the_package():
     assert sorted(rows) == sorted(name for name in modules if not name.endswith("__init__.py"))
 
 
+def test_the_places_to_add_something_exist():
+    """Check each `name` (`file.py`) of the section: the file contains the name."""
+    section = TEXTS[ROOT / "docs" / "architecture.md"].split("## Adding something", 1)[1]
+    places = re.findall(r"`(\w+)`\s\(`([\w/]+\.py)`\)", section)
+    assert len(places) > 5
+    for name, file in places:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), (name, file)
+
+
 def test_messages_of_the_troubleshooting_table_are_in_the_code():
     """Compare word for word; numbers and `...` stand for what the code fills in."""
     sources = [*ROOT.glob("*.py"), *ROOT.glob("babyllama/**/*.py")]
