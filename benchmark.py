@@ -1,28 +1,29 @@
 """Compare language models on a suite of tasks.
 
-There are tasks of completion, consistency, repetition, speed and minimal pairs, and BabyLM's
-zero-shot tasks. Trains nothing and downloads nothing.
+The tasks measure completion, consistency, repetition and speed, or compare candidates: minimal
+pairs, multiple choice and BabyLM's zero-shot tasks. Nothing is trained or downloaded.
 
     python benchmark.py models/quickstart
     python benchmark.py models/A models/B models/C --output comparison.json
     python benchmark.py models/A/chck_* --benchmark-config blimp.yaml --output learning.json
     python benchmark.py models/A --benchmark-config custom_benchmarks.yaml --tasks blimp,ewok
 
-Beside the JSON file it writes a bar chart (.png) and a page (.html) of the same name, and for
-BabyLM's tasks results/.../predictions.json in the layout of BabyLM's pipeline. Several models are
-compared with the first one. The checkpoints of a run get a learning curve on the page and a picture
-with one curve for each phenomenon of BLiMP.
+If there are several models, each is compared with the first. Next to the JSON file the script
+writes a bar chart (.png) and a page (.html) with the same name. For BabyLM's tasks it also writes
+results/.../predictions.json, in the layout that BabyLM's pipeline expects. If the models are the
+checkpoints of a run, the page shows their learning curve, and there is a picture with one curve for
+each phenomenon of BLiMP.
 
-The default tasks are in config/benchmark.yaml. A file for --benchmark-config looks like this (paths
-are relative to the working directory; TASK: {} takes the built-in items):
+The default tasks are in config/benchmark.yaml. A file for --benchmark-config looks like this. Its
+paths are relative to the working directory, and TASK: {} selects the built-in items:
 
     tasks:
       completion: {}
       my_pairs: {type: minimal_pairs, path: data/synthetic/minimal_pairs.jsonl}
       blimp: {path: evaluation_data/full_eval/blimp_filtered}
 
-Every text is scored after BOS; a tokenizer without BOS and EOS leaves the first token unscored.
-babyllama/evaluation/grading.py defines accuracies, their intervals and the overall score.
+Every text is scored after BOS; if the tokenizer has neither BOS nor EOS, the first token of a text
+has no score. babyllama/evaluation/grading.py defines accuracies, intervals and the overall score.
 """
 
 from __future__ import annotations
@@ -55,9 +56,12 @@ SPEED_PROMPT = "Once upon a time there was a little"
 class BenchmarkSuite:
     """Run benchmark tasks on one model directory.
 
-    `tasks` comes from `load_tasks`; the default is config/benchmark.yaml. `seed` fixes samples and
-    bootstrap intervals. `scores` keeps, for each task that was run, what a comparison of models
-    needs: the scores of all candidates, or of all groups of prompts.
+    `tasks` comes from `load_tasks`; the default is config/benchmark.yaml. `seed` determines samples
+    and bootstrap intervals. `scores` keeps what a comparison of models needs from each task: the
+    scores of all candidates, or of all groups of prompts.
+
+    The default device is "cuda", because the public interface of the project says so. On a machine
+    without a GPU that warns and falls back; "auto" picks the best device without a warning.
     """
 
     def __init__(
@@ -67,26 +71,26 @@ class BenchmarkSuite:
         tasks: dict[str, BenchmarkTask] | None = None,
         seed: int = 0,
     ):
-        from babyllama.evaluation.loading import load_model
+        from babyllama.evaluation.loading import can_start, load_model
 
         self.model_path = Path(model_path)
         self.seed = seed
         self.tasks = load_tasks() if tasks is None else tasks
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
-        self.bos = not (self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None)
+        self.bos = can_start(self.tokenizer)
         self.scores: dict[str, np.ndarray] = {}
 
     def run_completion_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
-        """Choose between continuations of a prompt, and generate one.
+        """Measure how often the model prefers the right continuation of a prompt, or writes it.
 
-        `completion_accuracy` counts prompts whose right continuation is the most likely one;
-        `generation_accuracy` counts greedy texts that begin with it.
+        `completion_accuracy` is the share of prompts whose right continuation is more likely than
+        the wrong ones. `generation_accuracy` is the share of greedy texts that begin with it.
         """
         task = task or self._first_task("completion")
         result = self.run_items(task)
 
-        # generate two more tokens than the longest answer has
+        # generate two tokens more than the longest answer needs
         answers = [item.completions[item.gold].strip() for item in task.items]
         answer_ids = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
         prompts = [item.prefixes[0] for item in task.items]
@@ -109,9 +113,10 @@ class BenchmarkSuite:
     def run_consistency_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
         """Measure if paraphrased prompts get the same greedy continuation.
 
-        A group's score is the mean word overlap of the continuations of two of its prompts.
-        `chance` is the mean overlap with the continuation of the group's control, a prompt with
-        another meaning and the same last words: a model that sees only those scores no higher.
+        The score of a group is the word overlap between the continuations of two of its prompts,
+        averaged over all pairs. A model that only looks at the last words would do well too, so
+        each group has a control: a prompt with the same last words and another meaning. `chance` is
+        the mean overlap with the continuation of the control.
         """
         task = task or self._first_task("consistency")
         groups = task.options["groups"]
@@ -134,7 +139,7 @@ class BenchmarkSuite:
             )
         gains = np.array(scores) - controls
         chance = statistics.mean(controls)
-        self.scores[task.name] = gains  # models are compared by what exceeds their chance
+        self.scores[task.name] = gains  # models are compared by how far they exceed chance
         same_ending = {"score": chance, **grading.compare_means(gains, self.seed)}
         return {
             "metric": "avg_consistency_score",
@@ -166,9 +171,10 @@ class BenchmarkSuite:
     def run_speed_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
         """Time greedy generation for each batch size, as the median of `repeats` runs.
 
-        `tokens_per_second` counts generated tokens, over the full time; `first_token_ms` is the
-        time to the first token of each text, `latency_ms` the time between two tokens of a text.
-        The result has the figures of the first batch size; `batches` has those of all.
+        `tokens_per_second` is the number of generated tokens divided by the full time.
+        `first_token_ms` is the time until each text has its first token, and `latency_ms` the time
+        between two tokens of a text. The result has the figures of the first batch size, and
+        `batches` those of all sizes.
         """
         from babyllama.evaluation.loading import context_length, encode
 
@@ -183,7 +189,7 @@ class BenchmarkSuite:
         return {"metric": "tokens_per_second", **batches[0], "n": repeats, "batches": batches}
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
-        """Score every candidate of a task's items, and compare the result to trivial baselines."""
+        """Score every candidate of a task, and compare the result with trivial baselines."""
         from babyllama.evaluation import minimal_pairs
 
         arguments = (self.model, self.tokenizer, task.items, self.bos, self._unigram)
@@ -218,7 +224,7 @@ class BenchmarkSuite:
     def run_all_benchmarks(self) -> dict[str, Any]:
         """Run every declared task; add `overall_score` with its parts, and BabyLM's macro average.
 
-        `babylm_macro_average` is there if two or more tasks are BabyLM's.
+        `babylm_macro_average` is only added if two or more of the tasks are BabyLM's.
         """
         results = {name: self.run_task(name) for name in self.tasks}
         types = {name: task.type for name, task in self.tasks.items()}
@@ -261,7 +267,7 @@ class BenchmarkSuite:
             for tokens in generate_steps(
                 self.model, prompts, max_new_tokens=run_steps, temperature=0
             ):
-                # reading the tokens has waited for the device
+                # the tokens are already on the CPU, so the device has finished this step
                 generated += sum(token is not None for token in tokens)
                 times.append(time.perf_counter())
             tokens_per_second = generated / (times[-1] - times[0])
@@ -287,7 +293,7 @@ class BenchmarkSuite:
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Return True if a text starts with the words of the answer, in upper or lower case."""
+    """Return True if a text starts with the words of the answer, ignoring case."""
     return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
@@ -297,9 +303,10 @@ def begins_with(text: str, answer: str) -> bool:
 def run(
     args: argparse.Namespace, tasks: dict[str, BenchmarkTask], output: Path
 ) -> tuple[dict, list[Path]]:
-    """Measure every model; return the results document and the files written after the last one.
+    """Measure every model; return the results document and the files that were written last.
 
-    The files are written again after each model. A model that fails gets a line under `failed`.
+    The files are rewritten after each model, so a run that stops early keeps what it has measured.
+    A model that fails gets an entry under `failed`, and the others continue.
     """
     from babyllama.evaluation import report
 
@@ -316,7 +323,7 @@ def run(
             write_predictions(suite, output.parent / "results" / folders[path])
             scores[name] = suite.scores
             add_model(document, name, results, facts, compare_with_first(tasks, scores, args.seed))
-        except Exception as error:  # keep the results of the other models, whatever this one has
+        except Exception as error:  # whatever is wrong with this model, keep the other results
             log.debug("%s", path, exc_info=True)
             message = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, ValueError | OSError):
@@ -329,9 +336,9 @@ def run(
         if document["results"]:
             try:
                 written = report.write_files(document, output)
-            except OSError:  # the folder cannot be written to
+            except OSError:  # the folder is not writable, so no model's results could be kept
                 raise
-            except Exception as error:  # a figure that cannot be drawn must not stop the models
+            except Exception as error:  # a failing plot must not stop the other models
                 log.debug("report", exc_info=True)
                 document["notes"].append(f"the report after {name} is incomplete: {error}")
                 written = []
@@ -382,7 +389,7 @@ def add_model(
 def compare_with_first(
     tasks: dict[str, BenchmarkTask], scores: dict[str, dict], seed: int
 ) -> dict[str, Any] | None:
-    """Return how much the last model exceeds the first on each task; None for the first model."""
+    """Return how much better the last model is than the first on each task; None for the first."""
     if len(scores) == 1:
         return None
     reference = next(iter(scores.values()))
@@ -400,7 +407,7 @@ def compare_with_first(
 
 
 def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
-    """Return what was measured: path, size, a hash of the weights, and scores of its training."""
+    """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import context_length
     from babyllama.files import weights_sha256
     from babyllama.training.run_dir import training_scores
@@ -419,7 +426,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
 
 
 def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
-    """Write predictions.json of each BabyLM task, below the folder of the model."""
+    """Write predictions.json of each BabyLM task into the folder of the model."""
     from babyllama.files import write_json
 
     for name, task in suite.tasks.items():
@@ -464,7 +471,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def select_tasks(config: str | None, names: list[str] | None) -> dict[str, BenchmarkTask]:
-    """Return the declared tasks, or those named by --tasks (separated by blanks or commas)."""
+    """Return the declared tasks, or those named by --tasks (separated by spaces or commas)."""
     declared = load_tasks(config)
     if names is None:
         return declared
@@ -486,9 +493,8 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(args.output)
     else:
         folder = Path(args.models[0])
-        output = (
-            folder if len(args.models) == 1 and folder.is_dir() else Path()
-        ) / "benchmark.json"
+        is_single = len(args.models) == 1 and folder.is_dir()
+        output = (folder if is_single else Path()) / "benchmark.json"
 
     def body() -> int:
         # check everything before the first model is opened
@@ -499,7 +505,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--output {output} is not a .json file; the page and the chart get its name"
             )
         args.models = in_training_order(args.models)
-        short_names(args.models)  # refuses a model that is named twice
+        short_names(args.models)  # raises ValueError if a model is named twice
 
         from babyllama.device import pick_device
         from babyllama.evaluation.report import text_report

@@ -1,29 +1,31 @@
-"""Make English-like text with a known entropy: a probabilistic grammar with number agreement.
+"""Generate English-like text whose entropy is known.
 
     python create_synthetic_data.py --num-tokens 1000000 --output-dir ./data/synthetic
     python create_synthetic_data.py --num-tokens 50000 --complexity simple --seed 7 --num-pairs 100
 
---num-tokens counts the words of the training text, rounded up to complete documents. The held-out
-text gets a tenth of that on top. The output directory receives
+The text comes from a probabilistic grammar with number agreement, so the lowest possible loss is
+known, and a training run shows how close a model gets to it. --num-tokens is the number of words of
+the training text, rounded up to complete documents; the held-out text is a tenth as long. The
+output directory gets
 
     train/synthetic.train, dev/synthetic.dev  one sentence a line, two blank lines between documents
     minimal_pairs.jsonl                       BLiMP's fields; one word has the wrong number
     grammar.json                              rules, seed, counts and the floor in bits per byte
 
-The floor. A document is one or more sentences joined by newlines, without one at the end; their
-number is geometric. No text has two derivations, so the entropy of the text is the entropy of its
-derivation, which solves a linear system over the nonterminals A with rules r of probability p_r
-(Grenander 1967; Chi 1999; Nederhof and Satta 2008):
+The entropy floor. A document is one or more sentences joined by newlines, with no newline at the
+end. The number of sentences has a geometric distribution. No text has two derivations, so the
+entropy of the text is the entropy of its derivation. It solves a linear system over the
+nonterminals A with rules r of probability p_r (Grenander 1967; Chi 1999; Nederhof and Satta 2008):
 
     h(A) = sum_r p_r (-log2 p_r + sum of h(B) over the nonterminals B of r)
 
 Expected lengths solve the same system. The floor is h(DOCUMENT) / expected bytes of a document.
-Documents are independent, so no model's expected -log2 p of a document (its end included), divided
-by the expected bytes of its text, is below the floor. A finite text can fall below it by chance, so
-the cost of that very text under the grammar is recorded too (true_bits_per_byte).
+Documents are independent, so for every model the expected -log2 p of a document (including its
+end), divided by the expected bytes of its text, is at or above the floor. A finite text can cost
+less by chance, so the cost of each text under the grammar is recorded too (true_bits_per_byte).
 
-It does not imitate English beyond agreement and word order: the sentences of a document share no
-topic.
+It does not imitate English beyond agreement and word order: the sentences of a document have no
+common topic.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ from babyllama.files import atomic_write, check_replaceable
 
 COMPLEXITIES = ("simple", "medium", "complex")
 SENTENCES_PER_DOCUMENT = 10  # mean of the geometric distribution
-MAX_PAIRS = 10_000  # of one kind; the simple grammar does not hold many more
+MAX_PAIRS = 10_000  # of one kind; the simple grammar has not many more
 
-# CATEGORY = sizes words: how many words the simple, medium and complex grammars take, and the words
-# from frequent to rare. Nouns (N) and verbs (V) get both numbers. No form occurs twice, and no noun
-# or adjective begins with a vowel: the grammar knows "a" but not "an".
+# CATEGORY = sizes words. The sizes are the numbers of words that the simple, medium and complex
+# grammars use, and the words go from frequent to rare. Nouns (N) and verbs (V) get both numbers. No
+# form occurs twice, and no noun or adjective begins with a vowel, because the grammar has only "a".
 LEXICON = """
     N-being = 12 24 64 dog cat girl boy child/children bird teacher farmer man/men woman/women
         mouse/mice baby horse rabbit king queen friend brother sister mother father cow doctor
@@ -90,9 +92,9 @@ LEXICON = """
 """
 
 # NONTERMINAL = weight symbols | weight symbols ...
-# {n} runs over sg and pl, {be} and {do} agree with it, {c} runs over being, thing, place. Each
-# complexity starts from the one before and replaces the rules that it repeats. Nothing is
-# ambiguous: a noun takes at most one PP or relative clause, a verb takes no such PP, and "and"
+# {n} is sg or pl, {be} and {do} agree with it, and {c} is being, thing or place. Each complexity
+# has the rules of the one before it, except those that it defines again. To keep every sentence
+# unambiguous, a noun takes at most one PP or relative clause, a verb takes no such PP, and "and"
 # joins verbs only after a bare one.
 RULES = {
     "simple": """
@@ -158,7 +160,7 @@ NUMBERS = {
 }
 
 # Minimal pairs: the first complexity that has them, and the sentence. The word at * gets the wrong
-# number. {n} is the number that matters and {m} the other one, so that a noun in between misleads.
+# number. {n} is the number that matters and {m} the other one, so a noun in between misleads.
 PAIRS = {
     "subject_verb_adjacent": (0, "NP-being-{n} *PLAIN-{n}"),
     "subject_verb_across_pp": (1, "NP-being-{n} PREP NP-being-{m} *PLAIN-{n}"),
@@ -214,7 +216,7 @@ class Grammar:
 
 
 def add_s(word: str) -> str:
-    """Return a noun's regular plural, also the spelling of a verb's third person singular."""
+    """Return the regular plural of a noun, or the third person singular of a verb."""
     if word.endswith(("s", "sh", "ch", "x", "o")):
         return word + "es"
     if word.endswith("y") and word[-2] not in "aeiou":
@@ -223,7 +225,7 @@ def add_s(word: str) -> str:
 
 
 def _definitions(text: str) -> Iterator[list[str]]:
-    """Yield [left, right] of each `left = right`; a line without " = " continues the one before."""
+    """Yield [left, right] of each `left = right`; a line without " = " continues the last one."""
     for line in re.sub(r"\n(?!.* = )", " ", text.strip()).splitlines():
         yield line.strip().split(" = ")
 
@@ -276,7 +278,7 @@ def build_grammar(complexity: str) -> Grammar:
     end = 1 / SENTENCES_PER_DOCUMENT
     weighted["DOCUMENT"] = [(end, ("SENTENCE",)), (1 - end, ("SENTENCE", "\n", "DOCUMENT"))]
 
-    # keep what DOCUMENT reaches, breadth first, and normalise the weights
+    # keep the symbols that DOCUMENT can reach, breadth first, and normalize the weights
     rules = {}
     reachable = ["DOCUMENT"]
     for left in reachable:
@@ -292,19 +294,21 @@ def build_grammar(complexity: str) -> Grammar:
 def grammar_facts(grammar: Grammar) -> dict[str, float]:
     """Return the exact entropy and expected lengths of a document and of a sentence.
 
-    Solves the system of the module's docstring. A sentence includes its full stop, nats_per_word
-    the ends of documents. bits_per_byte = bits_per_document / bytes_per_document.
+    Solves the linear system in the docstring of this module. A sentence includes its full stop, and
+    nats_per_word includes the ends of documents. bits_per_byte is bits_per_document divided by
+    bytes_per_document.
     """
-    import numpy as np  # --help needs none of it
+    import numpy as np
 
     index = {left: i for i, left in enumerate(grammar.rules)}
     children = np.zeros((len(index), len(index)))  # expected number of nonterminals in an expansion
-    increments = np.zeros((len(index), 3))  # what an expansion adds: bits, bytes, words
+    increments = np.zeros((len(index), 3))  # bits, bytes and words that an expansion adds
     for left, rules in grammar.rules.items():
         for p, right in rules:
             marks = [symbol for symbol in right if symbol in (",", "\n")]
             words = [symbol for symbol in right if symbol not in index and symbol not in marks]
-            n_bytes = sum(len(word) + 1 for word in words) + len(marks)  # a blank or stop per word
+            # a space or a full stop follows each word
+            n_bytes = sum(len(word) + 1 for word in words) + len(marks)
             increments[index[left]] += p * np.array([-log2(p), n_bytes, len(words)])
             for symbol in right:
                 if symbol in index:
@@ -321,14 +325,17 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
 
 
 def grammar_floor(eval_path: str) -> float | None:
-    """Return the floor in bits per byte from the grammar.json beside synthetic text, else None."""
+    """Return the entropy floor in bits per byte of synthetic text, or None for other text.
+
+    The floor is in the grammar.json that this script writes next to the folders of the text.
+    """
     text = Path(eval_path).resolve()
     folder = text.parent if text.is_file() else text
     path = folder.parent / "grammar.json"
     if not path.is_file():
         return None
     if [file.name for file in find_files(text, "dev")] != ["synthetic.dev"]:
-        return None  # there is other text besides
+        return None  # there is other text too
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
     except (ValueError, KeyError, TypeError):
@@ -366,7 +373,7 @@ def _derive(grammar: Grammar, symbols: list[str], rng: random.Random) -> tuple[l
 
 
 def spell(words: list[str]) -> str:
-    """Return words as text: commas attached, a capital first, no full stop."""
+    """Join words to a sentence with commas and a capital letter, but without the full stop."""
     text = " ".join(words).replace(" ,", ",")
     return text[0].upper() + text[1:]
 
@@ -395,7 +402,7 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
             continue
         pair = {"sentence_good": sentence, "sentence_bad": spell([*bad, *rest]) + "."}
 
-        # BLiMP's two other ways to score a pair
+        # fields for BLiMP's two other ways to score a pair
         one_prefix = not uid.startswith("determiner")
         if one_prefix:
             pair["one_prefix_prefix"] = spell(prefix)
@@ -425,7 +432,7 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
 
 
 def write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Random) -> dict:
-    """Write documents until there are num_words words; return counts of their text."""
+    """Write documents until they have num_words words; return counts of their text."""
     from tqdm import tqdm
 
     counts = Counter(documents=0, sentences=0, words=0, bytes=0)
@@ -445,8 +452,8 @@ def write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Rando
 
 
 def _text_of_the_definition() -> str:
-    """Return the definition of the floor as it is in the module's docstring."""
-    start = __doc__.index("The floor. ")
+    """Return the definition of the entropy floor from the docstring of this module."""
+    start = __doc__.index("The entropy floor. ")
     return " ".join(__doc__[start : __doc__.index("It does not")].split())
 
 
@@ -459,9 +466,10 @@ def create_synthetic_data(
 ) -> dict:
     """Write the four files into output_dir and return the content of grammar.json.
 
-    num_tokens: words of the training text. num_pairs: minimal pairs of each kind. The same
-    arguments give the same files byte for byte. Files of an earlier call are replaced once all four
-    are complete; ValueError if a file of that name is not from this script.
+    `num_tokens` is the number of words of the training text, and `num_pairs` the number of minimal
+    pairs of each kind. The same arguments give the same files, byte for byte. Files of an earlier
+    call are only replaced when all four are complete. Raises ValueError if a file with one of the
+    names is not from this script.
     """
     grammar = build_grammar(complexity)
     if num_tokens < 1:
@@ -480,11 +488,12 @@ def create_synthetic_data(
     for file in files:
         check_replaceable(file, is_ours, "move it away or give another --output-dir")
 
-    with contextlib.ExitStack() as stack:  # moves the last one, grammar.json, into place first
+    # files move into place in reverse order: grammar.json first, because it shows they are ours
+    with contextlib.ExitStack() as stack:
         pairs_file, dev_file, train_file, record_file = (
             stack.enter_context(atomic_write(file)) for file in files
         )
-        # each file has its own generator, so that it does not depend on the size of the others
+        # each file has a separate generator, so it does not depend on the size of the other files
         train_rng, dev_rng, pairs_rng = (
             random.Random(f"{seed} {name}") for name in ("train", "dev", "pairs")
         )
@@ -537,7 +546,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def print_summary(facts: dict, output_dir: str) -> None:
-    """Print the sizes of the files, the floor and the next command."""
+    """Print the sizes of the files, the entropy floor and the next command."""
     for split, counts in facts["text"].items():
         print(
             f"{split:<6}{counts['documents']:,} documents, {counts['words']:,} words, "

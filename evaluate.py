@@ -1,17 +1,20 @@
-"""Measure one language model: perplexity, token probabilities, calibration, quality of its samples.
+"""Measure one language model on held-out text.
 
     python evaluate.py models/quickstart
     python evaluate.py models/quickstart --num-samples 1000 --output-path results.json --device cpu
     python evaluate.py models/quickstart --custom-prompts prompts.txt --eval-data data/dev
 
-It does not compare models and runs no benchmark tasks (see benchmark.py). It needs no network.
+The report has the perplexity, the probabilities of single tokens with their calibration, and the
+diversity of generated samples. To compare models or to run tasks, use benchmark.py.
 
-A text is scored after BOS, so each of its tokens has a probability; a tokenizer without BOS and EOS
-cannot score the first one. Text beyond the context is scored in windows that overlap by half. Rates
-are sums over all texts, so a long text counts for more. Their intervals (`..._ci95`) resample
-documents. A figure that cannot be computed is NaN, and null in JSON.
+Every text is scored after BOS, so that its first token has a probability too; that is not possible
+if the tokenizer has neither BOS nor EOS. A text longer than the context is scored in windows that
+overlap by half. A rate is a sum over all texts divided by another, so a long text weighs more than
+a short one. Intervals (`..._ci95`) resample documents, because passages of one document are alike.
+A figure that cannot be computed is NaN, which JSON writes as null.
 
-Hugging Face has a package of the same name. Run tools that need it from another directory.
+Hugging Face has a package with the name of this script. Run tools that need that package from
+another directory.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.cli import add_flag, check_at_least, run_script
-from babyllama.data.documents import find_files, new_report, read_document_parts
+from babyllama.data.documents import find_files, new_report, read_documents
 from babyllama.files import (
     check_results_file,
     describe_environment,
@@ -37,26 +40,31 @@ from babyllama.files import (
 
 log = logging.getLogger(__name__)
 
-LOW_CONFIDENCE = 0.1  # highest probability below which a prediction counts as unsure
+LOW_CONFIDENCE = 0.1  # a prediction is unsure if no token has this probability
 PASSAGE_CHARS = 2000
-SAMPLE_TOKENS = 40  # of one text, whose surprisal is plotted
+SAMPLE_TOKENS = 40  # tokens of one text whose surprisal is plotted
 DEFAULT_PROMPTS = 10
 PROMPT_WORDS = 4
-FEW_DOCUMENTS = 30  # with fewer the report has a note
+FEW_DOCUMENTS = 30  # with fewer of any of these, a note in the report warns about it
 FEW_TOKENS = 1000
 FEW_PROMPTS = 30
 
 
 class ModelEvaluator:
-    """Evaluate one model directory; `seed` determines samples and bootstrap intervals."""
+    """Evaluate one model directory.
+
+    `seed` determines samples and bootstrap intervals. The default device is "cuda", because the
+    public interface of the project says so. On a machine without a GPU that warns and falls back;
+    "auto" picks the best device without a warning.
+    """
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
-        from babyllama.evaluation.loading import load_model
+        from babyllama.evaluation.loading import can_start, load_model
 
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
         self.seed = seed
-        self.bos = not (self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None)
+        self.bos = can_start(self.tokenizer)
         self._cached_request: tuple | None = None
         self._cached_scores: list = []
 
@@ -65,10 +73,10 @@ class ModelEvaluator:
     ) -> dict[str, Any]:
         """Return perplexity per token and word, nats per token and bits per byte, with intervals.
 
-        `documents` is the document of each text (default: each text is one). Intervals resample
-        documents, because texts of one document are alike. `std_loss`, `min_loss` and `max_loss`
-        are over the texts' mean losses, in nats per token. Words are separated by white space. A
-        forward pass reads at most `batch_size` full contexts.
+        `documents` names the document that each text is from (default: each text is a document).
+        Intervals resample documents, because texts of one document are alike. `std_loss`,
+        `min_loss` and `max_loss` describe the mean losses of the texts, in nats per token. Words
+        are separated by white space. A forward pass reads at most `batch_size` full contexts.
         """
         import numpy as np
 
@@ -82,7 +90,7 @@ class ModelEvaluator:
         scores_of_texts = self._score(texts, batch_size)
         for text, scores, document in zip(texts, scores_of_texts, documents, strict=True):
             if len(scores.ids):
-                if not self.bos:  # the first token has no score, so its bytes do not count
+                if not self.bos:  # the first token has no score, so do not count its bytes
                     text = decode(self.tokenizer, scores.ids)
                 nats = -scores.logprobs.sum()
                 rows.append([nats, len(scores.ids), len(text.encode()), len(text.split())])
@@ -115,11 +123,11 @@ class ModelEvaluator:
     ) -> dict[str, Any]:
         """Return diversity and repetition of continuations of up to `max_length` new tokens.
 
-        Words are separated by white space. Diversity is the mean over n = 1, 2, 3 of distinct
-        n-grams per n-gram of a text. Repetition is the share of its 4-grams that occurred before
-        (Welleck et al. 2020). distinct-n is over all texts together (Li et al. 2016). Self-BLEU
-        compares a text with the others of its prompt (Zhu et al. 2018) and is 1 if they are equal.
-        A text that is too short for a figure does not count in it.
+        Words are separated by white space. The diversity of a text is the share of its n-grams that
+        are distinct, averaged over n = 1, 2, 3. Repetition is the share of its 4-grams that have
+        occurred before (Welleck et al. 2020). distinct-n is computed over all texts together (Li et
+        al. 2016). Self-BLEU compares a text with the other texts of its prompt (Zhu et al. 2018); 1
+        means that they are equal. A text that is too short for a figure is left out of its mean.
         """
         import numpy as np
 
@@ -173,9 +181,9 @@ class ModelEvaluator:
     ) -> dict[str, Any]:
         """Return confidence, entropy (nats), rank of the actual token, and calibration.
 
-        `low_confidence_ratio` is the share of places where no token has a probability of 0.1.
-        Tokens with equal probability share the mean of their ranks; a tie of k tokens counts 1/k in
-        `top1_accuracy`. `expected_calibration_error` is over 15 equal bins of the highest
+        `low_confidence_ratio` is the share of places where no token has a probability of 0.1 or
+        more. Tokens with equal probability share their mean rank, and a tie of k tokens counts 1/k
+        in `top1_accuracy`. `expected_calibration_error` uses 15 bins of equal width of the highest
         probability.
         """
         import numpy as np
@@ -229,7 +237,7 @@ class ModelEvaluator:
     def plot_metrics(
         self, metrics: dict[str, Any], save_path: str | Path = "evaluation_plots.png"
     ) -> None:
-        """Plot the dict of one method, several of them merged, or a dict of such dicts."""
+        """Plot the result of one method, several results merged, or a dict of results."""
         from babyllama.plots import plot_evaluation
 
         Path(save_path).parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +246,7 @@ class ModelEvaluator:
     def _score(self, texts: Sequence[str], batch_size: int) -> list:
         """Return TokenScores with statistics of each text.
 
-        Caches the last result, so that perplexity and token probabilities score the texts once.
+        Perplexity and token probabilities need the same scores, so the last result is cached.
         """
         from babyllama.evaluation.loading import context_length
         from babyllama.evaluation.scoring import GPU_BATCH_TOKENS, token_logprobs
@@ -246,7 +254,8 @@ class ModelEvaluator:
         _check_strings(texts, "texts")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
-        # torch counts in-place changes of a tensor in _version, so changed weights are scored again
+        # torch counts the in-place changes of a tensor in _version, so weights that changed in the
+        # meantime are scored again
         request = (list(texts), [parameter._version for parameter in self.model.parameters()])
         if self._cached_request != request:
             batch_tokens = min(batch_size * context_length(self.model), GPU_BATCH_TOKENS)
@@ -274,10 +283,11 @@ def _check_strings(texts: Sequence[str], name: str) -> None:
 
 
 def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[int], int]:
-    """Draw passages evenly from all held-out documents at `path`, with reservoir sampling.
+    """Draw `count` passages at random from the held-out text at `path`.
 
-    Returns (`count` passages in their order, the number of each one's document, how many passages
-    there are).
+    Returns (passages in the order of the text, the number of the document of each, the number of
+    passages in the text). Reservoir sampling gives every passage the same chance without holding
+    the text in memory.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -307,10 +317,10 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
 
 
 def _document_texts(path: Path, report: dict) -> Iterator[tuple[int, str]]:
-    """Yield (number of the document, from 1; text of bounded length) of all held-out documents."""
+    """Yield the held-out text in parts, each with the number of its document, from 1."""
     document = 0
     for file in find_files(path, "dev"):
-        for parts in read_document_parts(file, report):
+        for parts in read_documents(file, report):
             document += 1
             for text in parts:
                 yield document, text
@@ -357,10 +367,10 @@ def first_words(texts: Sequence[str]) -> list[str]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate the model of the command line; return a report in lm-evaluation-harness' shape."""
+    """Evaluate the model; return a report with the top-level keys of lm-evaluation-harness."""
     from babyllama.evaluation.loading import training_text_of
 
-    # text and prompts first: a wrong path fails before the model is loaded
+    # read text and prompts first, so that a wrong path is an error before the model is loaded
     model_path = Path(args.model)
     source = Path(args.eval_data) if args.eval_data else training_text_of(model_path, "eval_path")
     if source is None:
@@ -410,17 +420,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def notes(results: dict[str, dict]) -> Iterator[str]:
-    """Yield what limits the reliability of the figures."""
+    """Yield a sentence for everything that makes the figures less reliable."""
     num_documents = results["perplexity"]["num_documents"]
     num_tokens = results["token_probabilities"]["num_tokens"]
     num_prompts = len(results["generation"]["generation_samples"])
     if num_documents < FEW_DOCUMENTS:
-        yield f"the text figures rest on {num_documents} documents only: their intervals are rough"
+        yield f"only {num_documents} documents: the intervals of the text figures are rough"
     if num_tokens < FEW_TOKENS:
-        yield f"the token figures, above all calibration, rest on {num_tokens} tokens only"
+        yield f"only {num_tokens} tokens: the token figures are rough, above all calibration"
     if num_prompts < FEW_PROMPTS:
-        basis = f"the generation figures rest on {num_prompts} prompts only"
-        yield f"{basis}: their intervals are rough"
+        yield f"only {num_prompts} prompts: the intervals of the generation figures are rough"
     if not math.isfinite(results["perplexity"]["nats_per_token"]):
         yield "the model's probabilities are not finite numbers: its weights are broken"
 
@@ -470,7 +479,7 @@ def print_report(report: dict) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return a text on one line, without control characters, which could drive the terminal."""
+    """Return a text on one line, without control characters that could change the terminal."""
     line = " ".join(text.split())
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
 
@@ -508,7 +517,7 @@ def make_parser() -> argparse.ArgumentParser:
         "temperature",
         type=float,
         default=0.8,
-        help="of sampling; 0 is greedy (default 0.8)",
+        help="temperature of sampling; 0 is greedy (default 0.8)",
     )
     add_flag(
         parser,
@@ -521,7 +530,7 @@ def make_parser() -> argparse.ArgumentParser:
         "seed",
         type=int,
         default=0,
-        help="of the passages, the samples and the intervals (default 0)",
+        help="seed of passages, samples and intervals (default 0)",
     )
     add_flag(
         parser,

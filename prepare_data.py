@@ -1,17 +1,21 @@
-"""Turn downloaded BabyLM directories into clean text files, and train the tokenizer on them.
+"""Turn downloaded BabyLM directories into clean text files and a tokenizer.
 
     python prepare_data.py --babylm-10m ./raw/train_10M --babylm-dev ./raw/dev
     python prepare_data.py --babylm-100m ./raw/train_100M --clean-domains open_subtitles,childes
     python prepare_data.py --babylm-dev ./raw/dev --skip-tokenizer
 
-Each document is cleaned by the cleaner of its domain (the name of its file) and by the general one,
-and written to <output-dir>/train/<domain>.train or <output-dir>/dev/<domain>.dev, with two empty
-lines between documents. The script prints a table per split and records sources, outputs, counts
-and hashes in manifest.json. It reports the word budget of the track and the overlap of train and
-dev (documents, and runs of 13 words), but enforces neither. Text is read as a stream, the output
-directory changes only when all of it is ready, and the same input gives the same files.
+The name of a file is its domain, such as childes or open_subtitles. Each document is cleaned by the
+cleaner of its domain and then by the general one. The results are <output-dir>/train/<domain>.train
+and <output-dir>/dev/<domain>.dev, with two empty lines between documents, and manifest.json, which
+records sources, outputs, counts and hashes.
 
-It does not download, deduplicate or split data, and never replaces a file that it did not write.
+The script prints a table for each split. It also reports how the words compare with the budget of
+the track, and how much of dev occurs in train (documents, and runs of 13 words). What to do about
+either is up to you.
+
+Text is read as a stream, so a corpus can be larger than memory. The output directory only changes
+when everything is ready, and the same input gives the same files. Files that the script did not
+write are never replaced. It does not download, deduplicate or split data.
 """
 
 from __future__ import annotations
@@ -29,13 +33,7 @@ from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import (
-    domain_of,
-    find_files,
-    new_report,
-    read_document_parts,
-    read_parts,
-)
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents, read_parts
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.files import atomic_write, check_replaceable, exclusive_folder, sha256, write_json
@@ -98,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         "clean-domains",
         nargs="+",
         metavar="DOMAIN",
-        help="use the cleaners of these domains only (separated by commas or blanks); default all",
+        help="use only the cleaners of these domains (separated by commas or spaces); default all",
     )
     add_flag(cleaning, "skip-cleaning", action="store_true", help="copy the text as it is")
     add_flag(
@@ -138,7 +136,7 @@ def prepare_and_print(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """Write the files that the command line asks for; return the manifest and the new splits."""
-    # check everything that can be wrong before any work
+    # cleaning takes minutes, so check first everything that can be wrong
     sources = find_sources(args)
     cleaners = None if args.skip_cleaning else choose_cleaners(sources, args.clean_domains)
     if "train" in sources and not args.skip_tokenizer:
@@ -150,7 +148,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
         check_outputs(args.output_dir, list(sources), manifest)
         overlap = Overlap() if len(sources) == 2 else None
 
-        # clean and count beside the output; the folders move into place when all is ready
+        # clean and count in temporary folders, which move into place when everything is ready
         with contextlib.ExitStack() as stack:
             folders = {}
             for split in sources:
@@ -161,7 +159,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
                 train_tokenizer(args, splits["train"], folders["train"])
             tokenizer = count_tokens(args.tokenizer_output, splits, folders)
 
-        # splits that this run did not touch keep their records
+        # splits that are not prepared this time keep their records
         manifest["splits"] |= splits
         manifest["tokenizer"] = tokenizer
         if "train" in splits:
@@ -178,7 +176,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
 
 
 def find_sources(args: argparse.Namespace) -> Sources:
-    """Return the input files by split and domain; dev comes first, as the overlap needs it."""
+    """Return the input files by split and domain; dev comes first, because Overlap needs that."""
     directories = {"dev": args.babylm_dev, "train": args.babylm_10m or args.babylm_100m}
     outputs = [(args.output_dir / split).resolve() for split in directories]
     sources: Sources = {}
@@ -201,7 +199,7 @@ def find_sources(args: argparse.Namespace) -> Sources:
 
 
 def choose_cleaners(sources: Sources, domains: list[str] | None) -> dict[str, Callable]:
-    """Return the cleaner of each domain of the input that has one; `domains` selects some."""
+    """Return the cleaners of the domains in the input, or only those of the given `domains`."""
     registry = create_cleaner_registry()
     cleaners = {}
     for domain in sorted(set().union(*sources.values())):
@@ -248,7 +246,7 @@ def recorded_hashes(manifest: dict) -> dict[str, str]:
 
 
 def check_outputs(output_dir: Path, splits: list[str], manifest: dict) -> None:
-    """Raise ValueError if a folder to replace has a file that no earlier run wrote as it is."""
+    """Raise ValueError if a folder to be replaced has a file that is new or edited since."""
     hashes = recorded_hashes(manifest)
     for split in splits:
         for path in sorted((output_dir / split).rglob("*")):
@@ -271,7 +269,7 @@ def clean_splits(
     folders: dict[str, Path],
     overlap: Overlap | None,
 ) -> dict[str, dict]:
-    """Clean every split into its folder (copy if `cleaners` is None); return their records."""
+    """Write every split, cleaned unless `cleaners` is None, to its folder; return the records."""
     from tqdm import tqdm
 
     splits = {}
@@ -313,7 +311,7 @@ def clean_domain(
     overlap: Overlap | None,
     bar: tqdm,
 ) -> dict:
-    """Clean the files of a domain into one (copy without a cleaner); return its record."""
+    """Join the files of a domain in one, cleaned if there is a cleaner; return its record."""
     sources = []
     documents = 0
     words = 0
@@ -322,7 +320,7 @@ def clean_domain(
         for path in files:
             report = new_report()
             bar_start = bar.n
-            for parts in read_document_parts(path, report, cleaner):
+            for parts in read_documents(path, report, cleaner):
                 out.write(DOCUMENT_END if documents else b"")
                 documents += 1
                 for part in parts:
@@ -358,13 +356,13 @@ def clean_domain(
 
 
 def word_budget(train: dict, limit: int) -> dict:
-    """Return the words of the train split beside the limit of its track."""
+    """Return the number of words in the train split and the limit of its track."""
     words = sum(record["words"] for record in train["files"].values())
     return {"limit_words": limit, "words": words, "over_budget": words > limit}
 
 
 def name_places(overlap: dict, files: dict[str, dict]) -> dict:
-    """Return the result of Overlap with shared documents as file and number (from 1) in it."""
+    """Return the result of Overlap, naming shared documents by file and number (from 1)."""
     names = []
     for record in files.values():
         names += [f"{record['file']} {i}" for i in range(1, record["documents"] + 1)]

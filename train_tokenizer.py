@@ -3,19 +3,19 @@
     python train_tokenizer.py --data-dir ./data/train --vocab-size 16000
     python train_tokenizer.py --data-dir ./my_text --output ./models/mine/tokenizer.json
 
-Reads the training files of a directory (.train, .txt, .jsonl, each also gzipped) and writes one
-tokenizer.json. All 256 bytes are in the alphabet and nothing is normalized, so any Unicode text
-survives the round trip. <pad>, <s>, </s> have the ids 0, 1, 2; <s> is put in front of every text,
-</s> is never appended. The same text gives the same file, byte for byte.
+The input is the training files of a directory (.train, .txt and .jsonl, gzipped or not), the output
+one tokenizer.json. All 256 bytes are in the alphabet and nothing is normalized, so decoding returns
+exactly the text that was encoded. <pad>, <s> and </s> have the ids 0, 1 and 2. <s> is added at the
+start of every text, and </s> is never added. The same text gives the same file, byte for byte.
 
-Beside it, <name>.source.json lists the files that the tokenizer was trained on and their words,
-which BabyLM counts. If the file is called tokenizer.json, a tokenizer_config.json names the special
-tokens, so that AutoTokenizer, PreTrainedTokenizerFast and GPT2TokenizerFast load the same tokenizer
-from the *directory*.
+BabyLM counts the words that a tokenizer was trained on, so <name>.source.json records the files and
+their words. If the output is called tokenizer.json, a tokenizer_config.json next to it names the
+special tokens. AutoTokenizer, PreTrainedTokenizerFast and GPT2TokenizerFast then load the same
+tokenizer from the *directory*.
 
-It does not clean text (prepare_data.py does). Every Hugging Face tokenizer reads "</s>" in a text
-as the special token. To read it as plain characters, set `encode_special_tokens = True` on a
-tokenizers.Tokenizer, or pass `split_special_tokens=True` to a tokenizer of transformers.
+Text is not cleaned here; use prepare_data.py for that. Note that every Hugging Face tokenizer reads
+"</s>" in a text as the special token. To read it as plain characters, set `encode_special_tokens =
+True` on a tokenizers.Tokenizer, or pass `split_special_tokens=True` to one of transformers.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_request(vocab_size: int, output: Path) -> None:
     if output.is_dir():
         example = output / "tokenizer.json"
         raise ValueError(f"{output} is a directory; name a file, such as {example}")
-    # an empty file is a temporary one that the caller created for the tokenizer
+    # a caller may have created the file, still empty, to reserve its name
     is_ours = output.is_file() and (
         output.stat().st_size == 0 or tokenizer_sources(output) is not None
     )
@@ -106,9 +106,9 @@ def _check_vocab_size(vocab_size: int) -> None:
 def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
     """Train on the documents of `files`, write `output` and its record, and return a summary.
 
-    Its keys: files, bytes (UTF-8, of the text), vocab_size, bytes_per_token (on an even sample of
-    about 4 MB), seconds, and replaces (True if a different tokenizer had this name). Raises
-    ValueError if the files have no text, and as check_request does.
+    The summary has files, bytes (of the text in UTF-8), vocab_size, bytes_per_token (measured on
+    about 4 MB, sampled evenly), seconds, and replaces (True if a different tokenizer had this
+    name). Raises ValueError if the files have no text, and in the cases of check_request.
     """
     check_request(vocab_size, output)
     started = time.monotonic()
@@ -141,7 +141,8 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
 def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> Iterator[str]:
     """Yield the text of all files in parts.
 
-    Appends the counts of each file to `reports`, and some parts, evenly spread, to `sample`.
+    The text is read only once, so on the way the counts of each file are appended to `reports`, and
+    an even sample of the parts to `sample`.
     """
     from tqdm import tqdm
 
@@ -164,15 +165,15 @@ def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> It
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, the special ones included.
 
-    Neither the order of `texts` nor the number of threads matters: merges of equal count are sorted
-    by token id. A merge needs a pair that occurs twice, so a small text can give fewer tokens than
-    `vocab_size`. Raises ValueError if `vocab_size` is below 259.
+    The result does not depend on the order of `texts` or on the number of threads, because merges
+    with the same count are sorted by token id. A merge needs a pair that occurs twice, so a small
+    text can give fewer tokens than `vocab_size`. Raises ValueError if `vocab_size` is below 259.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     _check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
-    # The GPT-2 split keeps "<", "s" and ">" apart, so merges never build a special token's string.
+    # the GPT-2 split separates "<", "s" and ">", so no merge can spell a special token
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -193,9 +194,9 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the tokenizer file and, if transformers looks for it, tokenizer_config.json.
+    """Write the tokenizer file and, if it is called tokenizer.json, a tokenizer_config.json.
 
-    transformers looks for it only beside a file called tokenizer.json. `unk_token` is null because
+    transformers only looks for the config next to a file of that name. `unk_token` is null because
     every byte has a token, and because GPT2TokenizerFast would otherwise add "<|endoftext|>".
     """
     write_text(path, tokenizer.to_str())

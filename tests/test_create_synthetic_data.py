@@ -544,7 +544,7 @@ def test_grammar_json_describes_the_files(tmp_path, capsys):
     assert rules == GRAMMARS["medium"].rules
     assert facts["floor"] == pytest.approx(grammar_facts(Grammar("medium", rules, {})))
     assert f"{grammar_facts(GRAMMARS['medium'])['bits_per_byte']:.4f}" in output
-    assert facts["definition"].startswith("The floor.") and facts["definition"].endswith(
+    assert facts["definition"].startswith("The entropy floor.") and facts["definition"].endswith(
         "(true_bits_per_byte)."
     )
     pairs = [

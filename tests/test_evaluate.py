@@ -376,7 +376,7 @@ def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     assert set(report["results"]) == set(report["versions"]) == set(report["n-samples"])
     assert report["n-samples"]["perplexity"] == {"original": 12, "effective": 12}
     assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out
-    assert "note: the text figures rest on 12 documents only" in out
+    assert "note: only 12 documents" in out
     assert report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
 

@@ -3,8 +3,9 @@
     from data_utils import DomainCleaners, create_cleaner_registry
     DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"
 
-All cleaners are pure functions from text to text, linear in its length. They know nothing about
-files and documents.
+The files of each domain have markup that nobody would say or write: citations, time stamps, speaker
+labels, licences. A cleaner removes it and repairs the spacing. Cleaners are pure functions from
+text to text that know nothing about files or documents, and their time is linear in the length.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Part of cache keys and manifests: increase it whenever the output of a cleaner changes.
+# It is part of cache keys and manifests: increase it when the output of a cleaner changes.
 CLEANER_VERSION = 5
 
-# Each pattern consumes what it looks at or looks at a bounded stretch, so it is linear in the length
-# of the text. What is removed from within a line leaves a blank: its two sides never join to
-# something that a second pass would remove.
+# A pattern that looks far ahead again and again would take minutes on a long line. So each pattern
+# either consumes what it looks at or looks at a bounded stretch. Something that is removed within a
+# line leaves a space, so that its two sides never join to something that a second pass would remove.
 
-NESTED = 4  # levels of brackets within brackets that are removed, so that cleaning stays linear
+NESTED = 4  # levels of nested brackets that are removed; a limit keeps cleaning linear
 _NEWLINES = re.compile(r"\n{3,}")
-_BLANKS = re.compile(r"  +")
+_SPACES = re.compile(r"  +")
 _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
 _JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
 _BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
@@ -109,7 +110,7 @@ _LICENCE = re.compile(
 
 
 def _unjoin(match: re.Match) -> str:
-    """Add a blank in "Hello.World", but not within an address, a file name or a dotted name."""
+    """Add a space in "Hello.World", but not within an address, a file name or a dotted name."""
     text = match.string
     at = match.start()
     before = text[max(0, at - 60) : at].split()
@@ -118,8 +119,8 @@ def _unjoin(match: re.Match) -> str:
     return match[0] + " " if are_words else match[0]
 
 
-def _plain_blanks(text: str) -> str:
-    """Replace tabs, no-break and wide blanks by blanks and line ends by newlines."""
+def _plain_spaces(text: str) -> str:
+    """Replace tabs, non-breaking and wide spaces with plain spaces, and line ends with newlines."""
     text = text.replace("\t", " ")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -132,13 +133,13 @@ def _no_gaps(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Collapse runs of blanks and repair the space around punctuation.
+    """Collapse runs of spaces and repair the space around punctuation.
 
-    "Hello , world !" -> "Hello, world!"; "Hello.World" -> "Hello. World"; U.S.A., www.example.com and
-    3.14 stay. Newlines stay, with at most one empty line in a row.
+    "Hello , world !" becomes "Hello, world!" and "Hello.World" becomes "Hello. World", but U.S.A.,
+    www.example.com and 3.14 stay. Newlines stay, with at most one empty line in a row.
     """
     text = (
-        _BLANKS.sub(" ", _plain_blanks(text)).replace(" \n", "\n").replace("\n ", "\n").strip(" ")
+        _SPACES.sub(" ", _plain_spaces(text)).replace(" \n", "\n").replace("\n ", "\n").strip(" ")
     )
     text = _no_gaps(text)
     if "( " in text or " )" in text:
@@ -147,17 +148,17 @@ def clean_text(text: str) -> str:
 
 
 def _drop(pattern: re.Pattern, text: str, unwanted: Callable[[str], bool]) -> str:
-    """Replace each unwanted span by a blank; a span is closed if group 1 matched its end."""
+    """Replace each unwanted span with a space; a span is closed if group 1 matched its end."""
     return pattern.sub(lambda match: " " if match[1] and unwanted(match[0]) else match[0], text)
 
 
 def _short(span: str) -> bool:
-    """Return True if a bracket, without tags, asides and blanks in it, is as short as a remark."""
+    """Return True if a bracket, not counting tags, asides and spaces, is as short as a remark."""
     return len(_ASIDE.sub("", span)) <= 70
 
 
 def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
-    """Replace unwanted <tags> by a blank, or by nothing between two letters: H<sub>2</sub>O."""
+    """Replace unwanted <tags> with a space, or with nothing between letters: H<sub>2</sub>O."""
 
     def replacement(match: re.Match) -> str:
         if not match[1] or "<" in match[0][1:] or not unwanted(match[0]):
@@ -170,7 +171,7 @@ def _drop_tags(text: str, unwanted: Callable[[str], bool]) -> str:
 
 
 def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
-    """Replace each stretch from a match of `opening` to the next `closing` by a blank."""
+    """Replace each stretch from a match of `opening` to the next `closing` with a space."""
     parts = []
     done = 0
     for match in opening.finditer(text):
@@ -185,7 +186,7 @@ def _drop_spans(opening: re.Pattern, closing: str, text: str) -> str:
 
 
 def _link_text(match: re.Match) -> str:
-    """Return the text of a [[link|text]], with a blank if it could join with a mark beside it."""
+    """Return the text of a [[link|text]], with a space if it could join with a mark next to it."""
     if _WIKI_FILE.match(match[0]):
         return match[0]
     before = match.string[max(0, match.start() - 1) : match.start()]
@@ -194,9 +195,9 @@ def _link_text(match: re.Match) -> str:
 
 
 def _drop_braces(text: str) -> str:
-    """Replace each {{template}} and {|table|} by a blank, unless it has an empty line in it."""
+    """Replace each {{template}} and {|table|} with a space, unless it contains an empty line."""
     # find the outermost pairs of braces
-    opened: list[tuple[int, str]] = []  # where, and the mark that closes it
+    opened: list[tuple[int, str]] = []  # position of the opening mark, and the mark that closes it
     spans: list[tuple[int, int]] = []
     for match in _WIKI_BRACES.finditer(text):
         mark = match[0]
@@ -233,7 +234,7 @@ def _drop_licence(text: str) -> str:
 
 
 def _without_credits(text: str) -> str:
-    """Remove the lines that name who made, timed or offers the subtitles."""
+    """Remove the lines that credit or advertise the makers of subtitles."""
     lower = text.lower()
     if not any(word in lower for word in _CREDIT_WORDS):
         return text
@@ -241,9 +242,9 @@ def _without_credits(text: str) -> str:
 
 
 class DomainCleaners:
-    """Clean text of one domain: pure, idempotent functions that keep newlines.
+    """Clean text of one domain, with pure, idempotent functions that keep newlines.
 
-    Except for `default` they leave at most one empty line in a row.
+    All of them except `default` leave at most one empty line in a row.
     """
 
     @staticmethod
@@ -254,7 +255,7 @@ class DomainCleaners:
     @staticmethod
     def wikipedia(text: str) -> str:
         """Remove headers (== Title ==), citations [12], references, templates, tables, markup."""
-        text = _plain_blanks(text)
+        text = _plain_spaces(text)
         if "``" in text:
             text = _LATEX_QUOTES.sub(
                 lambda line: line[0].replace("``", '"').replace("''", '"'), text
@@ -269,9 +270,10 @@ class DomainCleaners:
             text = _WIKI_LINK.sub(_link_text, text)
             text = _WIKI_REST.sub(" ", _WIKI_FILE.sub(" ", text))
             for _ in range(NESTED):
-                before, text = text, _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
-                if text == before:
+                shorter = _WEB_LINK.sub(r" \1 ", _CITATION.sub(" ", text))
+                if shorter == text:
                     break
+                text = shorter
         text = _CITATION.sub(" ", _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag))))
         for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
             text = text.replace(mark, plain)
@@ -280,7 +282,7 @@ class DomainCleaners:
     @staticmethod
     def subtitles(text: str) -> str:
         """Remove cue numbers, timings, credits, tags, [sounds], (sounds) and LABELS:."""
-        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_blanks(text)), _short)
+        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_spaces(text)), _short)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         text = _drop(
             _PAREN,
@@ -296,7 +298,7 @@ class DomainCleaners:
     @staticmethod
     def dialogue(text: str) -> str:
         """Remove speaker labels (*CHI: MARY: A.1: **Ann:**), [action], (smiling), time stamps."""
-        text = _plain_blanks(text)
+        text = _plain_spaces(text)
         if "[" in text:
             for _ in range(NESTED):
                 text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
@@ -313,14 +315,14 @@ class DomainCleaners:
     @staticmethod
     def books(text: str) -> str:
         """Remove Project Gutenberg's header and licence, credit lines, page and footnote marks."""
-        text = _FOOTNOTE.sub(" ", _plain_blanks(text))
+        text = _FOOTNOTE.sub(" ", _plain_spaces(text))
         if "gutenberg" in text.lower():
             text = _drop_licence(text)
         return _no_gaps(_BOOK_LINE.sub("", clean_text(text)))
 
 
 def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
-    """Return domain -> cleaner, for the file names of BabyLM 2023 to 2026 and four general names."""
+    """Return the cleaner of each domain: BabyLM's file names of 2023 to 2026, four general names."""
     domains = {
         DomainCleaners.wikipedia: ("wikipedia", "simple_wiki", "simple_wikipedia"),
         DomainCleaners.subtitles: ("subtitles", "open_subtitles", "qed"),

@@ -1,13 +1,14 @@
-"""Read text files as documents, and documents as lines.
+"""Split text files into documents.
 
     from babyllama.data.documents import find_files, read_documents
     for path in find_files("data/train", "train"):
         for document in read_documents(path):
             text = "".join(document)
 
-Reads .train, .dev, .test, .txt and .jsonl files, also gzipped. Files, documents and lines may have
-any length: a document is an iterator over its lines, and a very long line comes in several strings.
-Repairs what no tokenizer takes (invalid bytes, NUL) and counts it, but does not clean text.
+Reads .train, .dev, .test, .txt and .jsonl files, gzipped or not. Files, documents and lines may be
+larger than memory: a document is an iterator over parts of its text, and a very long line is read
+in pieces. Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning
+is left to the caller, who can pass a function from cleaners.py.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from pathlib import Path
 
 from babyllama.files import sha256
 
-# Part of cache keys: increase it whenever what a document is, or where a text is cut, changes.
+# It is part of cache keys: increase it when documents start or texts are cut at other places.
 READER_VERSION = 1
 BLOCK = 1 << 18  # characters that are read at a time
-LONG_LINE = 1 << 20  # characters; a longer line comes in several strings
+LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
@@ -43,16 +44,16 @@ def domain_of(path: str | os.PathLike) -> str:
 
 
 def source_of(path: Path, name: str = "") -> dict:
-    """Return the record that identifies a text file: file (`name` or its name), sha256, domain."""
+    """Return what identifies a text file in a report: its name (or `name`), hash and domain."""
     return {"file": name or path.name, "sha256": sha256(path), "domain": domain_of(path)}
 
 
 def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     """Return the input files of a split in sorted order; `data_dir` is a folder or a single file.
 
-    Searches the folder and its subfolders for files that end in the split's suffix (.train for
-    "train"; .dev, or .test if there are none, for "dev" and "validation"), in .txt or in .jsonl,
-    each also with .gz. Raises FileNotFoundError if there are none.
+    A folder is searched with its subfolders. Files of the split end in its suffix (.train for
+    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), in .txt or in .jsonl,
+    with or without .gz. Raises FileNotFoundError if there are none.
     """
     root = Path(data_dir)
     if root.is_file():
@@ -82,9 +83,10 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files under a folder; hidden files and folders are skipped, links are followed.
+    """Yield the files under a folder, following links but skipping hidden files and folders.
 
-    Each folder is searched once. An interrupted atomic_write can leave a hidden folder behind.
+    Hidden folders matter because an interrupted atomic_write can leave one with half of a text.
+    Links can form a loop, so each folder is searched once.
     """
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -104,10 +106,10 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def new_report() -> dict:
-    """Return the counts that reading adds to, all zero.
+    """Return a report with all counts at zero; reading a file adds to it.
 
-    documents, words (between white space) and bytes (UTF-8) are those of the text that was read;
-    bytes_on_disk are those of the files. The rest are repairs.
+    documents, words (separated by white space) and bytes (UTF-8) describe the text that was read,
+    and bytes_on_disk the files, which may be compressed. The other counts are repairs.
     """
     counts = ["files", "empty_files", "bytes_on_disk", "documents", "words", "bytes"]
     repairs = ["invalid_bytes", "nul_removed", "bom_removed", "surrogates_replaced"]
@@ -118,7 +120,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """Return the text with U+FFFD for lone surrogates, which are not UTF-8, and their number."""
+    """Return (text with U+FFFD for lone surrogates, their number); UTF-8 cannot encode them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -126,10 +128,26 @@ def replace_surrogates(text: str) -> tuple[str, int]:
     return text, 0
 
 
-def _read_blocks(path: Path, report: dict) -> Iterator[str]:
-    """Yield a file's text in blocks: no byte-order mark, no NUL, U+FFFD for each invalid byte."""
+def _repair(block: str, path: Path, lines_before: int, report: dict) -> str:
+    """Return a block of text without NUL, with U+FFFD for each invalid byte; count both."""
+    text, invalid_bytes = replace_surrogates(block)
+    if invalid_bytes and not report["first_invalid"]:
+        line_number = 1 + lines_before + block.count("\n", 0, _SURROGATE.search(block).start())
+        report["first_invalid"] = f"{path}: line {line_number}"
+    report["invalid_bytes"] += invalid_bytes
+    report["nul_removed"] += text.count("\0")
+    return text.replace("\0", "")
+
+
+def _read_lines(path: Path, report: dict) -> Iterator[str]:
+    """Yield the repaired lines of a file, each with a newline at its end.
+
+    Some corpora keep a whole book on one line. A line that long comes in several strings, cut after
+    a space if there is one, and only the last of them ends in a newline.
+    """
     bytes_before = report["bytes_on_disk"]
-    line_number = 1
+    lines_before = 0
+    line_start = ""  # of the line that the next block continues
     with path.open("rb") as raw:
         data = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         # this error handler turns each invalid byte into one surrogate, so that they can be counted
@@ -142,33 +160,17 @@ def _read_blocks(path: Path, report: dict) -> Iterator[str]:
             blocks = iter(partial(file.read, BLOCK), "")
             for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
                 report["bytes_on_disk"] = bytes_before + raw.tell()
-                text, invalid_bytes = replace_surrogates(block)
-                if invalid_bytes and not report["first_invalid"]:
-                    line_number += block.count("\n", 0, _SURROGATE.search(block).start())
-                    report["first_invalid"] = f"{path}: line {line_number}"
-                report["invalid_bytes"] += invalid_bytes
-                report["nul_removed"] += text.count("\0")
-                line_number += block.count("\n")
-                yield text.replace("\0", "")
+                text = _repair(block, path, lines_before, report)
+                lines_before += block.count("\n")
+                *lines, line_start = (line_start + text).split("\n")
+                for line in lines:
+                    yield line + "\n"
+                if len(line_start) >= LONG_LINE:
+                    end = line_start.rfind(" ") + 1 or len(line_start)
+                    yield line_start[:end]
+                    line_start = line_start[end:]
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: broken gzip file ({error})") from None
-
-
-def _read_lines(path: Path, report: dict) -> Iterator[str]:
-    """Yield the lines of a file, each with a newline at its end.
-
-    A line longer than LONG_LINE comes in several strings, split behind a blank if it has one; only
-    the last of them ends in a newline.
-    """
-    line_start = ""
-    for block in _read_blocks(path, report):
-        *lines, line_start = (line_start + block).split("\n")
-        for line in lines:
-            yield line + "\n"
-        if len(line_start) >= LONG_LINE:
-            end = line_start.rfind(" ") + 1 or len(line_start)
-            yield line_start[:end]
-            line_start = line_start[end:]
     if line_start:
         yield line_start + "\n"
 
@@ -182,7 +184,7 @@ _CUE_TIME = re.compile(r"[ \t]{0,9}\d\d?:\d\d:\d\d.{0,30}-->")
 
 
 def _starts_document(line: str, next_line: str, blank_lines: int, is_wiki: bool) -> bool:
-    """Return True if a document starts with `line`, which follows on so many blank lines."""
+    """Return True if a document starts at `line`, which has so many blank lines before it."""
     # a subtitle is a line with its number, a line with its times, and lines of text
     if "-->" in next_line and _CUE_TIME.match(next_line):
         cue = _CUE_NUMBER.fullmatch(line)
@@ -193,14 +195,21 @@ def _starts_document(line: str, next_line: str, blank_lines: int, is_wiki: bool)
     return is_wiki and bool(_WIKI_TITLE.match(line))
 
 
-def _number_lines(lines: Iterable[str], is_wiki: bool) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not empty, with the number of their document.
+def _count(text: str, report: dict) -> str:
+    """Add the words and bytes of a piece of text to the report, and return the text."""
+    report["words"] += len(text.split())
+    report["bytes"] += len(text) if text.isascii() else len(text.encode())
+    return text
 
-    A line begins with the newlines that separate it from the line before in its document: three at
-    most, so two empty lines. A line of blanks and tabs counts as empty.
+
+def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty, each with the number of the document it belongs to.
+
+    A line starts with the newlines that separate it from the previous line of its document. At most
+    three of them are kept, which is two empty lines. A line of spaces and tabs counts as empty.
     """
     number = 0
-    newlines = "\n"  # in front of the next line; none within a long line
+    newlines = "\n"  # before the next line; empty in the middle of a long line
     for line, next_line in itertools.pairwise(itertools.chain(lines, [""])):
         at_line_start = newlines != ""
         if at_line_start and line.strip(" \t") == "\n":
@@ -212,7 +221,7 @@ def _number_lines(lines: Iterable[str], is_wiki: bool) -> Iterator[tuple[int, st
             number += 1
             newlines = ""
         text = line.removesuffix("\n")
-        yield number, newlines[:3] + text
+        yield number, _count(newlines[:3] + text, report)
         newlines = line[len(text) :]
 
 
@@ -222,17 +231,17 @@ def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterat
     number = 0
     for line in lines:
         record += line
-        if not line.endswith("\n"):  # a long line goes on
+        if not line.endswith("\n"):  # the rest of a long line follows
             continue
         number += 1
         if record.strip():
             for text_line in io.StringIO(_record_text(record, path, number, report), newline="\n"):
-                yield number, text_line
+                yield number, _count(text_line, report)
         record = ""
 
 
 def _record_text(record: str, path: Path, number: int, report: dict) -> str:
-    """Return the text of a line of JSON, which is an object with "text" or a string."""
+    """Return the text of one line of JSON, which is an object with "text" or a string."""
     try:
         value = json.loads(record)
     except (ValueError, RecursionError) as error:
@@ -246,13 +255,18 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
     return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n").strip("\n")
 
 
-def read_documents(path: str | os.PathLike, report: dict | None = None) -> Iterator[Iterator[str]]:
-    """Yield the documents of a file, each as an iterator over its lines; joined, they are its text.
+def read_documents(
+    path: str | os.PathLike, report: dict | None = None, cleaner: Callable[[str], str] | None = None
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, each as an iterator over the parts of its text.
 
-    Read a document before you ask for the next one. In a text file a document starts behind two
-    empty lines, at a title (= = = T = = =; in wiki domains also = T = and <doc>) and at a subtitle
-    numbered 1. In a .jsonl file each line is a document. Adds to the counts in `report`, see
-    new_report. Raises ValueError if the file is broken.
+    Nothing is kept in memory, so read a document before you ask for the next one. In a text file a
+    new document starts after two empty lines, at a title (= = = T = = =; in wiki domains also = T =
+    and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document.
+
+    A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
+    what was read, before cleaning, are added to `report` (see new_report). Raises ValueError if the
+    file is broken.
     """
     path = Path(path)
     report = new_report() if report is None else report
@@ -262,31 +276,33 @@ def read_documents(path: str | os.PathLike, report: dict | None = None) -> Itera
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
         numbered_lines = _number_json_lines(lines, path, report)
     else:
-        numbered_lines = _number_lines(lines, is_wiki=domain_of(path) in WIKI_DOMAINS)
-    counted_lines = _count(numbered_lines, report)
-    for _, document in itertools.groupby(counted_lines, key=itemgetter(0)):
+        is_wiki = domain_of(path) in WIKI_DOMAINS
+        numbered_lines = _number_lines(lines, is_wiki, report)
+    for _, document in itertools.groupby(numbered_lines, key=itemgetter(0)):
         report["documents"] += 1
-        yield map(itemgetter(1), document)
+        parts = text_parts(map(itemgetter(1), document))
+        if cleaner:
+            parts = clean_parts(parts, cleaner)
+        first_part = next(parts, None)
+        if first_part is not None:
+            yield itertools.chain([first_part], parts)
     report["empty_files"] += report["documents"] == documents_before
 
 
-def _count(numbered_lines: Iterable[tuple[int, str]], report: dict) -> Iterator[tuple[int, str]]:
-    """Pass lines on and add their words and bytes to the report."""
-    for number, line in numbered_lines:
-        report["words"] += len(line.split())
-        report["bytes"] += len(line) if line.isascii() else len(line.encode())
-        yield number, line
+def read_parts(path: str | os.PathLike, report: dict | None = None) -> Iterator[str]:
+    """Yield the text of all documents of a file in parts."""
+    return itertools.chain.from_iterable(read_documents(path, report))
 
 
 # ---- from lines to bounded parts ----------------------------------------------------------------
 
-# Before a blank line, a newline or a blank. The GPT-2 pattern starts a new word there whatever
-# follows, so a text has the same tokens in parts as in one.
+# A text may be cut before a blank line, a newline or a space: the GPT-2 pattern starts a new word
+# there whatever follows, so the parts together have the same tokens as the text at once.
 _CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
 
 
 def _part_end(text: str, start: int) -> int:
-    """Return where the part from `start` on ends: at the last good cut in its second half."""
+    """Return the end of the part that begins at `start`: the last good cut in its second half."""
     for cut in _CUTS:
         ends = [match.start() for match in cut.finditer(text, start + PART // 2, start + PART)]
         if ends:
@@ -310,14 +326,15 @@ def text_parts(lines: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def clean_parts(lines: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:
-    """Yield the cleaned text of a document in parts; it yields none if cleaning leaves no text.
+def clean_parts(parts: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:
+    """Yield the cleaned parts of a document, or nothing if cleaning leaves no text.
 
-    Each part is cleaned alone. The white space at the cuts stays.
+    Each part is cleaned without the others. Cleaners strip the white space at both ends of a text,
+    so the white space at the cuts is put back.
     """
     is_first = True
     gap = ""  # the white space between the last cleaned part and the next
-    for part in text_parts(lines):
+    for part in parts:
         white_space = part[: len(part) - len(part.lstrip())]
         gap = max(gap, white_space, key=len)
         text = cleaner(part).strip()
@@ -325,22 +342,3 @@ def clean_parts(lines: Iterable[str], cleaner: Callable[[str], str]) -> Iterator
             yield text if is_first else gap + text
             is_first = False
             gap = ""
-
-
-def read_document_parts(
-    path: str | os.PathLike, report: dict | None = None, cleaner: Callable[[str], str] | None = None
-) -> Iterator[Iterator[str]]:
-    """Yield the documents of a file, each as an iterator over its parts, cleaned if asked to.
-
-    Drops documents that cleaning leaves empty. As with read_documents, read one before the next.
-    """
-    for document in read_documents(path, report):
-        parts = clean_parts(document, cleaner) if cleaner else text_parts(document)
-        first_part = next(parts, None)
-        if first_part is not None:
-            yield itertools.chain([first_part], parts)
-
-
-def read_parts(path: str | os.PathLike, report: dict | None = None) -> Iterator[str]:
-    """Yield the text of all documents of a file in parts."""
-    return itertools.chain.from_iterable(read_document_parts(path, report))

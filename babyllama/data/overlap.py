@@ -1,12 +1,16 @@
-"""Measure how much held-out text is also in the training text: documents, and runs of 13 words.
+"""Measure how much held-out text is also in the training text.
 
-overlap = Overlap()
-overlap.add("once upon a time".split())    # the words of a held-out document, in any portions
-overlap.end_document()
-overlap.start_train()
-overlap.add("once upon a time".split())    # the same for each training document
-overlap.end_document()
-print(overlap.result())
+    overlap = Overlap()
+    overlap.add("once upon a time".split())  # the words of a held-out document, all or some
+    overlap.end_document()
+    overlap.start_train()
+    overlap.add("once upon a time".split())  # the same for each training document
+    overlap.end_document()
+    print(overlap.result())
+
+A model that has seen the held-out text can repeat it, and its score is then too good. Equal
+documents are counted, and equal runs of 13 words, which also find a text that is copied in part.
+Only hashes are compared, so the training text is never in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ def word_hash(word: str) -> int:
 def ngram_hashes(word_hashes: np.ndarray) -> np.ndarray:
     """Return 64-bit hashes of all runs of NGRAM words: (W,) -> (max(0, W - NGRAM + 1),), uint64.
 
-    A hash is a polynomial in an odd number modulo 2^64, computed for all positions at once.
+    The hash of a run is a polynomial in an odd number modulo 2^64. It is computed for all positions
+    at once, one word of the run after the other.
     """
     import numpy as np
 
@@ -47,8 +52,8 @@ def ngram_hashes(word_hashes: np.ndarray) -> np.ndarray:
 class Overlap:
     """Find the held-out documents and n-grams that are also in the training text.
 
-    Read the held-out text first, then the training text, once each. An n-gram does not cross
-    documents. Takes two 64-bit numbers per held-out word, and no memory for the training text.
+    Add the held-out text first, then the training text, each once. An n-gram does not extend across
+    documents. Memory: two 64-bit numbers per held-out word, and nothing for the training text.
     """
 
     def __init__(self) -> None:
@@ -56,12 +61,12 @@ class Overlap:
         self.dev_ngrams: list[np.ndarray] = []  # hashes, an array for each portion of words
         self.dev_documents: list[bytes] = []  # digests, in order
         self.shared_documents: set[bytes] = set()
-        # of the document that is being read
+        # state of the current document
         self.digest = hashlib.blake2b(digest_size=16)
         self.last_hashes: Sequence[int] = []  # of its last NGRAM - 1 words
 
     def start_train(self) -> None:
-        """End the held-out text and begin the training text."""
+        """Finish the held-out text; the documents that follow are training text."""
         import numpy as np
 
         self.is_train = True
@@ -71,7 +76,7 @@ class Overlap:
         self.distinct_documents = set(self.dev_documents)
 
     def add(self, words: list[str]) -> None:
-        """Read the next words of a document, in lower case."""
+        """Add the next words of the current document, in lower case."""
         import numpy as np
 
         self.digest.update("".join(f"{word} " for word in words).encode())
@@ -88,7 +93,7 @@ class Overlap:
             self.is_shared[places[self.distinct_ngrams[places] == ngrams]] = True
 
     def end_document(self) -> None:
-        """End the document whose words were added."""
+        """Finish the current document."""
         digest = self.digest.digest()
         if not self.is_train:
             self.dev_documents.append(digest)
@@ -98,9 +103,9 @@ class Overlap:
         self.last_hashes = []
 
     def result(self) -> dict[str, Any]:
-        """Return the counts for the manifest; what occurs twice in the held-out text counts twice.
+        """Return the counts for the manifest; a repeated held-out document counts every time.
 
-        `places` are the held-out documents, counted from 0, that are also in the training text.
+        `places` has the numbers, from 0, of the held-out documents that the training text repeats.
         """
         import numpy as np
 

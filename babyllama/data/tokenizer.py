@@ -1,4 +1,4 @@
-"""Load tokenizers and compare them. train_tokenizer.py trains them."""
+"""Load the tokenizers that train_tokenizer.py trains."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerFast
 
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
+
 
 def tokenizer_sources(path: str | Path) -> list[dict] | None:
-    """Return the files that a tokenizer was trained on; None without a record that matches it."""
+    """Return the files that a tokenizer was trained on, or None if there is no matching record."""
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
         record = json.loads(tokenizer_record_path(file).read_text(encoding="utf-8"))
@@ -29,14 +31,11 @@ def tokenizer_record_path(file: Path) -> Path:
     return file.with_name(file.name.removesuffix(".json") + ".source.json")
 
 
-SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
-
-
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer in a tokenizer.json file, or in a directory that has one.
 
-    It pads on the right, and has those special tokens that the file has. Raises FileNotFoundError
-    if there is none and ValueError if it cannot be read.
+    It pads on the right, and of the SPECIAL_TOKENS it has those that are in the file. Raises
+    FileNotFoundError if there is no such file and ValueError if it cannot be read.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -67,13 +66,13 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """Return the bytes of text that each token id stands for; none for special tokens.
+    """Return the bytes of text that each token id stands for; empty for special tokens.
 
     Raises ValueError for a tokenizer that is not byte-level.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
-    # GPT-2's alphabet: a printable byte is its own character, the others are U+0100, U+0101, ...
+    # GPT-2 writes a printable byte as itself, and the other bytes as U+0100, U+0101 and so on
     alphabet = set(ByteLevel.alphabet())
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
     byte_of = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
@@ -114,7 +113,7 @@ def vocabulary_difference(
     differing = [token for token in tokens if their_ids.get(token) != our_ids.get(token)]
     if differing:
         first = min(differing, key=lambda token: (our_ids.get(token, len(our_ids)), token))
-        ids = f"id {their_ids.get(first)} there, {our_ids.get(first)} here"
+        ids = f"id {their_ids.get(first)} instead of {our_ids.get(first)}"
         return (
             f"another vocabulary: {len(differing):,} tokens differ, the first is {first!r} ({ids})"
         )

@@ -1,11 +1,12 @@
-"""Read which tasks a benchmark has: a YAML file or a dict becomes checked tasks with their items.
-
-Knows no model: all problems of a file are reported at once, before a model is opened. A task that
-declares no items has those of config/benchmark.yaml.
+"""Read the tasks of a benchmark from a YAML file or a dict.
 
     from babyllama.evaluation.benchmark_config import load_tasks
     load_tasks("custom_benchmarks.yaml")["blimp"].items
     load_tasks({"tasks": {"completion": {}, "speed": {"batch_sizes": [1, 2]}}})
+
+A benchmark of many models can run for hours, so everything is read and checked before the first
+model is opened, and all problems of a file are reported at once. A task that declares no items gets
+those of config/benchmark.yaml.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 from babyllama.files import ROOT
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
-# keys that stand beside the tasks in a file of results
+# a file of results has these keys next to the tasks, so no task can have such a name
 RESERVED = {"overall_score", "overall_score_ci95", "overall_parts", "babylm_macro_average"}
 
 
@@ -79,7 +80,7 @@ TYPES: dict[str, type[_Options]] = {
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """A declared task with its checked options and, if its type has any, its items."""
+    """Hold a declared task with its checked options and, if its type has any, its items."""
 
     name: str
     type: str  # a key of TYPES
@@ -112,7 +113,7 @@ class BenchmarkTask:
 def load_tasks(config: str | Path | dict | None = None) -> dict[str, BenchmarkTask]:
     """Return the declared tasks by name; ConfigError lists all problems.
 
-    None reads config/benchmark.yaml. Paths in a file are relative to the working directory.
+    The default is config/benchmark.yaml. Paths in a file are relative to the working directory.
     """
     if isinstance(config, dict):
         source = "tasks"

@@ -2,14 +2,17 @@
 
     scores, precision = relative_scores(model, ids, starts, counts)
 
-A fast pass scores all candidates, in prefix trees and in the machine's fastest number format. It
-decides the items with a clear winner; scoring.py decides the others in float32. "Clear" is a margin
-of twice the largest error measured, on a sample and on every item that float32 decides.
+Most items have a clear winner, which a rough score is enough to find. So a fast pass scores all
+candidates, in prefix trees and in the machine's fastest number format, and only the close items are
+scored again in float32 by scoring.py. To know what is close, a sample of the items is scored both
+ways. Errors of single tokens add up like a random walk, so they are compared per square root of
+the number of tokens. A winner is clear if its margin is more than twice the largest error per
+square root of tokens, measured on every item that float32 scored: the sample and all close items.
 
-That is not a proof: the error is measured, not bounded. Float32 may choose differently in an item
-of the fast pass whose error is larger than any that was measured. `precision` states the largest
-one. Use these scores to choose a candidate; a number that is reported as such comes from
-scoring.py.
+That error is measured, not proved. Float32 could choose differently in an item that it did not
+score, if the error of that item is larger than any that was measured. `precision` states the
+largest one in nats. Use these scores only to choose a candidate; numbers that are reported as
+log-probabilities come from scoring.py.
 """
 
 from __future__ import annotations
@@ -37,9 +40,9 @@ from babyllama.evaluation.scoring import (
 
 log = logging.getLogger(__name__)
 
-SAMPLE_ITEMS = 256  # scored in both ways, to measure the error
-SAFETY_FACTOR = 2.0  # a clear margin is this many times the largest error measured
-MIN_MARGIN = 1e-4  # nats; smaller margins are never clear
+SAMPLE_ITEMS = 256  # scored both ways, to measure the error
+SAFETY_FACTOR = 2.0  # a clear margin is this many times the largest error per sqrt(tokens)
+MIN_MARGIN = 1e-4  # nats; a smaller margin is never clear
 GPU_FLOPS_WORTH_A_TREE = 1e14  # an H200 takes two or three seconds for them
 CPU_HEAD_TILE = (512, 1024)  # states x tokens: 2 MB of float32 logits, which stay in the cache
 
@@ -49,17 +52,17 @@ def relative_scores(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return (a score in nats of each text, their precision); compare scores of one item only.
 
-    `ids` holds the candidates item by item, `counts` the number of candidates of each item,
-    `starts` the first scored token of each candidate. The difference of two scores is the
-    difference of their summed log-probabilities. `precision` has `items`, `float32_items` (how many
-    were scored in float32) and, if that is not all, `fast` (the number format) and
-    `largest_error_nats`.
+    `ids` has the candidates item by item, `counts` the number of candidates of each item, and
+    `starts` the first scored token of each candidate. Tokens that all candidates of an item share
+    are left out, so only the difference of two scores has a meaning: it is the difference of the
+    summed log-probabilities. `precision` has `items`, `float32_items` (how many were scored in
+    float32) and, if that is not all of them, `fast` (the number format) and `largest_error_nats`.
     """
     check_ids(model, ids)
     counts = np.asarray(counts)
     starts = skip_shared_tokens(ids, starts, counts, context_length(model))
     item_of_text = np.repeat(np.arange(len(counts)), counts)
-    # errors of tokens add up like a random walk, so errors of items compare per sqrt(tokens)
+    # the error of an item grows with the square root of its tokens
     tokens = [len(text) - start for text, start in zip(ids, starts, strict=True)]
     scale = np.sqrt(np.bincount(item_of_text, tokens).clip(min=1))
 
@@ -76,7 +79,8 @@ def relative_scores(
             log.warning("scoring %s in float32 only: %s", type(model).__name__, reason)
     margins = _margins(fast_scores, counts)
 
-    # 2. score the sample in float32, then items that are not clear, until every item is
+    # 2. score the sample in float32, then all close items; repeat, since their errors can show
+    # that more items are close
     scores = fast_scores.copy()
     in_float32 = np.zeros(len(counts), dtype=bool)
     while len(pending):
@@ -104,8 +108,9 @@ def skip_shared_tokens(
 ) -> list[int]:
     """Move the start of each text past the tokens that all texts of its item share.
 
-    Their log-probabilities are equal, so they do not change the choice. That does not hold in texts
-    beyond the context, which are read in different windows: their starts stay.
+    Shared tokens have the same log-probability in every candidate, so they do not affect the choice
+    and need no score. A text longer than the context is an exception: it is read in windows, which
+    differ between candidates, so its start stays.
     """
     starts = list(starts)
     first = 0
@@ -121,7 +126,7 @@ def skip_shared_tokens(
 
 
 def _float32_is_cheaper(model, ids: Sequence[list[int]]) -> bool:
-    """Return True if a GPU scores all texts in float32 before Python has built the trees."""
+    """Return True if a GPU can score all texts in float32 before Python has built the trees."""
     flops = 2 * sum(map(len, ids)) * sum(p.numel() for p in model.parameters())
     return model.device.type == "cuda" and flops < GPU_FLOPS_WORTH_A_TREE
 
@@ -147,8 +152,8 @@ def fast_sums(
 ) -> np.ndarray:
     """Return the sum of log p of ids[start:] of each text (N,), from prefix trees in `dtype`.
 
-    It is NaN for a text beyond the context, and for all texts if the model takes no positions or
-    its head is not a linear layer.
+    A text longer than the context gets NaN. All texts do if the model cannot read trees, because it
+    takes no positions or its head is not a linear layer.
     """
     sums = np.full(len(ids), np.nan)
     head = model.get_output_embeddings()
@@ -165,9 +170,11 @@ def fast_sums(
         for batch in batches(trees, lambda tree: len(tree.tokens), default_batch_tokens(model)):
             states = _tree_states(model, body_weights, batch)  # (B*T, D)
 
-            # the state at the place of one token predicts the next token of its text
+            # the state at the place of a token predicts the next token of its text
             width = len(batch[0].tokens)
-            texts, places, targets = [], [], []
+            texts = []
+            places = []
+            targets = []
             for row, tree in enumerate(batch):
                 for text, path in tree.paths.items():
                     texts.append(text)
@@ -183,7 +190,7 @@ def fast_sums(
 
 @contextmanager
 def _eager_attention_on_a_cpu(model) -> Iterator[None]:
-    """Attend with plain matrix products, which on a CPU are faster for short rows."""
+    """Use plain matrix products for attention on a CPU, where they are faster for short rows."""
     configured = model.config._attn_implementation
     model.set_attn_implementation("eager" if model.device.type == "cpu" else configured)
     try:
@@ -215,11 +222,11 @@ def _fast_logprobs(
     places: np.ndarray,
     targets: np.ndarray,
 ) -> np.ndarray:
-    """Return log p(targets[i] | states[places[i]]) (N,) without holding all logits.
+    """Return log p(targets[i] | states[places[i]]) (N,) without storing all logits.
 
-    log p = logit of the target - log(sum of exp(logit) over the vocabulary). The logit of the
-    target is a float32 product. The sum is over products with `fast_weight` (V, D), the head's
-    weight in the fast format.
+    log p = logit of the target - log(sum of exp(logit) over the vocabulary). Errors in the sum
+    average out, so it uses `fast_weight` (V, D), the head's weight in the fast format. The logit of
+    the target is computed in float32.
     """
     places = torch.as_tensor(places, device=states.device)
     targets = torch.as_tensor(targets, device=states.device)
@@ -228,22 +235,23 @@ def _fast_logprobs(
         bias = head.bias.float()
     target_logits = (states[places].float() * head.weight[targets].float()).sum(-1) + bias[targets]
 
-    # subtract an integer near the result from all logits, through the bias: exp stays in range, and
-    # the fast format rounds small numbers less
+    # subtract an integer near the result from all logits, by way of the bias: this keeps exp in
+    # range, and the fast format represents small numbers with a smaller error
     states_used, place_of = places.unique(return_inverse=True)
     states = states[states_used]  # (M, D)
-    some_logits = F.linear(states[:8], fast_weight, bias.to(fast_weight.dtype)).float()
-    offset = some_logits.logsumexp(-1).mean().round()
+    sample_logits = F.linear(states[:8], fast_weight, bias.to(fast_weight.dtype)).float()
+    offset = sample_logits.logsumexp(-1).mean().round()
     bias = (bias - offset).to(fast_weight.dtype)
 
     # sum exp over the vocabulary, tile by tile
     rows, columns = CPU_HEAD_TILE
     if states.device.type != "cpu":
-        rows, columns = max(1, MAX_LOGITS // len(fast_weight)), len(fast_weight)
+        rows = max(1, MAX_LOGITS // len(fast_weight))
+        columns = len(fast_weight)
     exp_sums = torch.zeros(len(states), device=states.device)  # (M,)
     for weight_tile, bias_tile in zip(fast_weight.split(columns), bias.split(columns), strict=True):
         for states_tile, sums_tile in zip(states.split(rows), exp_sums.split(rows), strict=True):
             logits = F.linear(states_tile, weight_tile, bias_tile)
-            sums_tile += logits.exp_().sum(-1, dtype=torch.float32)  # a view: adds to exp_sums
+            sums_tile += logits.exp_().sum(-1, dtype=torch.float32)  # a view into exp_sums
     logprobs = target_logits - offset - exp_sums.log()[place_of]
     return logprobs.double().cpu().numpy()

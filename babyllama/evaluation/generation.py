@@ -1,10 +1,11 @@
-"""Generate text from a causal language model, in batches and reproducibly.
+"""Generate reproducible text from a causal language model.
 
     generate(model, tokenizer, ["Once upon a time"], max_new_tokens=40, seed=1)[0][0]
 
-`generate` returns texts. `generate_steps` yields the tokens of a batch as they are sampled. Both
-keep keys and values between steps, pad prompts on the left, and run in float32 unless the weights
-are not.
+`generate` returns finished texts. `generate_steps` yields the tokens of a batch as they are
+sampled, so that a caller can print them or measure the time. Prompts are padded on the left, so
+that all of them continue in the same column. Keys and values are kept between steps, and everything
+runs in float32 unless the weights have another type.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from babyllama.evaluation.scoring import float32_inference
 
 log = logging.getLogger(__name__)
 
-TOP_P_CANDIDATES = 256  # top-p sampling sorts all tokens only if these do not reach top_p
+TOP_P_CANDIDATES = 256  # all tokens are sorted only if the most likely ones do not reach top_p
 MIN_GRAPH_STEPS = 8  # a CUDA graph does not pay off for fewer steps
 GRAPH_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # do not depend on the sequence length
 
@@ -45,9 +46,9 @@ def generate(
 ) -> list[list[str]]:
     """Return `num_return_sequences` continuations of each prompt, without the prompt.
 
-    A text ends at EOS, after `max_new_tokens`, or if the context is full. An empty prompt is BOS
-    alone. Temperature 0 takes the most likely token. Each text has its own random stream, so the
-    result depends on `seed` but not on `batch_size`.
+    A text ends at EOS, after `max_new_tokens`, or when the context is full. An empty prompt starts
+    from BOS. Temperature 0 always takes the most likely token. Each text has a random stream to
+    itself, so the result depends on `seed` but not on `batch_size`.
     """
     for name, value in {
         "num_return_sequences": num_return_sequences,
@@ -106,12 +107,11 @@ def generate_steps(
     streams: Sequence[int] | None = None,
     stop: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Yield the new token of each prompt (token ids), step by step; None for a finished one.
+    """Yield one list per step: the new token id of each prompt, or None for a finished text.
 
-    A text is finished at a token of `stop` (which is not yielded), after `max_new_tokens`, or if
-    its context is full. Prompt i draws from random stream (seed, streams[i]); streams are 0, 1,
-    2... by
-    default.
+    A text is finished at a token of `stop` (which is not yielded), after `max_new_tokens`, or when
+    its context is full. Prompt i draws its random numbers from the stream (seed, streams[i]). By
+    default the streams are numbered 0, 1, 2 and so on.
     """
     context = context_length(model)
     _check_request(prompts, max_new_tokens, temperature, top_p)
@@ -143,7 +143,7 @@ def generate_steps(
         yield new_tokens
         if not any(remaining):
             return
-        # finished rows keep stepping and are ignored; clamp so that they stay inside the context
+        # finished rows stay in the batch and are ignored; clamp to keep them inside the context
         tokens = sampled[:, None]
         positions = (lengths + step).clamp(max=context - 1)
 
@@ -152,7 +152,9 @@ def _check_request(prompts, max_new_tokens: int, temperature: float, top_p: floa
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature} must be 0 (most likely token) or more")
+        raise ValueError(
+            f"temperature {temperature} must be a finite number, 0 (most likely token) or more"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     if not prompts or not all(len(ids) for ids in prompts):
@@ -162,7 +164,7 @@ def _check_request(prompts, max_new_tokens: int, temperature: float, top_p: floa
 def _fit_context(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int
 ) -> list[Sequence[int]]:
-    """Truncate prompts on the left to leave room for new tokens, but keep half of the context."""
+    """Truncate prompts on the left to make room for new tokens, but keep half of the context."""
     limit = max(context - max_new_tokens, context // 2, 1)
     if any(len(ids) > limit for ids in prompts):
         log.warning("truncating a prompt to its last %d tokens: the context is %d", limit, context)
@@ -182,8 +184,8 @@ def _sample(
 ) -> torch.Tensor:
     """Sample one token (B,) from each row of logits (B, V), given uniform random numbers (B,).
 
-    Top-p sampling (Holtzman et al. 2020) keeps the most likely tokens whose probabilities first add
-    up to `top_p`. The token is the inverse of the cumulative distribution at `draws`.
+    Top-p sampling (Holtzman et al. 2020) keeps the fewest most likely tokens whose probabilities
+    add up to `top_p`. The random number picks a place in their cumulative distribution.
     """
     if logits.isnan().any():
         raise ValueError("the model's logits are NaN: its weights are broken")
@@ -206,14 +208,14 @@ def _sample(
 
 
 class Decoder:
-    """Return the logits of the next token of each text, keeping keys and values between calls.
+    """Compute the logits of the next token of each text, keeping keys and values between calls.
 
         decoder = Decoder(model, mask)          # (B, T), 0 on the left padding
         logits = decoder(tokens, positions)     # (B, V); prompts (B, T) first, then tokens (B, 1)
 
-    On a CPU `model.generate` is no faster: with llama-10M and 64 new tokens it takes 1.03 times as
-    long
-    for 32 prompts and 1.23 times for one (1.00 and 1.12 with cache_implementation="static").
+    `model.generate` of transformers has no random stream per text, and on a CPU it is no faster:
+    llama-10M with 64 new tokens takes 1.03 times as long for 32 prompts and 1.23 times as long for
+    one (1.00 and 1.12 with cache_implementation="static").
     """
 
     def __init__(self, model, mask: torch.Tensor):
@@ -224,11 +226,12 @@ class Decoder:
             raise ValueError(
                 f"{type(model).__name__} has no key-value cache, which generation needs"
             )
-        self.takes_positions = "position_ids" in arguments  # others count the mask
+        # a model without this argument derives positions from the mask
+        self.takes_positions = "position_ids" in arguments
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
         self.model = model
         self.mask = mask
-        self.cache = None  # the model creates one
+        self.cache = None  # the model creates it in the first call
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.cache is not None:
@@ -248,18 +251,20 @@ class Decoder:
 class GraphDecoder(Decoder):
     """Decode on a GPU with one launch per step: capture a step as a CUDA graph and replay it.
 
-    Python takes longer to start the kernels of a small model than they run. One text of llama-10M:
-    193 tokens per second without the graph, 1,126 with it (docs/results.md, "Generation on a GPU").
+    The kernels of a small model finish faster than Python can start them, so a GPU mostly waits.
+    For one text of llama-10M, the graph raises 193 tokens per second to 1,126 (docs/results.md,
+    "Generation on a GPU").
 
-    Everything that a replay changes is a tensor that keeps its address: keys and values of all
-    steps (a StaticCache), the attention mask, and the place of the next token.
+    A replay runs the same kernels on the same addresses. So everything that changes from step to
+    step is a tensor that is updated in place: keys and values (a StaticCache with room for all
+    steps), the attention mask, and the place of the next token.
     """
 
     def __init__(self, model, mask: torch.Tensor, steps: int):
         super().__init__(model, mask)
         width = mask.shape[1]
         self.cache = StaticCache(config=model.config, max_cache_len=width + steps)
-        # additive mask of a single new token: hides padding and places that are not written yet
+        # added to the attention scores of a new token; hides padding and places not yet written
         self.hidden = torch.finfo(model.dtype).min
         visible = F.pad(mask.bool(), (0, steps))[:, None, None]  # (B, 1, 1, T + steps)
         self.step_mask = torch.zeros(visible.shape, dtype=model.dtype, device=mask.device)
@@ -285,9 +290,8 @@ class GraphDecoder(Decoder):
         width = tokens.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
         visible = causal & self.mask.bool()[:, None]  # (B, T, T)
-        visible.diagonal(dim1=1, dim2=2).fill_(
-            True
-        )  # padding sees itself, to have something to see
+        # a row of padding attends to itself, because a softmax over nothing would be NaN
+        visible.diagonal(dim1=1, dim2=2).fill_(True)
         mask = self.step_mask.expand(-1, -1, width, -1).clone()  # (B, 1, T, T + steps)
         mask[..., :width] = 0
         mask[..., :width].masked_fill_(~visible[:, None], self.hidden)
@@ -306,7 +310,7 @@ class GraphDecoder(Decoder):
         stream = _capture_stream(tokens.device)
         stream.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(stream):
-            # "thread_local": other threads may use the device meanwhile
+            # "thread_local" allows other threads to use the device in the meantime
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.logits = self._step(self.tokens, self.positions)
@@ -324,6 +328,7 @@ def _supports_cuda_graph(model) -> bool:
     )
 
 
-@functools.cache  # one stream for all graphs: cuBLAS keeps 32 MB for each stream that it ever saw
+@functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream that captures all graphs: cuBLAS keeps 32 MB for every stream."""
     return torch.cuda.Stream(device)

@@ -1,12 +1,13 @@
-"""Turn the scores of a task's candidates into results.
-
-Also compares the results of two models, or of a model and the trivial baselines. Knows no model and
-reads no file. The score of a candidate is its summed log-probability; the candidate with the
-highest score is the model's choice. Averages are those of BabyLM's evaluation pipeline of 2025.
+"""Turn the scores of candidates into the results of tasks.
 
     from babyllama.evaluation.grading import score_items
+    from babyllama.evaluation.tasks import read_items
     items = read_items("blimp", "data/blimp_filtered")
     score_items("blimp", items, scores)["accuracy"]  # scores: all candidates of all items in order
+
+The score of a candidate is its summed log-probability, and the candidate with the highest score is
+the choice of the model. Averages are those of BabyLM's evaluation pipeline of 2025. Results of two
+models are compared item by item. This module needs no model and reads no files.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import numpy as np
 from babyllama.evaluation import metrics
 from babyllama.evaluation.tasks import EYE_TRACKING, TASKS, Item, Task
 
-TIE_TOLERANCE = 1e-5  # nats; float32 sums that differ by less are equal
+TIE_TOLERANCE = 1e-5  # nats; sums of float32 numbers that differ by less count as equal
 SLOW_RESAMPLES = 400  # for statistics that are recomputed from every sample
-# Fewer differing items cannot be significant: five of one sign have p = 2 x 0.5^5 = 0.06.
+# Fewer differing items cannot be significant: five of the same sign have p = 2 x 0.5^5 = 0.06.
 MIN_DIFFERING = 6
-FIGURES = {  # of the tasks without right answers
+FIGURES = {  # the figures of tasks that have no right answers
     "spearman": ("spearman",),
     "eye_tracking_percent": ("eye_tracking_percent", "self_paced_reading_percent"),
 }
@@ -37,10 +38,10 @@ FIGURES = {  # of the tasks without right answers
 
 @dataclass(frozen=True)
 class Grades:
-    """The grade of each item, as arrays (n,)."""
+    """Hold the grade of each item, as arrays (n,)."""
 
-    credit: np.ndarray  # 1 if right, 1/k if the right candidate ties with k - 1 others, else 0
-    official: np.ndarray  # 1 or 0; a tie goes to the first candidate, as in BabyLM's pipeline
+    credit: np.ndarray  # 1 if right, 1/k if the right candidate is one of k with the best score
+    official: np.ndarray  # 1 or 0; in a tie the first candidate wins, as in BabyLM's pipeline
     tied: np.ndarray  # True if several candidates have the highest score
     choice: np.ndarray  # index of the first candidate with the highest score
 
@@ -104,9 +105,10 @@ def score_items(
 ) -> dict[str, Any]:
     """Return the figures of a task from the scores of all candidates of all items in order.
 
-    Accuracies are fractions; a tie of k counts 1/k (`accuracy`) or goes to the first candidate
-    (`accuracy_official`). Their interval is Wilson's at the effective number of items. Other
-    figures have a bootstrap interval by item.
+    Accuracies are fractions. In a tie of k candidates, `accuracy` counts 1/k if the right one is
+    among them, and `accuracy_official` takes the first one, as BabyLM does. The interval of an
+    accuracy is Wilson's for the effective number of items. Other figures have a bootstrap interval
+    that resamples items.
     """
     spec = TASKS[task]
     scores = np.asarray(scores, dtype=np.float64)
@@ -129,8 +131,8 @@ def score_items(
     values = statistic(np.arange(len(items)))
     interval = metrics.bootstrap_interval(statistic, len(items), seed, SLOW_RESAMPLES)
     if spec.metric == "eye_tracking_percent":
-        # Explained variance is never below 0, so resampling raises it. The basic bootstrap mirrors
-        # the interval at the value.
+        # Explained variance is never below 0, so resampling raises it on average. The basic
+        # bootstrap corrects for that: it mirrors the interval at the value.
         low, high = 2 * values - interval[::-1]
         interval = np.array([np.maximum(0, low), np.maximum(values, high)])
     names = FIGURES[spec.metric]
@@ -141,7 +143,7 @@ def score_items(
 
 
 def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
-    """Return the weight of each subset's accuracy in the task's; `subsets` names each item's."""
+    """Return the weight of each subset in the accuracy of a task, given the subset of each item."""
     names, counts = np.unique(np.asarray(subsets), return_counts=True)
     names = names.tolist()
     if average == "micro":  # every item counts the same
@@ -182,7 +184,7 @@ def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[s
     for key in item_values:
         weighted = [weight * subsets[name][key] for name, weight in weights.items()]
         means[key] = min(1.0, math.fsum(weighted))
-    # the variance of the weighted mean is that of this many items with equal weights
+    # so many items with equal weights would have the same variance as the weighted mean
     effective_n = 1 / sum(weight**2 / subsets[name]["n"] for name, weight in weights.items())
     return {
         **means,
@@ -225,7 +227,7 @@ def _statistic(
 
         word = ("Subtlex_log10", "length", "context_length")
         eyes = [explained(measure, *word) for measure in EYE_TRACKING]
-        # a reader who presses a key for each word is still busy with the word before
+        # a reader who presses a key for every word is still busy with the previous word
         spill_over = ("prev_length", "previous_surprisal")
         pace = explained("self_paced_reading_time", *word, *spill_over)
         return np.array([np.mean(eyes), pace])
@@ -239,11 +241,11 @@ def _statistic(
 def compare(
     task: str, items: Sequence[Item], scores: np.ndarray, other_scores: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """Return how much better `scores` do than `other_scores`: paired bootstrap by item."""
+    """Return how much better `scores` do than `other_scores`, by a paired bootstrap over items."""
     spec = TASKS[task]
     if spec.metric == "accuracy":
         gains = grade(items, scores).credit - grade(items, other_scores).credit
-        if spec.average == "micro":  # subsets do not matter
+        if spec.average == "micro":  # every item has the same weight
             return compare_means(gains, seed)
         subset_of = np.array([item.subset for item in items])
         weights = subset_weights(spec.average, subset_of)
@@ -270,7 +272,7 @@ def compare_means(gains: np.ndarray, seed: int = 0) -> dict[str, Any]:
 
 
 def _difference(value: float, interval: np.ndarray, differing: int) -> dict[str, Any]:
-    """Return a difference; it may be noise if 0 is in the interval or too few items differ."""
+    """Return a difference; call it noise if its interval contains 0 or too few items differ."""
     low, high = interval.tolist()
     is_noise = bool(low <= 0 <= high or differing < MIN_DIFFERING)
     return {"difference": float(value), "difference_ci95": [low, high], "noise": is_noise}
@@ -284,14 +286,14 @@ def compare_to_baselines(
     baseline_scores: dict[str, np.ndarray],
     seed: int,
 ) -> dict[str, Any]:
-    """Return trivial baselines of a result, and whether the model clearly beats all of them.
+    """Return the trivial baselines of a result, and True if the model clearly beats all of them.
 
-    `random` is chance: the model beats it if the interval of its figure is above. The baselines
-    in `baseline_scores` are compared item by item.
+    The baseline `random` is chance, and the model beats it if the whole interval of its figure is
+    above chance. The baselines in `baseline_scores` are compared item by item.
     """
     metric = result["metric"]
     baselines = {}
-    if metric != "eye_tracking_percent":  # above 0 for any surprisal
+    if metric != "eye_tracking_percent":  # chance is above 0 and unknown
         chance = result["chance"]
         low, high = result[f"{metric}_ci95"]
         baselines["random"] = {
@@ -310,10 +312,11 @@ def compare_to_baselines(
 
 
 def babylm_macro_average(types: dict[str, str], results: dict[str, dict]) -> float | None:
-    """Return BabyLM's single figure: the mean over the columns that BabyLM's tasks give.
+    """Return BabyLM's single figure: the mean over the columns of its tasks.
 
     A column is 100 x the official accuracy, 100 x a rank correlation, or one of the two figures of
-    reading times. `types` names the task of each result; None for fewer than two columns.
+    reading times. `types` names the task of each result. With fewer than two columns there is no
+    average, and the result is None.
     """
     columns = []
     for name, task in types.items():
@@ -332,11 +335,12 @@ def babylm_macro_average(types: dict[str, str], results: dict[str, dict]) -> flo
 def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
     """Return `overall_score`, its interval and its parts from the results of tasks by name.
 
-    The score is of quality alone: the mean over tasks of (score - chance) / (1 - chance), times
-    1 - mean repetition, and at least 0. A task below chance counts against the others: if it
-    counted as 0, guessing would score above 0. For consistency the part is score - chance: chance
-    is the model's own, and dividing by 1 - chance would reward a model that always writes the same.
-    Speed and reading times have no part. The interval treats the parts as independent and normal.
+    The score only measures quality: the mean over tasks of (score - chance) / (1 - chance), times
+    1 - mean repetition, and at least 0. A task below chance lowers the mean, because otherwise a
+    model that guesses would score above 0 by luck. Consistency contributes score - chance. Its
+    chance depends on the model, and dividing by 1 - chance would reward a model that always writes
+    the same. Speed and reading times are not included. The interval treats the parts as independent
+    and normal.
     """
     rng = np.random.default_rng(seed)
 
@@ -357,8 +361,8 @@ def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
             parts[name] = value_and_samples(gap["difference"], gap["difference_ci95"])
         elif metric in ("accuracy", "completion_accuracy", "spearman"):
             values = value_and_samples(result[metric], result[f"{metric}_ci95"])
-            room = max(1 - result["chance"], 1e-9)
-            parts[name] = (values - result["chance"]) / room
+            possible_gain = max(1 - result["chance"], 1e-9)
+            parts[name] = (values - result["chance"]) / possible_gain
 
     # combine them
     overall_parts = {name: float(values[0]) for name, values in parts.items()}

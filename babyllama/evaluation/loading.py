@@ -1,9 +1,10 @@
-"""Open a trained model for evaluation: weights, tokenizer, context length and the text of its run.
+"""Open a trained model.
 
     model, tokenizer = load_model("models/quickstart")
     encode(tokenizer, ["Once upon a time"])    # [[1, ...]]: BOS first
 
-Opens local directories only. Runs no code from them and unpickles nothing.
+A model directory may come from anybody, so no code in it is run and nothing is unpickled. Only
+local directories are opened; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from babyllama.files import ROOT
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_CONTEXT = 2048  # of a model whose config states no limit
+DEFAULT_CONTEXT = 2048  # for a model whose config states no limit
 
 
 def training_text_of(model_path: str | Path, key: str) -> Path | None:
-    """Return data.`key` of the run that trained a model or checkpoint, None if nothing records it.
+    """Return data.`key` of the run that trained a model or checkpoint, or None without a record.
 
-    A relative path is looked up in the working directory, then in the project.
+    A relative path is looked up in the working directory first, then in the project.
     """
     folders = (Path(model_path), Path(model_path).parent)
     config_files = [folder / "training_config.yaml" for folder in folders]
@@ -74,7 +75,7 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
             tokenizer = AutoTokenizer.from_pretrained(path, **local)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a Rust panic over a corrupted tokenizer.json is no Exception
+    except BaseException as error:  # a Rust panic (corrupted tokenizer.json) is not an Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
     _check_loaded_weights(path, info)
@@ -100,7 +101,7 @@ def _check_model_dir(path: Path, dtype: str) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide progress bars and the table of all weights that precedes a line of our error."""
+    """Hide progress bars, and the table of all weights that would precede our one-line error."""
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()
@@ -135,8 +136,11 @@ def _check_loaded_weights(path: Path, info: dict) -> None:
 
 
 def _check_causal(path: Path, model, tolerance: float) -> None:
-    """Raise ValueError if the logits of the first token depend on the second one."""
-    # transformers warns about padding tokens in the input, so do not use them
+    """Raise ValueError if the logits of the first token depend on the second one.
+
+    Such a model could see the tokens it is asked to predict, and all its scores would be wrong.
+    """
+    # avoid the padding token, because transformers warns if the input has one
     a, b = [token for token in range(3) if token != getattr(model.config, "pad_token_id", None)][:2]
     ids = torch.tensor([[a, a], [a, b]], device=model.device)
     with torch.no_grad():
@@ -156,20 +160,28 @@ def context_length(model) -> int:
     return DEFAULT_CONTEXT
 
 
+def can_start(tokenizer) -> bool:
+    """Return True if a token can precede a text: BOS or, for GPT-2's tokenizer, EOS.
+
+    Without one, the first token of a text follows nothing and has no score.
+    """
+    return tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+
+
 def encode(
     tokenizer, texts: Sequence[str | Sequence[int]], bos: bool | None = True
 ) -> list[list[int]]:
-    """Return the token ids of each text, with BOS first if `bos`; a list of ids passes through.
+    """Return the token ids of each text, starting with BOS if `bos`; nothing is appended.
 
-    BOS is added once even if the ids already start with it. Nothing is appended. A tokenizer
-    without BOS uses its EOS; if it has neither, bos=True raises ValueError and bos=None adds
-    nothing.
+    A text may already be a list of ids. BOS is not added a second time if the ids start with it. A
+    tokenizer without BOS uses its EOS instead; if it has neither (see can_start), bos=True raises
+    ValueError and bos=None adds nothing.
     """
     # encode all strings in one call, because the tokenizer works in parallel
     strings = [text for text in texts if isinstance(text, str)]
     _check_encodable(strings)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend:  # without transformers' wrapper it is more than twice as fast
+    if backend:  # calling it directly is more than twice as fast as through transformers
         backend.no_truncation()
         backend.no_padding()
         encodings = backend.encode_batch_fast(strings, add_special_tokens=False)
@@ -178,11 +190,11 @@ def encode(
         encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
     sequences = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
 
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if bos is False or (bos is None and start is None):
+    if bos is False or (bos is None and not can_start(tokenizer)):
         return sequences
-    if start is None:
+    if not can_start(tokenizer):
         raise ValueError("the tokenizer has neither a BOS nor an EOS token: use bos=False")
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [ids if ids[:1] == [start] else [start, *ids] for ids in sequences]
 
 
@@ -197,7 +209,10 @@ def _check_encodable(strings: Sequence[str]) -> None:
 
 
 def check_ids(model, sequences: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for a token id outside the vocabulary, which crashes a GPU."""
+    """Raise ValueError for a token id outside the vocabulary.
+
+    On a GPU such an id would crash the process with an error that does not mention it.
+    """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     for index, ids in enumerate(sequences):
         if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:

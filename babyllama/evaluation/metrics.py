@@ -1,9 +1,10 @@
-"""Compute statistics of numbers and words: intervals, correlation, calibration, diversity, BLEU.
-
-Knows no model, no tokenizer, no task and no file.
+"""Compute statistics of scores and of words.
 
     from babyllama.evaluation.metrics import ngram_repetition
     ngram_repetition("the cat and the cat and the cat".split())  # 0.4: 2 of 5 4-grams are repeats
+
+There are intervals, correlation, calibration, diversity and BLEU. All of them are functions of
+numbers or lists of words; models, tokenizers, tasks and files do not occur here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy  # loads scipy.stats at its first use, which takes a second
+import scipy  # scipy.stats takes a second to import and is loaded at its first use
 from sacrebleu.metrics import BLEU
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
@@ -30,7 +31,7 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)  # half width of a 95 % interval in
 def wilson(p: float, n: float) -> list[float]:
     """Return the 95 % Wilson score interval of a proportion p of n trials (Wilson 1927).
 
-    scipy's `binomtest` takes whole counts only. Here a tie counts one half, and n may be an
+    scipy's `binomtest` only accepts integer counts. Here a tie can count one half, and n can be an
     effective number of items.
     """
     scale = 1 + Z95**2 / n
@@ -38,7 +39,7 @@ def wilson(p: float, n: float) -> list[float]:
     margin = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / scale
     low = max(0.0, centre - margin)
     high = min(1.0, centre + margin)
-    return [min(p, low), max(p, high)]  # rounding must not leave p outside
+    return [min(p, low), max(p, high)]  # a rounding error could exclude p
 
 
 def bootstrap_interval(
@@ -46,8 +47,8 @@ def bootstrap_interval(
 ) -> np.ndarray:
     """Return the 95 % percentile interval (2,) of a statistic, or (2, K) of K statistics.
 
-    `statistic` maps the indices (n,) of the drawn items to a number or to an array (K,). The ends
-    are NaN for fewer than two items, and for a statistic that is not finite in every sample.
+    `statistic` maps the indices (n,) of resampled items to a number or to an array (K,). The
+    interval is NaN for fewer than two items, and if the statistic is not finite in every sample.
     """
     # scipy.stats.bootstrap draws the same samples and takes as long (0.12 s for 2000 of 500 items),
     # but it keeps all samples in memory and warns about statistics that are not finite.
@@ -81,7 +82,7 @@ def bootstrap_macro_mean(
     if singletons:
         strata.append((1.0, len(singletons) * np.array(singletons)))
 
-    # scores take few distinct values: draw how often each occurs instead of n indices
+    # scores have few distinct values, so draw how often each value occurs instead of n indices
     samples = np.zeros(RESAMPLES)
     for weight, stratum in strata:
         n = len(stratum)
@@ -96,14 +97,14 @@ def bootstrap_macro_mean(
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean, or NaN of no values."""
+    """Return the mean, or NaN if there are no values."""
     return float(values.mean()) if len(values) else math.nan
 
 
 def mean_over_groups(name: str, scores: np.ndarray, seed: int) -> dict[str, Any]:
     """Return {name: mean of scores (P, K), name_ci95: its interval}, ignoring NaN.
 
-    The interval resamples the groups P that have a score.
+    The interval resamples those of the P groups that have a score.
     """
     is_scored = ~np.isnan(scores)
     sums = np.where(is_scored, scores, 0).sum(axis=-1)
@@ -124,8 +125,9 @@ def mean_over_groups(name: str, scores: np.ndarray, seed: int) -> dict[str, Any]
 def perplexity_metrics(rows: np.ndarray, documents: Sequence, seed: int) -> dict[str, Any]:
     """Return perplexities, nats per token and bits per byte, each with its interval.
 
-    Rows (N, 4) hold the nats, tokens, bytes and words of each text, `documents` (N,) the document
-    that each text is from. The interval resamples documents: texts from one document are alike.
+    Rows (N, 4) hold the nats, tokens, bytes and words of each text, and `documents` (N,) names the
+    document that each text is from. Texts from one document are alike, so the interval resamples
+    documents.
     """
     totals = sum_by_group(rows, documents)
 
@@ -159,8 +161,9 @@ def sum_by_group(rows: np.ndarray, groups: Sequence) -> np.ndarray:
 def calibration(confidences: np.ndarray, hits: np.ndarray) -> tuple[list[dict[str, Any]], float]:
     """Return (bins of a reliability diagram, expected calibration error).
 
-    Confidences (N,) and hits (N,) are both 0 to 1. A bin has the mean confidence, the accuracy with
-    its interval, and the count. No bins and NaN if a confidence is not finite.
+    Confidences (N,) and hits (N,) are between 0 and 1. Each bin has its mean confidence, its
+    accuracy with an interval, and its count. If a confidence is not finite, there are no bins and
+    the error is NaN.
     """
     if not len(hits) or not np.isfinite(confidences).all():
         return [], math.nan
@@ -173,17 +176,19 @@ def calibration(confidences: np.ndarray, hits: np.ndarray) -> tuple[list[dict[st
         confidence = mean(confidences[inside])
         accuracy = mean(hits[inside])
         error += abs(confidence - accuracy) * count / len(hits)
-        bins.append({
-            "confidence": confidence,
-            "accuracy": accuracy,
-            "count": count,
-            "accuracy_ci95": wilson(accuracy, count),
-        })  # fmt: skip
+        bins.append(
+            {
+                "confidence": confidence,
+                "accuracy": accuracy,
+                "count": count,
+                "accuracy_ci95": wilson(accuracy, count),
+            }
+        )
     return bins, error
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's rank correlation, or 0 if one side is constant."""
+    """Return Spearman's rank correlation, or 0 if one of the two is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(scipy.stats.spearmanr(a, b).statistic)
@@ -202,7 +207,7 @@ def explained_percent(
 ) -> float:
     """Return 100 (R2 with surprisal - R2 without) / (1 - R2 without).
 
-    Both models have the predictors and all their pairwise products. Rows with a NaN are ignored.
+    Both linear models have the predictors and their pairwise products. Rows with a NaN are ignored.
     """
     is_complete = ~np.isnan(np.column_stack([y, *predictors, surprisal])).any(axis=1)
     y = y[is_complete]
@@ -256,7 +261,7 @@ def word_overlap(a: Sequence[str], b: Sequence[str]) -> float:
 def self_bleu(texts: Iterable[Sequence[str]]) -> float:
     """Return the mean sentence BLEU, 0 to 1, of each text against the others.
 
-    Ignores texts without words; NaN for fewer than two others.
+    Texts without words are ignored. The result is NaN if fewer than two texts are left.
     """
     sentences = [" ".join(words) for words in texts if words]
     if len(sentences) < 2:

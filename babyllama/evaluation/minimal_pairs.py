@@ -1,12 +1,12 @@
-"""Score the candidates of multiple-choice items with a model and with trivial baselines.
+"""Score the candidates of multiple-choice items.
 
     items = read_items("blimp", "data/blimp_filtered")
     scores, baselines, precision = score_choices(model, tokenizer, items)
     scores, baselines = score_candidates(model, tokenizer, items)
 
 `score_candidates` returns exact sums of log-probabilities. `score_choices` is several times as
-fast, and enough if only the best candidate counts. Accuracies and other results are computed in
-grading.py.
+fast, and it is enough if only the best candidate matters. Both also score the candidates with
+trivial baselines, which a model should beat. grading.py turns the scores into results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from babyllama.evaluation.tasks import Item
 
 log = logging.getLogger(__name__)
 
-UNIGRAM_CHARS = 10_000_000  # of the training text, the same number from each file
+UNIGRAM_CHARS = 10_000_000  # characters of the training text, equally many from each file
 
 
 def score_candidates(
@@ -35,8 +35,8 @@ def score_candidates(
     """Return (summed log-probability of each candidate of each item, in order; baselines).
 
     The baselines map a name to its scores of the same candidates. `shorter` prefers fewer tokens,
-    as a model does for which all tokens are equally likely. `unigram` sums the log-probabilities of
-    single tokens, given their table (`unigram_table`).
+    like a model that finds all tokens equally likely. `unigram` sums log-probabilities of single
+    tokens, if there is a table of them (`unigram_table`).
     """
     ids, starts = scored_spans(tokenizer, items, bos)
     scores = np.array([text.logprobs.sum() for text in ids_logprobs(model, ids, starts=starts)])
@@ -48,7 +48,7 @@ def score_choices(
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Return (scores to compare within an item, baselines, precision), several times as fast.
 
-    fast_choices.relative_scores describes scores and precision.
+    See fast_choices.relative_scores for the meaning of scores and precision.
     """
     ids, starts = scored_spans(tokenizer, items, bos)
     counts = [len(item.completions) for item in items]
@@ -72,8 +72,8 @@ def _baselines(
 def scored_spans(tokenizer, items: Sequence[Item], bos: bool) -> tuple[list[list[int]], list[int]]:
     """Return the token ids of every candidate of every item, and the first scored token of each.
 
-    Scored are the tokens that end after the first character of the completion. They are found by
-    character offsets, because prefix and completion may share a token.
+    A token is scored if it ends after the start of the completion. Prefix and completion can share
+    a token, so it takes the character offsets of the tokens to find the first one.
     """
     candidates = [pair for item in items for pair in item.candidates]
     texts: list[str | list[int]] = [prefix + completion for prefix, completion in candidates]
@@ -102,7 +102,7 @@ def scored_spans(tokenizer, items: Sequence[Item], bos: bool) -> tuple[list[list
 def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | None:
     """Return log p of each token id (V,) in the model's training text, with add-one smoothing.
 
-    None if the text is unknown or no longer exists.
+    Returns None if the text is unknown or no longer exists.
     """
     path = training_text_of(model_path, "train_path")
     if path is None:

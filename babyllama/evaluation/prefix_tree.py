@@ -1,14 +1,16 @@
-"""Pack texts with common beginnings into one row, so that a model reads each beginning once.
+"""Pack texts with common beginnings into one row.
 
-The texts "a b c", "a b d" and "e" become a row of five tokens instead of three rows of seven:
+The candidates of a multiple-choice item often differ in a single word, so most of what a model
+reads is repeated. In a packed row it reads each beginning once. The texts "a b c", "a b d" and "e"
+become a row of five tokens instead of three rows of seven:
 
     place    0  1  2  3  4
     token    a  b  c  d  e
     parent   0  0  1  1  4    place of the token before it; a first token is its own parent
     depth    0  1  2  2  0    position in its text
 
-A token attends to its ancestors and itself, and its position is its depth. Its hidden state is then
-the one of the text alone, up to rounding.
+A token attends to its ancestors and to itself, and its position is its depth. So its hidden state
+is the same as if the model had read the text alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SPARE_TOKENS = 48  # for more texts after the first; a larger tree shares more but attends to more
+SPARE_TOKENS = 48  # room after the first text; a larger tree shares more, but attention costs more
 
 
 @dataclass
 class PrefixTree:
-    """Some texts as one row of tokens. `paths` maps a text number to places in the row."""
+    """Hold some texts as one row of tokens; `paths` maps a text number to places in the row."""
 
     capacity: int
     tokens: list[int] = field(default_factory=list)
@@ -43,7 +45,7 @@ class PrefixTree:
 
 
 def build_trees(texts: Sequence[Sequence[int]], context: int) -> list[PrefixTree]:
-    """Pack token ids into trees, longest first; skip empty texts and those beyond `context`."""
+    """Pack token ids into trees, longest first; skip texts that are empty or exceed `context`."""
     trees: list[PrefixTree] = []
     previous: Sequence[int] = []
     path: list[int] = []
@@ -87,7 +89,7 @@ def tree_inputs(trees: Sequence[PrefixTree]) -> tuple[np.ndarray, np.ndarray, np
         depths[row, :length] = tree.depths
         parents[row, :length] = tree.parents
 
-    # climb from all tokens at once, marking each ancestor; at the root a token stays where it is
+    # climb from all tokens at once and mark each ancestor; a token at the root stays there
     visible = np.zeros((*shape, width), dtype=bool)
     ancestors = np.tile(np.arange(width), (len(trees), 1))
     for _ in range(depths.max() + 1):

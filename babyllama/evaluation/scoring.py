@@ -3,9 +3,9 @@
     for scores in token_logprobs(model, tokenizer, ["Once upon a time", "The end"]):
         print(scores.logprobs.sum())
 
-Perplexity, bits per byte, entropy and the scores of minimal pairs are sums over its output. Logits
-are float32, a text longer than the context is scored in overlapping windows, and each token counts
-once.
+Perplexity, bits per byte, entropy and the scores of minimal pairs are all sums over its output, so
+they agree with each other. Logits are float32. A text longer than the context is scored in
+overlapping windows, so that every token has some context, and each token counts once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MAX_LOGITS = 2**23  # in memory at a time: 32 MB in float32
 class TokenScores:
     """The scored tokens of one text, in order: arrays of equal length and float32 precision."""
 
-    ids: np.ndarray  # without the tokens that are only context
+    ids: np.ndarray  # excludes tokens that only serve as context
     logprobs: np.ndarray  # log p(token | tokens before it), in nats
-    top_probs: np.ndarray | None = None  # highest probability of any token at this place
+    top_probs: np.ndarray | None = None  # the highest probability that any token has here
     entropies: np.ndarray | None = None  # of the predicted distribution, in nats
-    ranks: np.ndarray | None = None  # of the token, 1 is best; equal logits share their mean rank
-    hits: np.ndarray | None = None  # 1 if the token has the highest logit, 1/k if k tokens share it
+    ranks: np.ndarray | None = None  # of the token; 1 is best, ties share their mean rank
+    hits: np.ndarray | None = None  # 1 if the token has the highest logit, 1/k in a tie of k
 
 
 def token_logprobs(
@@ -44,8 +44,8 @@ def token_logprobs(
 ) -> list[TokenScores]:
     """Score every token of each text (or list of token ids), in the order given.
 
-    With `bos` the first token is scored after BOS. Without it the first token is context only and
-    has no score. `options` are those of `ids_logprobs`.
+    With `bos` the first token is scored after BOS. Without it nothing precedes the first token, so
+    it has no score and only serves as context. `options` are those of `ids_logprobs`.
     """
     return ids_logprobs(model, encode(tokenizer, texts, bos), **options)
 
@@ -60,15 +60,17 @@ def ids_logprobs(
     batch_tokens: int | None = None,
     stats: bool = False,
 ) -> list[TokenScores]:
-    """Score ids[i] given ids[:i], for every i from `starts` (default 1) on, of each sequence.
+    """Score ids[i] given ids[:i] in each sequence, for every i from its start (default 1) on.
 
     A sequence longer than `context` (default and maximum: the model's) is scored in windows that
     move by `stride` (default: half the context). Each token is scored in the first window that
-    reaches it, so it sees at least context - stride + 1 tokens; the last window is a full one.
+    reaches it, so beyond the first window it sees at least context - stride + 1 tokens. The last
+    window is as long as the others.
 
-    `batch_tokens` limits a forward pass and does not change the scores. `stats` fills the optional
-    arrays. Identical sequences are scored once. Logits are float32 products even if the weights are
-    bfloat16, except for architectures whose head is not a single linear layer.
+    `batch_tokens` limits the size of a forward pass and does not change the scores. `stats` fills
+    the optional arrays. Identical sequences are scored only once. Logits are computed in float32
+    even if the weights are bfloat16, except for architectures whose head is not a single linear
+    layer.
     """
     context = context_length(model) if context is None else context
     stride = max(1, context // 2) if stride is None else stride
@@ -76,7 +78,7 @@ def ids_logprobs(
     starts = [1] * len(sequences) if starts is None else starts
     _check_request(model, sequences, starts, context, stride)
 
-    # lay out the scores of all distinct requests in one array, and cut each request into windows
+    # reserve a stretch of one array for the scores of each distinct request; cut it into windows
     windows: list[_Window] = []
     offsets = []  # of the scores of each sequence
     offset_of_request = {}
@@ -89,7 +91,7 @@ def ids_logprobs(
             total += len(ids[start:])
         offsets.append(offset_of_request[request])
 
-    # score the longest windows first: a batch that does not fit into memory fails at once
+    # score the longest windows first, so that a batch that does not fit into memory fails at once
     windows.sort(key=lambda window: -len(window.inputs))
     scores = np.empty((5 if stats else 1, total))
     if windows:
@@ -126,7 +128,7 @@ def _check_request(
 
 
 class _Window(NamedTuple):
-    """One forward pass over part of a sequence, whose last len(targets) predictions are scored."""
+    """One forward pass over part of a sequence; its last len(targets) predictions are scored."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -164,7 +166,7 @@ def default_batch_tokens(model) -> int:
 
 @contextmanager
 def float32_inference(model) -> Iterator[None]:
-    """Switch off dropout, gradients and TF32-like products; restore the settings afterwards."""
+    """Turn off dropout, gradients and reduced-precision (TF32) products, then restore them."""
     training = model.training
     precision = torch.get_float32_matmul_precision()
     model.eval()
@@ -180,10 +182,10 @@ def float32_inference(model) -> Iterator[None]:
 def _split_model(model, probe: np.ndarray) -> tuple[Callable, Callable]:
     """Return (body, head): ids (B, T) -> states (B, T, D), and states (N, D) -> logits (N, V).
 
-    Applying the head ourselves gives float32 logits of only those places that are scored. That is
-    possible if the head is a linear layer on the last hidden state, which is tried on the ids
-    `probe`. Otherwise (for example with scaled or capped logits) the body returns the model's
-    logits.
+    Most logits are never used, so the head is applied only at the places that are scored, and in
+    float32. That is correct only if the model's logits are a linear layer on the last hidden state
+    and nothing else, which is checked on the ids `probe`. Otherwise, for example if a model scales
+    or caps its logits, the body returns the model's logits and the head just converts them.
     """
     linear = model.get_output_embeddings()
     if isinstance(linear, torch.nn.Linear) and model.base_model is not model:
@@ -204,7 +206,7 @@ def _score_batch(
     model, body: Callable, head: Callable, batch: Sequence[_Window], stats: bool
 ) -> list[np.ndarray]:
     """Return an array (1, n) of log-probabilities for each window, or (5, n) with statistics."""
-    # pad on the right, without a mask: a causal model cannot look at what comes later
+    # pad on the right; no mask is needed, because a causal model never looks at later tokens
     width = len(batch[0].inputs)  # the longest
     inputs = np.full((len(batch), width), batch[0].inputs[0])  # (B, T)
     places = []  # of the scored predictions among all B*T
@@ -219,7 +221,7 @@ def _score_batch(
     states = body(torch.as_tensor(inputs, device=model.device)).flatten(0, 1)[places]  # (N, D)
     rows = max(1, MAX_LOGITS // model.get_input_embeddings().weight.shape[0])
     slices = zip(states.split(rows), targets.split(rows), strict=True)
-    scores = torch.cat([_score_logits(head(some), ids, stats) for some, ids in slices], dim=1)
+    scores = torch.cat([_score_logits(head(part), ids, stats) for part, ids in slices], dim=1)
     ends = np.cumsum([len(window.targets) for window in batch])
     return np.split(scores.cpu().numpy(), ends[:-1], axis=1)
 
@@ -237,4 +239,5 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor, stats: bool) -> t
     ranks = 1 + higher + (equal - 1) / 2
     hits = (higher == 0) / equal
     scores = torch.stack([logprobs, probs.amax(1), entropies, ranks, hits])
-    return torch.where(logprobs.isnan(), logprobs, scores)  # NaN logits would give a rank
+    # comparisons with NaN are False, so NaN logits would seem to have a good rank
+    return torch.where(logprobs.isnan(), logprobs, scores)

@@ -1,14 +1,16 @@
-"""Read the items of benchmark tasks: which candidates a model compares, and which one is right.
-
-Knows no model and grades nothing (grading.py does). Each task has a small decoder that turns a row
-of its file into an item. The formats are those of BabyLM's evaluation pipeline of 2025.
+"""Read the items of benchmark tasks.
 
     from babyllama.evaluation.tasks import read_items
     items = read_items("blimp", "data/blimp_filtered")
-    texts = [prefix + completion for item in items for prefix, completion in item.candidates]
+    for prefix, completion in items[0].candidates:
+        print(prefix + completion)
 
-A candidate's score is the sum, not the mean, of log p over the tokens that end after the start of
-the completion. The space before the completion belongs to the completion.
+An item has two or more candidates, of which one is right. Each task has a small decoder that turns
+a row of its file into an item; the formats are those of BabyLM's evaluation pipeline of 2025.
+Grading is the job of grading.py.
+
+The score of a candidate is the sum, not the mean, of log p over the tokens that end after the start
+of the completion. A space between prefix and completion belongs to the completion.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What pandas reads as a missing value; BabyLM's pipeline reads the reading times with pandas.
+# BabyLM's pipeline reads the reading times with pandas, which takes these for missing values.
 MISSING = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -40,7 +42,7 @@ READING_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: two or more candidates, each a prefix and a completion."""
+    """Hold one question: two or more candidates, each with a prefix and a completion."""
 
     subset: str  # the group whose accuracy is reported separately (BabyLM calls it UID)
     prefixes: tuple[str, ...]
@@ -64,13 +66,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """How to read the rows of a task and how to summarize its items."""
+    """Describe how the rows of a task are read and how its items are summarized."""
 
     decode: Callable[[dict, str], Item | None]  # (row, stem of its file); None skips the row
     fields: tuple[str, ...]  # required in every row
     optional: tuple[str, ...] = ()
     metric: str = "accuracy"  # or spearman, or eye_tracking_percent
-    average: str = "macro"  # every subset counts the same; or micro (items), or splits
+    average: str = (
+        "macro"  # equal weights for all subsets; "micro": all items; "splits": all splits
+    )
     official: str = ""  # the task's directory in BabyLM's predictions
 
 
@@ -102,7 +106,7 @@ def _pair(row: dict, stem: str) -> Item:
 
 
 def _supplement(row: dict, stem: str) -> Item:
-    return _pair({**row, "UID": stem}, stem)  # the file's name is the subset
+    return _pair({**row, "UID": stem}, stem)  # the name of the file is the subset
 
 
 def _ewok(row: dict, stem: str) -> Item:
@@ -140,10 +144,10 @@ def _wug(name: str) -> Callable[[dict, str], Item]:
 
 
 def _reading(row: dict, stem: str) -> Item:
-    """Return a word after its context and, for spill-over, the word before it after its context.
+    """Return a word in its context, followed by the previous word in its context.
 
-    A missing context is the word "None": BabyLM's pipeline restores that word, which pandas reads
-    as missing.
+    Readers spend time on the previous word while they see the next one (spill-over). A context that
+    pandas reads as missing is the word "None", which BabyLM's pipeline restores.
     """
     context = "None" if row["item"] in MISSING else row["item"]
     prefixes = [context]
@@ -214,10 +218,10 @@ TASKS = {
 
 
 def read_items(task: str, path: str | Path) -> list[Item]:
-    """Read a task's items from a file, or from every .jsonl (reading: .csv) file of a directory.
+    """Read the items of a task from a file, or from a directory of .jsonl (reading: .csv) files.
 
-    Files are read in the order of their names; subdirectories count if the directory itself has
-    no such file.
+    Files are read in the order of their names. Subdirectories are only searched if the directory
+    has no such file.
     """
     path = Path(path)
     suffix = ".csv" if task == "reading" else ".jsonl"
@@ -238,7 +242,7 @@ def read_items(task: str, path: str | Path) -> list[Item]:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """Return the rows of a .csv or JSONL file; ValueError names the line that is malformed."""
+    """Return the rows of a .csv or .jsonl file; ValueError names a line that is malformed."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -248,7 +252,7 @@ def read_rows(path: Path) -> list[Any]:
         try:
             return list(reader)
         except csv.Error as error:
-            number = reader.line_num + 1  # line_num counts the lines before
+            number = reader.line_num + 1  # line_num counts the lines read so far
             raise ValueError(f"{path}: line {number} is not CSV ({error})") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -265,7 +269,7 @@ def decode_rows(
 ) -> list[Item]:
     """Return the items of rows (dicts); ValueError names the row and what is wrong with it.
 
-    `strict` also refuses unknown fields.
+    With `strict`, unknown fields are an error too.
     """
     spec = TASKS[task]
     items = []

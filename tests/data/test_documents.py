@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 
 from babyllama.data import documents
 from babyllama.data.cleaners import create_cleaner_registry
-from babyllama.data.documents import (
-    domain_of,
-    find_files,
-    new_report,
-    read_document_parts,
-    read_documents,
-    read_parts,
-)
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents, read_parts
 
 
 def read_texts(path: Path, report: dict | None = None) -> list[str]:
@@ -276,9 +269,7 @@ def test_a_long_line_is_read_in_parts_and_stays_one_line(tmp_path, monkeypatch, 
     assert report["bytes"] == sum(map(len, texts))
     if is_json:
         assert report["words"] == len(text.split())
-    else:
-        for document in read_documents(path):
-            assert max(map(len, document)) <= 80
+    assert max(map(len, documents._read_lines(path, new_report()))) <= 80
 
 
 def test_cleaning_in_parts_gives_the_same_text_as_cleaning_at_once(tmp_path, monkeypatch):
@@ -291,7 +282,7 @@ def test_cleaning_in_parts_gives_the_same_text_as_cleaning_at_once(tmp_path, mon
     cleaner = create_cleaner_registry()["switchboard"]
     monkeypatch.setattr(documents, "PART", 500)
     report = new_report()
-    first, second = map(list, read_document_parts(path, report, cleaner))
+    first, second = map(list, read_documents(path, report, cleaner))
     assert report["documents"] == 3  # cleaning leaves nothing of "[applause]"
     assert len(first) > 8
     assert max(map(len, first)) <= 502
