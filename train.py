@@ -226,7 +226,8 @@ def load_data(config: dict) -> Data:
     lengths = byte_lengths(tokenizer)
     entropy_floor = grammar_floor(config["data"]["eval_path"])
     if "distillation" in config:
-        from babyllama.training.distillation import check_teachers, identify_teachers
+        from babyllama.training.teacher_cache import identify_teachers
+        from babyllama.training.teachers import check_teachers
 
         check_teachers(config, tokenizer)
 

@@ -3,9 +3,10 @@
     step = CudaGraphStep(run, model.parameters(), batch_size=32)
     loss = step(input_ids, items)     # the same as run(input_ids, items): gradients are in p.grad
 
-Python takes longer to start the kernels of a small model than they take to run (docs/results.md).
-A CUDA graph is a recording of all kernels, which one call starts again on new numbers at the same
-addresses. This module knows no Trainer and no model.
+A small model leaves the GPU waiting, because Python takes longer to start a kernel than the kernel
+takes to run (docs/results.md). A CUDA graph is a recording of many kernels, and one call starts all
+of them. They read and write the same addresses every time, so each batch is first copied to where
+the recorded one was.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 
 from babyllama.device import is_out_of_memory
 
-# Full batches that run as usual before the recording: the first ones compile and allocate.
+# The first full batches run as usual, because they still compile and allocate memory.
 WARM_UP_BATCHES = 3
 
 
 class CudaGraphStep:
-    """Replay run(input_ids (B, T), items ()) from two graphs: one sets gradients, one adds to them.
+    """Replay run(input_ids (B, T), items ()), which computes a loss and gradients.
 
-    Smaller batches, and batches that find gradients of another origin, run as usual.
+    There are two graphs. The first batch of a step sets the gradients, and with accumulation later
+    batches add to them. A batch runs as usual if it is smaller, or if it would add to gradients
+    that no graph has written.
     """
 
     def __init__(self, run: Callable, parameters: Iterable[torch.nn.Parameter], batch_size: int):
@@ -31,11 +34,11 @@ class CudaGraphStep:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.batch_size = batch_size
         self.full_batches = 0
-        # by "adds to gradients": the graph and its loss
+        # {False: graph that sets the gradients, True: graph that adds to them}, each with its loss
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def __call__(self, input_ids: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Return the loss () of a batch. The next call overwrites it."""
+        """Return the loss () of a batch, in a tensor that the next call overwrites."""
         is_full = len(input_ids) == self.batch_size
         self.full_batches += is_full
         adds = self.parameters[0].grad is not None
@@ -54,11 +57,11 @@ class CudaGraphStep:
         return loss
 
     def _has_recorded_gradients(self) -> bool:
-        """Return True if the parameters hold the gradients that the first graph writes."""
+        """Return True if the gradients are the tensors that the first graph writes."""
         return False in self.graphs and self.parameters[0].grad is self.gradients[0]
 
     def _record(self, adds: bool, input_ids: torch.Tensor, items: torch.Tensor) -> None:
-        """Record one of the graphs. Both write to the gradients of the first."""
+        """Record one of the two graphs. Both write to the gradients that the first one made."""
         pool = None
         if adds:
             pool = self.graphs[False][0].pool()
@@ -67,12 +70,12 @@ class CudaGraphStep:
             self.items = items.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: workers of the DataLoader pin memory meanwhile
+            # "thread_local" because meanwhile DataLoader's thread pins memory, which is fine
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss = self.run(self.input_ids, self.items)
         except RuntimeError as error:
             torch.cuda.set_stream(torch.cuda.default_stream())
-            # ending a failed recording raises an error of its own
+            # a failed recording raises a second error when it ends; the first one is the cause
             cause = error.__context__ or error
             if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
                 raise cause from None

@@ -1,7 +1,7 @@
 """Choose how this machine computes a training step: number format, attention kernel, compilation.
 
-Every choice is printed with its reason before step 0, and a key of the `training` section overrides
-it. Knows no data and no Trainer.
+Every choice comes with a reason, which is printed before step 0, and a key of the `training`
+section overrides it. The data and Trainer do not matter here.
 
     plan |= choose_precision_and_kernels(config, plan)   # the choices, their reasons, the time
     loss = build_loss(config, model, plan, tokenizer.bos_token_id)
@@ -24,11 +24,12 @@ from babyllama.device import (
 from babyllama.training import distributed
 from babyllama.training.loss import NextTokenLoss
 
-# Compiling takes 20 to 60 s. In float32 on a CPU matrix products take most of a step either way, so
-# it saves less there. All figures are measured (docs/results.md).
+# Compiling takes 20 to 60 s, so it pays off only in longer runs. In float32 on a CPU it saves less,
+# because most of a step is matrix products, compiled or not. All figures are measured
+# (docs/results.md).
 MIN_SECONDS_TO_COMPILE = 300
 MIN_SECONDS_TO_COMPILE_FP32_CPU = 1200
-# expected share of the machine's matrix product speed: (not compiled, compiled)
+# the share of the speed of bare matrix products that training reaches: (not compiled, compiled)
 EXPECTED_MFU = (0.25, 0.5)
 EXPECTED_MFU_FP32_CPU = (0.5, 0.6)
 
@@ -45,7 +46,7 @@ def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
     else:
         requested = training["precision"]
 
-    # what this machine is fastest with
+    # find the fastest format of this machine
     cuda = torch.cuda.is_available()
     has_bf16 = fast_dtype(pick_device()) == torch.bfloat16
     best = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
@@ -64,14 +65,18 @@ def pick_precision(training: dict[str, Any]) -> tuple[str, str]:
 
 
 def eager_is_faster(precision: str, seq_length: int) -> bool:
-    """Return True if plain attention beats the CPU's flash kernel here (docs/results.md)."""
+    """Return True if plain attention is faster here than torch's flash kernel for CPUs.
+
+    It was in bf16 but not in float32 (docs/results.md). Its memory grows with the square of
+    `seq_length`, so long chunks keep the flash kernel.
+    """
     return precision == "bf16" and not torch.cuda.is_available() and seq_length <= 512
 
 
 def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tuple[bool, str]:
-    """Return (compile or not, reason) for a run that takes so many `seconds` without compilation.
+    """Return (compile or not, reason) for a run that would take `seconds` without compilation.
 
-    Raises ValueError if the section requires compilation and this machine cannot compile.
+    Raises ValueError if the section asks for compilation and this machine has no compiler.
     """
     requested = training["torch_compile"]
     if requested is None:
@@ -97,7 +102,7 @@ def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tu
 
 
 def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool, str]:
-    """Return (record a batch's passes as a CUDA graph or not, reason); see cuda_graphs.py."""
+    """Return (use CUDA graphs or not, reason); cuda_graphs.py explains what they are."""
     training = config["training"]
     if not training["cuda_graphs"]:
         return False, "as requested"
@@ -115,9 +120,10 @@ def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool
 
 
 def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str, Any]:
-    """Return the choices for a run with the numbers `plan` (describe_run), and the time they take.
+    """Return how to compute the run that `plan` describes, and how long that will take.
 
-    `matmul_flops` is the measured speed of all processes together.
+    `plan` is the result of describe_run. In the result, `matmul_flops` is the measured speed of
+    matrix products, of all processes together.
     """
     training = config["training"]
     precision, precision_reason = pick_precision(training)
@@ -125,9 +131,11 @@ def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str
     ideal_seconds = plan["tokens"] * plan["flops_per_token"] / flops_per_second
     uncompiled_seconds = ideal_seconds / expected_mfu(precision, False)
     compiled, compile_reason = pick_compile(training, uncompiled_seconds, precision)
-    cuda_graphs, cuda_graphs_reason = False, "no CUDA"
     if torch.cuda.is_available():
         cuda_graphs, cuda_graphs_reason = pick_cuda_graphs(config, precision, compiled)
+    else:
+        cuda_graphs = False
+        cuda_graphs_reason = "no CUDA"
     seconds = ideal_seconds / expected_mfu(precision, compiled)
     return {
         "precision": precision,
@@ -142,7 +150,7 @@ def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str
 
 
 def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> NextTokenLoss:
-    """Apply the choices in `plan` to the model and this process; returns the loss to train with."""
+    """Prepare the model and this process as `plan` says, and return the loss to train with."""
     training = config["training"]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -161,7 +169,7 @@ def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> 
     )
 
 
-# ---- what they cost -----------------------------------------------------------------------------
+# ---- time and memory ----------------------------------------------------------------------------
 
 
 def _is_fp32_on_cpu(precision: str) -> bool:
@@ -169,23 +177,27 @@ def _is_fp32_on_cpu(precision: str) -> bool:
 
 
 def expected_mfu(precision: str, compiled: bool) -> float:
-    """Return the share of the speed of matrix products that training reaches on this machine."""
+    """Return the share of the speed of bare matrix products that training should reach here."""
     shares = EXPECTED_MFU_FP32_CPU if _is_fp32_on_cpu(precision) else EXPECTED_MFU
     return shares[compiled]
 
 
 def optimizer_seconds(plan: dict[str, Any]) -> float:
-    """Return the time of a run's optimizer steps: every process computes all of Muon's products."""
+    """Return how long the optimizer steps of a run take.
+
+    Only Muon's matrix products count. Every process computes all of them, so more processes do not
+    make this faster.
+    """
     if not plan["optimizer_flops_per_step"]:
         return 0.0
-    # Muon has its number format, whatever the precision of the run
+    # Muon picks its number format itself, whatever the precision of the run
     precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
     flops = plan["steps"] * plan["optimizer_flops_per_step"]
     return flops / matmul_flops(precision) / expected_mfu(precision, False)
 
 
 def memory_advice(training: dict[str, Any]) -> str:
-    """Return advice on how to fit a step of this training section into less memory."""
+    """Return flags with which a step of this training section needs less memory."""
     batch_size = training["batch_size"]
     accumulation = training["gradient_accumulation_steps"]
     half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""

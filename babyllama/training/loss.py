@@ -4,7 +4,8 @@
     prepare_for_chunks(model)                # once: faster on chunks without padding
     loss(model, input_ids).backward()        # input_ids (B, T)
 
-It knows no Trainer, no teachers and no configuration.
+It is a plain sum, so that the caller decides what to divide by. Trainer, teachers and the
+configuration are not its business.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from babyllama.architectures import MODEL_TYPES
 
-# Logits in memory at a time: 16 MB in bf16 and 32 MB in float32, which fits a CPU's caches.
+# How many logits are in memory at a time. On a CPU it is 16 MB in bf16 and 32 MB in float32, which
+# fits into its caches.
 SLICE_ELEMENTS = 2**23
 GPU_SLICE_ELEMENTS = 2**26
 
-# transformers builds no mask for an attention function that it does not know, and torch's fused
-# kernels need none: they are causal by themselves. For "sdpa" it would look for packed texts in
-# each batch, which waits for the GPU, and build a mask in compiled code.
+# The same attention as "sdpa" under a name of ours. For "sdpa" transformers looks in each batch for
+# packed texts, which waits for the GPU, and builds a mask in compiled code. For a function that it
+# does not know it builds none, and torch's fused kernels need none, because they can be causal
+# without one.
 CAUSAL = "causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
@@ -35,11 +38,11 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def prepare_for_chunks(model: torch.nn.Module) -> None:
-    """Make a model faster on chunks without padding. Neither its weights nor what it saves change.
+    """Make a model faster on chunks without padding, without changing its weights or its files.
 
-    Afterwards attention ignores 2-D masks, so a batch of prompts must not be padded. Eager
-    attention stays eager, and gets its mask from attention_mask. Architectures that train.py does
-    not build (teachers may be of any) stay as they are: their attention may have a sliding window.
+    Afterwards its attention ignores 2-D masks, so padded batches of prompts would be wrong. Eager
+    attention stays eager and needs the mask of attention_mask. A teacher may have an architecture
+    that we do not know, whose attention may have a sliding window, so it stays as it is.
     """
     if model.config.model_type not in MODEL_TYPES:
         return
@@ -53,8 +56,9 @@ def prepare_for_chunks(model: torch.nn.Module) -> None:
 class RotaryTable(torch.nn.Module):
     """Look up the cosines and sines of Llama's rotary embedding instead of computing them.
 
-    Compiled, the original recomputes them for each element of each layer's queries and keys,
-    forward and backward: a sixth of a step on a CPU (docs/results.md).
+    torch.compile fuses the original into every layer, which then computes them again for each
+    element of its queries and keys, forward and backward. Together with keeping freed memory, the
+    table made training 1.16 times as fast on a CPU (docs/results.md).
     """
 
     def __init__(self, rotary: torch.nn.Module, length: int):
@@ -72,15 +76,15 @@ class RotaryTable(torch.nn.Module):
 
 @functools.cache
 def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the additive mask (1, 1, T, T) of causal attention: 0 for visible tokens."""
+    """Return the mask (1, 1, T, T) of causal attention, which is added to the scores."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return _additive(visible[None, None], dtype)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the additive mask (B, 1, T, T) of causal attention within documents.
+    """Return the mask (B, 1, T, T) of causal attention within documents, as causal_mask does.
 
-    A document begins at each BOS, so a token sees the earlier tokens of its document only.
+    Each BOS begins a document, and a token sees only the earlier tokens of its document.
     """
     document = (input_ids == bos_token_id).cumsum(1)  # (B, T)
     same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
@@ -88,6 +92,7 @@ def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 for visible tokens and the lowest number of `dtype` for the others."""
     hidden = torch.finfo(dtype).min
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, hidden
@@ -97,17 +102,18 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def attention_mask(
     model: torch.nn.Module, input_ids: torch.Tensor, mask_from: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """Return the attention_mask argument of a model for chunks (B, T) without padding.
+    """Return what to pass to a model as attention_mask for chunks (B, T) without padding.
 
-    `mask_from` is the id of BOS if documents must not see each other. None leaves the mask to
-    transformers, for architectures that train.py does not build.
+    `mask_from` is the id of BOS if documents must not see each other. The result is None for
+    architectures that we do not know, for which transformers builds the right mask.
     """
     if mask_from is not None:
         return document_mask(input_ids, mask_from, dtype)
     if model.config.model_type not in MODEL_TYPES:
         return None
     if model.config._attn_implementation == CAUSAL:
-        return torch.ones_like(input_ids)  # no padding; without it GPT-2 waits to look for some
+        # without a mask, GPT-2 would look for padding, which waits for the GPU
+        return torch.ones_like(input_ids)
     return causal_mask(input_ids.shape[1], dtype, input_ids.device)
 
 
@@ -116,20 +122,25 @@ def attention_mask(
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the loss in float32 from logits (B, T, V) and input_ids (B, T)."""
-    # (B, T): padding the targets avoids a copy of logits[:, :-1]
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    # padding the targets is cheap, whereas logits[:, :-1] would copy the logits
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)  # (B, T)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def slice_nll(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss of logits (N, V), and factors G (N, V) and s (N, 1) of its gradient G x s.
+    """Return the loss of logits (N, V), and its gradient as factors G (N, V) and s (N, 1).
 
-    targets (N,) holds -1 for positions that predict nothing. With m the largest logit of a row and
-    Z the sum of its exp(logit - m), G is exp(logit - m), less Z at the target, and s is 1 / Z. So
-    one exponential of each logit serves both results, and s can scale matrix products instead of
-    G.
+    targets (N,) holds -1 for positions that predict nothing. With m the largest logit of a row:
+
+        Z = sum of exp(logit - m)
+        G = exp(logit - m), minus Z at the target
+        s = 1 / Z
+        dloss/dlogit = G s
+
+    One exponential per logit is enough for both results this way. s stays separate because it is
+    cheaper to scale the matrix products that follow than G.
     """
     is_target = (targets >= 0)[:, None]  # (N, 1)
     columns = targets.clamp(min=0)[:, None]  # (N, 1)
@@ -137,28 +148,34 @@ def slice_nll(
     powers = (logits - top).exp_()  # (N, V) float32
     total = powers.sum(-1, keepdim=True)
     nll = (total.log() - (logits.gather(1, columns) - top)) * is_target  # (N, 1)
-    at_target = (-nll).expm1() * total  # (p - 1) Z, exact for p near 1
+    at_target = (-nll).expm1() * total  # (p - 1) Z, accurate even if p is close to 1
     gradient = powers.to(logits.dtype).scatter_(1, columns, at_target.to(logits.dtype))
     return nll.sum(), gradient, is_target / total
 
 
 class HeadLoss(torch.autograd.Function):
-    """The loss of an output layer, a few chunks at a time: all logits are never in memory.
+    """Compute output layer and loss for a few chunks at a time, to save memory.
 
-    The gradients are computed on the way, from each slice's logits. On a CPU this is also faster
-    than logits of the whole batch: 505 to 659 ms in float32 and 360 to 473 ms in bf16 for the head
-    of llama-10M, and 148 to 166 ms with both compiled in bf16. torch's F.linear_cross_entropy
-    takes 593 and 664 ms, and in bf16 its loss is 4 % off (torch 2.13, two AVX512-BF16 cores, 32 x
-    128 tokens).
+    The logits of a batch are usually the largest tensor of a step. Here only those of a slice exist
+    at a time, and the forward pass computes the gradients from them before it drops them. On a CPU
+    this also saves time, because a slice fits into the caches. For the head of llama-10M:
+
+                                    float32   bf16     bf16, compiled
+        ours, in slices             505 ms    360 ms   148 ms
+        logits of the batch         659 ms    473 ms   166 ms
+        F.linear_cross_entropy      593 ms    664 ms, with a loss that is 4 % off
+
+    (torch 2.13, two AVX512-BF16 cores, 32 x 128 tokens)
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, input_ids, dtype, kernel, *extras):
-        """Return the sums of `kernel` over slices of states (B, T, D), for a head (V, D), (V,).
+    def forward(ctx, states, weight, bias, input_ids, dtype, kernel, *kernel_inputs):
+        """Return the loss as a scalar; with a custom kernel, its vector of sums, loss first.
 
-        Products are in `dtype`, sums in float32. kernel(logits, targets, *extras) returns what
-        slice_nll does, or several sums of which the first one is the loss. `extras` are
-        tensors (B, T, ...) of which it gets the rows of its slice.
+        The head has a weight (V, D) and maybe a bias (V,); states are (B, T, D). Products are in
+        `dtype` and sums in float32. kernel(logits, targets, *kernel_inputs) computes a slice as
+        slice_nll does. `kernel_inputs` are tensors (B, T, ...), of which it gets the rows of its
+        slice.
         """
         n, length = input_ids.shape
         elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
@@ -172,8 +189,8 @@ class HeadLoss(torch.autograd.Function):
         grad_b = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         total = 0.0
 
-        parts = [part.flatten(0, 1).split(rows) for part in (targets, *extras)]
-        # autocast would halve some of the products and not others
+        parts = [part.flatten(0, 1).split(rows) for part in (targets, *kernel_inputs)]
+        # autocast would run some of these products in half precision and others not
         with torch.autocast(x.device.type, enabled=False):
             for x_slice, grad_slice, *labels in zip(
                 x.split(rows), grad_x.split(rows), *parts, strict=True
@@ -197,7 +214,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, factors):
-        """Return the gradients that forward has computed, times that of the loss."""
+        """Return the gradients that forward has computed, times the gradient of the loss."""
         factor = factors.flatten()[0]
         gradients = [
             None if saved is None else (saved * factor).to(dtype)
@@ -217,11 +234,11 @@ def _hidden_states(model, input_ids, mask):
 
 
 class NextTokenLoss:
-    """Compute loss(model, input_ids (B, T)): the summed -log p of tokens 1 to T - 1, in nats.
+    """Sum -log p of tokens 1 to T - 1 of each chunk, in nats: loss(model, input_ids (B, T)).
 
-    With `compile`, batches of `batch_size` chunks go through torch.compile. Others, such as the
-    last batch of an epoch, do not, because each new shape takes a new compilation. `chunked`
-    computes the output layer in slices, with matrix products in `dtype` (HeadLoss). `mask_from` is
+    With `compile`, batches of `batch_size` chunks go through torch.compile. Other batches, such as
+    the last one of an epoch, do not: torch would compile again for each new shape. With `chunked`,
+    HeadLoss computes the output layer in slices, with matrix products in `dtype`. `mask_from` is
     the id of BOS if documents must not see each other.
     """
 
@@ -238,19 +255,26 @@ class NextTokenLoss:
         self.batch_size = batch_size
         self.compile = compile
         self.mask_from = mask_from
-        self.plain = _hidden_states, _nll_from_logits
+        # torch.compile only wraps a function here, and compiles it when it is first called
+        self.plain = (_hidden_states, _nll_from_logits)
         self.fast = tuple(torch.compile(part, dynamic=False) for part in self.plain)
-        self.kernel = self.fast_kernel = None
+        self.kernel = None
+        self.fast_kernel = None
         if chunked:
             self.set_kernel(slice_nll)
 
     def set_kernel(self, kernel: Callable) -> None:
-        """Compute the output layer in slices, each slice's loss by `kernel` (HeadLoss.forward)."""
+        """Compute the output layer in slices from now on, with `kernel` for each of them."""
         self.kernel = kernel
         self.fast_kernel = torch.compile(kernel, dynamic=False)
 
-    def __call__(self, model, input_ids: torch.Tensor, *extras: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the loss, or the sums of the kernel, which gets the `extras`."""
+    def __call__(
+        self, model, input_ids: torch.Tensor, *kernel_inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss as a scalar; with a custom kernel, its vector of sums, loss first.
+
+        `kernel_inputs` are tensors (B, T, ...) for the kernel.
+        """
         mask = attention_mask(model, input_ids, self.mask_from, self.dtype)
         is_fast = self.compile and len(input_ids) == self.batch_size
         hidden_states, nll_from_logits = self.fast if is_fast else self.plain
@@ -260,5 +284,5 @@ class NextTokenLoss:
         head = model.get_output_embeddings()
         kernel = self.fast_kernel if is_fast else self.kernel
         return HeadLoss.apply(
-            states, head.weight, head.bias, input_ids, self.dtype, kernel, *extras
+            states, head.weight, head.bias, input_ids, self.dtype, kernel, *kernel_inputs
         )

@@ -1,6 +1,6 @@
 """Update the weights: AdamW or Muon, the learning-rate schedule, a moving average of the weights.
 
-Reads the keys of the `training` section; knows no Trainer.
+Everything here follows from the keys of the `training` section; Trainer only calls it.
 
     optimizer = make_optimizer(model, config["training"])
     factor = schedule(config["training"], total_steps=1000)  # learning rate = lr x factor(step)
@@ -17,7 +17,7 @@ import torch
 
 from babyllama.device import fast_dtype
 
-# share of all steps in which wsd decays; Hu et al. 2024 (MiniCPM) found 8 to 20 % enough
+# wsd decays in this share of all steps. Hu et al. 2024 (MiniCPM) found 8 to 20 % enough.
 WSD_DECAY = 0.2
 NEWTON_SCHULZ_STEPS = 5  # torch's default
 # Muon orthogonalizes at most this many weights together: 170 MB at the peak in float32
@@ -25,14 +25,15 @@ STACK_ELEMENTS = 2**23
 
 
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
-    """Return a function from the step (0, 1, ...) to the learning rate as a fraction of `lr`.
+    """Return a function that maps a step (0, 1, ...) to a factor of `lr`.
 
-    A linear warm-up is followed by `lr_scheduler` down to `min_lr`. wsd (warm-up, stable, decay)
-    stays at `lr` and decays linearly over the last fifth of all steps.
+    The learning rate rises linearly during warm-up and then falls to `min_lr` as `lr_scheduler`
+    says. wsd (warm-up, stable, decay) keeps `lr` and falls linearly over the last fifth of all
+    steps.
     """
     warmup = training["warmup_steps"] or math.ceil((training["warmup_ratio"] or 0) * total_steps)
     kind = training["lr_scheduler"]
-    floor = training["min_lr"] / training["lr"]
+    min_factor = training["min_lr"] / training["lr"]
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -46,7 +47,7 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
             decay = min(1.0, max(0, total_steps - step) / max(1, WSD_DECAY * total_steps))
         else:  # constant
             return 1.0
-        return floor + (1 - floor) * decay
+        return min_factor + (1 - min_factor) * decay
 
     return factor
 
@@ -57,14 +58,17 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Move all singular values of each matrix (n, A, B) near 1, and keep the singular vectors.
+    """Move the singular values of each matrix (n, A, B) close to 1, keeping its singular vectors.
 
-    A quintic Newton-Schulz iteration, x <- a x + (b x x' + c (x x')^2) x (Jordan et al. 2024).
+    This is the quintic Newton-Schulz iteration of Jordan et al. (2024):
+
+        x <- a x + (b x x' + c (x x')^2) x
     """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if is_tall else matrices  # (n, A, B) with A <= B: the smaller gram matrix
-    # the Frobenius norm is an upper bound of the largest singular value
+    # with A <= B, x x' is the smaller of the two possible gram matrices
+    x = matrices.mT if is_tall else matrices  # (n, A, B)
+    # the iteration needs singular values of at most 1, and the Frobenius norm bounds the largest
     norms = x.flatten(1).norm(dim=1).clamp(min=eps)  # (n,)
     x = x / norms[:, None, None]
     for _ in range(steps):
@@ -75,13 +79,15 @@ def orthogonalize(
 
 
 class Muon(torch.optim.Muon):
-    """Compute torch's Muon step for all matrices of a shape together, in the machine's fast dtype.
+    """Compute torch's Muon step faster, for all matrices of a shape together.
 
-    torch multiplies one matrix at a time, always in bfloat16. For llama-10M its step takes 5,985 ms
-    on a CPU without bfloat16 units, where ours takes 361 ms and both passes of a batch 3,745 ms.
-    With such units it takes 82 ms, ours 39 ms (docs/results.md). State and settings are torch's.
+    torch orthogonalizes one matrix at a time and always in bfloat16, even if the machine has no
+    units for it. On such a CPU, torch's step for llama-10M takes 5,985 ms, longer than the 3,745 ms
+    of both passes of a batch; ours takes 361 ms. With bfloat16 units it takes 82 ms, ours 39 ms
+    (docs/results.md). State and settings are torch's.
 
-    An update is as large as AdamW's (match_rms_adamw, Liu et al. 2025), so both take the same `lr`.
+    Updates are scaled to the size of AdamW's (match_rms_adamw, Liu et al. 2025), so that both can
+    share one `lr`.
     """
 
     def __init__(self, params, lr: float, weight_decay: float):
@@ -97,7 +103,7 @@ class Muon(torch.optim.Muon):
                 self._update(group, weights)
 
     def _update(self, group: dict[str, Any], weights: list[torch.nn.Parameter]) -> None:
-        """Update n matrices of one shape (A, B)."""
+        """Update n matrices that all have the shape (A, B)."""
         gradients = [p.grad for p in weights]
         for p in weights:
             if not self.state[p]:
@@ -124,7 +130,7 @@ class Muon(torch.optim.Muon):
 
 
 def _stacks(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Yield the parameters that have a gradient, in lists of one shape and bounded size."""
+    """Yield the parameters that have a gradient, in lists of one shape and of bounded size."""
     by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
     for p in parameters:
         if p.grad is not None:
@@ -144,7 +150,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """Make our groups the same objects as the parts', so that a scheduler changes both."""
+        """Share the groups with the parts, so that a scheduler that sets ours sets theirs."""
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     @torch.no_grad()
@@ -185,7 +191,7 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
     is_muon = training["optimizer"] == "muon"
     if is_muon:
         decayed = outer
-    else:  # in the model's order, which resuming an older checkpoint needs
+    else:  # in the model's order, because checkpoints store optimizer states by position
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     adamw = torch.optim.AdamW(
         [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
@@ -198,9 +204,10 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
 
 
 def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
-    """Return the floating-point operations of the matrix products in an optimizer step.
+    """Return the number of floating-point operations of an optimizer step, in matrix products.
 
-    Each Newton-Schulz step for (m, n), m <= n, has two products m x m x n and one m x m x m.
+    AdamW has none. A Newton-Schulz step for a matrix (m, n) with m <= n has two products
+    m x m x n and one m x m x m.
     """
     if training["optimizer"] != "muon":
         return 0
@@ -212,10 +219,10 @@ def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
 
 
 class WeightAverage:
-    """Keep an exponential moving average of a model's weights in a copy of the model, `module`.
+    """Keep an exponential moving average of the weights in a copy of the model, `module`.
 
-    torch's AveragedModel counts its updates in a tensor, which makes the CPU wait for the GPU at
-    every step.
+    torch's AveragedModel would do the same, but it counts its updates in a tensor, and reading that
+    makes the CPU wait for the GPU at every step.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

@@ -1,6 +1,7 @@
 """Compute the numbers of a run before step 0: parameters, tokens, steps, words, operations.
 
-Does not look at the machine (kernels.py does) and does not train.
+All of them follow from the configuration, the model and the text. How the machine will compute the
+run is decided in kernels.py.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ log = logging.getLogger(__name__)
 def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, Any]:
     """Return the derived numbers of a run over `n_chunks` chunks.
 
-    `report` counts `words` and `tokens` of the training text. `flops_per_token` counts the matrix
-    products and causal attention of a forward (2 per weight) and backward pass (4 per weight).
+    `report` holds the numbers of `words` and `tokens` in the training text. `flops_per_token`
+    counts 2 operations per weight in the forward pass, 4 in the backward pass, and causal
+    attention.
     """
     training = config["training"]
     seq_length = config["data"]["seq_length"]
     processes = distributed.world_size()
     chunks_per_step = training["batch_size"] * training["gradient_accumulation_steps"] * processes
 
-    # steps: all epochs, or fewer if training.max_steps says so
+    # count the steps: all epochs, or fewer if training.max_steps says so
     all_steps = distributed.steps_per_epoch(n_chunks, chunks_per_step) * training["num_epochs"]
     steps = min(all_steps, training["max_steps"] or all_steps)
     if (training["max_steps"] or 0) > all_steps:
@@ -48,7 +50,8 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
         )
     chunks = distributed.chunks_after(steps, n_chunks, chunks_per_step)
 
-    # operations: a token attends to T / 2 others on average, in scores and in values
+    # count the operations: a token attends to T / 2 others on average, once for the scores and once
+    # for the values, so attention costs as much as T x hidden_size more weights in each layer
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     weights = sum(layer.weight.numel() for layer in layers)
     attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
@@ -69,7 +72,7 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
 
 
 def describe_loss(distillation: dict | None) -> str:
-    """Return the formula of the training loss in one line."""
+    """Return the formula of the training loss as one line of text."""
     if distillation is None:
         return "cross-entropy"
     alpha = distillation["alpha"]

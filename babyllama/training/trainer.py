@@ -79,7 +79,7 @@ class LMTrainer(Trainer):
 
         # features of the training section
         if self.is_fsdp_enabled and (self.args.bf16 or self.args.fp16):
-            # the default would also compute sums over tokens in half precision
+            # FSDP's default policy would also run our sums over tokens in half precision
             half = torch.bfloat16 if self.args.bf16 else torch.float16
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy

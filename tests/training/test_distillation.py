@@ -18,21 +18,12 @@ from babyllama.config import check_config
 from babyllama.device import compiler_missing, pick_device
 from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
-from babyllama.training.distillation import (
-    CachedChunks,
-    DistillationTrainer,
-    Ensemble,
-    SoftTargets,
-    average_teachers,
-    cache_folder,
-    distillation_loss,
-    divergence,
-    make_kernel,
-    write_cache,
-)
+from babyllama.training.distillation import DistillationTrainer, distillation_loss, make_kernel
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_dir import check_teacher_exists
+from babyllama.training.teacher_cache import CachedChunks, cache_folder, write_cache
+from babyllama.training.teachers import Ensemble, SoftTargets, average_teachers, divergence
 
 LN2 = math.log(2)
 LN3 = math.log(3)
@@ -217,7 +208,7 @@ def test_slice_loss_equals_the_definition_with_its_gradient(k, reduction):
     section = {"temperature": 2.0, "alpha": 0.3, "reduction": reduction, "average": "logits"}
     kernel = make_kernel(section, 7, cached=k is not None)
     next_ids = torch.cat([ids[:, 1:], ids.new_full((3, 1), -1)], 1)
-    labels = [teacher] if k is None else [targets.ids, targets.probs]
+    labels = [teacher] if k is None else [targets.probs, targets.ids]
     before = student.clone()
     total = 0.0
     for rows in (slice(0, 2), slice(2, 3)):
