@@ -22,7 +22,7 @@ import common  # noqa: F401  puts the repository on sys.path
 import torch
 
 from babyllama.cli import run_script
-from babyllama.data.documents import read_parts
+from babyllama.data.documents import read_documents
 from babyllama.evaluation.loading import context_length, encode, load_model
 from babyllama.evaluation.scoring import ids_logprobs, token_logprobs
 
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         model, tokenizer = load_model(args.model, "cpu")
-        documents = [text.strip() for text in read_parts(args.text)]
+        documents = ["".join(parts).strip() for parts in read_documents(args.text)]
         texts = [text for text in documents if text]
         ids = encode(tokenizer, ["\n\n".join(texts)])[0]
         compare_strided(model, ids[: 40 * context_length(model) + 7])
