@@ -4,8 +4,8 @@
     dataset = processor.prepare_dataset("data/train", "data/dev", max_length=128)
     print(len(dataset["train"]), processor.reports["train"])
 
-A corpus can be larger than memory, so nothing here holds a file or even a document at once. Each
-step is a generator that takes a little from the step before it and hands it on:
+A corpus can be larger than memory, so prepare_dataset never holds a complete file. Each step is a
+generator that takes a little from the step before it and hands it on:
 
     documents._read_lines      file      -> lines, with invalid bytes repaired
     documents._number_lines    lines     -> (number of the document, line); counts words
@@ -185,7 +185,7 @@ class DataProcessor:
         max_length: int,
         clean: bool,
     ) -> None:
-        """Write the chunks of a split to an Arrow file, and a report to a JSON file beside it."""
+        """Write the chunks of a split to an Arrow file, and a report to a JSON file next to it."""
         import numpy as np
         import pyarrow as pa
         from datasets import Features, List, Value

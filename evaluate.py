@@ -503,7 +503,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser,
         "output-path",
         metavar="FILE",
-        help="JSON file (default MODEL/evaluation_results.json); the plots are written beside it",
+        help="JSON file (default MODEL/evaluation_results.json); the plots are written next to it",
     )
     add_flag(parser, "device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add_flag(

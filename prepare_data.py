@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare_and_print(args: argparse.Namespace) -> int:
-    """Prepare the data, print what came out, and return the exit code."""
+    """Prepare the data, print a summary, and return the exit code."""
     manifest, new_splits = prepare(args)
     for split in new_splits:
         print_table(split, manifest["splits"][split]["files"])
@@ -186,7 +186,7 @@ def find_sources(args: argparse.Namespace) -> Sources:
         if any(output.is_relative_to(directory.resolve()) for output in outputs):
             raise ValueError(
                 f"{directory} contains --output-dir {args.output_dir}: the next run would read "
-                "what this one writes; choose another --output-dir"
+                "the output of this one; choose another --output-dir"
             )
         sources[split] = {}
         for path in find_files(directory, split):
@@ -383,11 +383,11 @@ def train_tokenizer(args: argparse.Namespace, train: dict, folder: Path) -> None
 
 
 def count_tokens(path: Path, splits: dict[str, dict], folders: dict[str, Path]) -> dict | None:
-    """Add each file's tokens to its record; return the tokenizer's record, None without one."""
+    """Add the tokens of each file to its record; return facts about the tokenizer, if it exists."""
     if not path.exists():
         return None
     backend = load_tokenizer(path).backend_tokenizer
-    backend.encode_special_tokens = True  # "</s>" in a text is text
+    backend.encode_special_tokens = True  # read "</s>" in a text as text, not as the token
     digest = sha256(path)
     for split, entry in splits.items():
         entry["tokenizer_sha256"] = digest
@@ -429,7 +429,7 @@ def print_table(split: str, files: dict[str, dict]) -> None:
 
 
 def print_repairs(manifest: dict, new_splits: list[str]) -> None:
-    """Print what was repaired or dropped, and which splits are older."""
+    """Print repairs, dropped documents, and the splits that are from an earlier run."""
     for split in new_splits:
         for record in manifest["splits"][split]["files"].values():
             if record["documents_left_empty"]:

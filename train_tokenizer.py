@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_and_print(args: argparse.Namespace) -> int:
-    """Train the tokenizer, print what came out, and return the exit code."""
+    """Train the tokenizer, print a summary, and return the exit code."""
     files = find_files(args.data_dir, "train")
     summary = train_on_files(files, args.vocab_size, args.output)
     print(summary_text(summary, args.vocab_size))

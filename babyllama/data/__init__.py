@@ -1,1 +1,1 @@
-"""Read, clean and tokenize text."""
+"""Turn text files into tokens."""

@@ -1,1 +1,1 @@
-"""Score, generate and grade: everything done with a trained model."""
+"""Measure trained models."""

@@ -125,7 +125,7 @@ def generate_steps(
     draws = np.stack([generator.random(steps, dtype=np.float32) for generator in generators])
     draws = torch.as_tensor(draws, device=model.device)  # (B, steps)
 
-    tokens, mask = _pad_left(prompts, model.device)  # (B, T) both
+    tokens, mask = _pad_left(prompts, model.device)  # both (B, T)
     lengths = mask.sum(1, keepdim=True)  # (B, 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T)
     uses_graph = steps >= MIN_GRAPH_STEPS and _supports_cuda_graph(model)
