@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +15,14 @@ import yaml
 from conftest import ROOT, rows_of, tiny_config
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 import train
 from babyllama.config import check_config
 from babyllama.training import trainer
 from babyllama.training.chunks import ShiftedChunks
 from babyllama.training.run_dir import RESULTS, checkpoints
+from babyllama.training.trainer import LMTrainer
 
 
 def results_of(run_dir: Path) -> dict:
@@ -227,3 +230,20 @@ def test_losses_equal_those_of_a_plain_trainer_script(
     assert len(losses) == 10
     assert losses == pytest.approx(plain, abs=1e-4)
     assert max(losses) - min(losses) > 0.01
+
+
+def test_the_private_methods_that_we_override_exist():
+    """If a release of transformers renames one, Trainer would never call ours."""
+    trainer_source = inspect.getsource(Trainer)
+    overridden = [
+        "_load_best_model",
+        "_load_from_checkpoint",
+        "_maybe_log_save_evaluate",
+        "_run_epoch",
+        "_save_checkpoint",
+    ]
+    for name in overridden:
+        assert name in vars(LMTrainer)
+        assert f"self.{name}(" in trainer_source
+    assert "self._created_lr_scheduler" in trainer_source
+    assert "self._n_gpu" in inspect.getsource(TrainingArguments)
