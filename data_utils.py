@@ -65,7 +65,7 @@ __all__ = [
 ]
 logger = logging.getLogger(__name__)
 BATCH = 1 << 20  # characters that the tokenizer gets at a time
-CACHE_VERSION = 3  # increase it whenever the content of a cached file changes
+CACHE_VERSION = 2  # increase it whenever the content of a cached file changes
 
 
 class DataProcessor:

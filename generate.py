@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model, args.device)
     prompts = read_prompts() if args.prompt is None else [args.prompt]
     for prompt in prompts:
+        # a shell passes any bytes; those that are not UTF-8 become replacement characters
+        prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
         for number in range(args.num_samples):
             pieces = stream(
                 model,

@@ -21,10 +21,10 @@ write are never replaced. It does not download, deduplicate or split data.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -36,7 +36,7 @@ from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_
 from babyllama.data.documents import domain_of, find_files, new_report, read_documents, read_parts
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.tokenizer import load_tokenizer
-from babyllama.files import atomic_write, check_replaceable, exclusive_folder, sha256, write_json
+from babyllama.files import check_replaceable, exclusive_folder, sha256, write_json
 from babyllama.schema import TRACKS
 from train_tokenizer import check_request, summary_text, train_on_files
 
@@ -145,19 +145,17 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     with exclusive_folder(args.output_dir, "give another --output-dir"):
         manifest_file = args.output_dir / "manifest.json"
         manifest = read_manifest(manifest_file)
-        check_outputs(args.output_dir, list(sources), manifest)
+        earlier_files = check_outputs(args.output_dir, list(sources), manifest)
         overlap = Overlap() if len(sources) == 2 else None
 
-        # clean and count in temporary folders, which move into place when everything is ready
-        with contextlib.ExitStack() as stack:
-            folders = {}
-            for split in sources:
-                target = (args.output_dir / split).resolve()
-                folders[split] = stack.enter_context(atomic_write(target))
+        # clean and count in a temporary folder; the files move into place when all are ready
+        with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".") as staging:
+            folders = {split: Path(staging, split) for split in sources}
             splits = clean_splits(sources, cleaners, folders, overlap)
             if "train" in splits and not args.skip_tokenizer:
                 train_tokenizer(args, splits["train"], folders["train"])
             tokenizer = count_tokens(args.tokenizer_output, splits, folders)
+            install(folders, args.output_dir, earlier_files)
 
         # splits that are not prepared this time keep their records
         manifest["splits"] |= splits
@@ -245,12 +243,17 @@ def recorded_hashes(manifest: dict) -> dict[str, str]:
     return hashes
 
 
-def check_outputs(output_dir: Path, splits: list[str], manifest: dict) -> None:
-    """Raise ValueError if a folder to be replaced has a file that is new or edited since."""
+def check_outputs(output_dir: Path, splits: list[str], manifest: dict) -> list[Path]:
+    """Return the files that an earlier run left in these splits; hidden files are not ours.
+
+    Raise ValueError if one of them was not written by this script, or was edited since.
+    """
     hashes = recorded_hashes(manifest)
+    earlier_files = []
     for split in splits:
-        for path in sorted((output_dir / split).rglob("*")):
+        for path in sorted((output_dir / split).rglob("[!.]*")):
             if path.is_file():
+                earlier_files.append(path)
                 recorded = hashes.get(path.relative_to(output_dir).as_posix())
                 is_ours = recorded == sha256(path)
                 check_replaceable(
@@ -258,6 +261,24 @@ def check_outputs(output_dir: Path, splits: list[str], manifest: dict) -> None:
                     is_ours,
                     "if you wrote or edited it, move it away or choose another --output-dir",
                 )
+    return earlier_files
+
+
+def install(folders: dict[str, Path], output_dir: Path, earlier_files: list[Path]) -> None:
+    """Move the finished files of each split into place; delete earlier ones without a successor.
+
+    Files are replaced one by one because data/train may be a mount point, or hold hidden files.
+    """
+    new_files = {}
+    for split, folder in folders.items():
+        for path in sorted(folder.iterdir()):
+            new_files[output_dir / split / path.name] = path
+    for path in earlier_files:
+        if path not in new_files:
+            path.unlink()
+    for path, draft in new_files.items():
+        path.parent.mkdir(exist_ok=True)
+        draft.replace(path)
 
 
 # ---- cleaning -----------------------------------------------------------------------------------

@@ -148,13 +148,15 @@ def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> It
 
     n_bytes = sum(file.stat().st_size for file in files)
     n_sampled = 0
+    n_read = 0  # bytes on disk
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for file in files:
             report = new_report()
-            file_start = bar.n
+            file_start = n_read
             for text in read_parts(file, report):
-                bar.update(file_start + report["bytes_on_disk"] - bar.n)
-                if n_sampled * n_bytes <= SAMPLE_BYTES * bar.n:
+                n_read = file_start + report["bytes_on_disk"]
+                bar.update(n_read - bar.n)
+                if n_sampled * n_bytes <= SAMPLE_BYTES * n_read:  # the bar may be off
                     sample.append(text)
                     n_sampled += len(text.encode())
                 yield text

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+ERROR_FILE = "BABYLLAMA_ERROR_FILE"
 
 
 def add_flag(parser: Any, name: str, **options) -> argparse.Action:
@@ -39,7 +42,12 @@ def duration(seconds: float) -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error on stderr: one line, starting with "error: ", for each problem it lists."""
+    """Print an error on stderr: one line, starting with "error: ", for each problem it lists.
+
+    A sweep also reads it from the file that $BABYLLAMA_ERROR_FILE names.
+    """
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).write_text(str(error), encoding="utf-8")
     for line in str(error).splitlines() or [type(error).__name__]:
         print(f"error: {line}", file=sys.stderr, flush=True)
 

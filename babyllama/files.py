@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -22,6 +23,8 @@ from typing import Any
 import filelock
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
+log = logging.getLogger(__name__)
+
 LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
 
 
@@ -34,20 +37,27 @@ def default_cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it to `path` once the block has succeeded.
 
     The block creates a file or a directory at the temporary path. Whoever reads `path` therefore
     sees the old content or the new content, but never half of it. If the block fails, what it wrote
-    is deleted and `path` stays as it was.
+    is deleted and `path` stays as it was. With `keep_existing`, what another process has put at
+    `path` in the meantime stays: two runs that fill the same cache write the same content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         draft = Path(folder, path.name)
         yield draft
+        if keep_existing and path.exists():
+            return
         if draft.is_dir() and path.is_dir():
             path.rename(Path(folder, "replaced"))
-        draft.replace(path)
+        try:
+            draft.replace(path)
+        except OSError:
+            if not (keep_existing and path.exists()):
+                raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,6 +147,10 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
         raise ValueError(
             f"{folder}: another process is writing there; wait until it ends, or {remedy}"
         ) from None
+    except PermissionError:
+        raise
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s cannot be locked (%s): start one process only", folder, error.strerror)
     try:
         yield
     finally:

@@ -80,13 +80,15 @@ def test_the_same_seed_prints_the_same_texts(model_dirs, capsys):
     assert capsys.readouterr().out != first.out
 
 
-def test_bytes_that_are_not_utf8_are_one_error_line(model_dirs, capsys):
+def test_bytes_that_are_not_utf8_become_replacement_characters(model_dirs, capsys, monkeypatch):
+    flags = [str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]
     prompt = b"caf\xe9 noir".decode("utf-8", "surrogateescape")  # as Python passes them on
-    assert generate.main([str(model_dirs["Llama"]), "--prompt", prompt, "--device", "cpu"]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: a text contains half of a surrogate pair")
-    assert err.count("\n") == 1
-    assert out == ""
+    assert generate.main([*flags, "--prompt", prompt]) == 0
+    assert capsys.readouterr().out.startswith("caf\ufffd noir")
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff cat\n"), "utf-8", "surrogateescape")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert generate.main(flags) == 0
+    assert capsys.readouterr().out.startswith("\ufffd cat")
 
 
 def test_a_tokenizer_without_bos_and_eos_continues_a_prompt(bare_model_dir, capsys):

@@ -15,19 +15,21 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from babyllama.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
+from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import ConfigError, read_yaml_file
-from babyllama.files import ROOT, write_json, write_text
+from babyllama.files import ROOT, describe_environment, write_json, write_text
 from babyllama.plots import plot_sweep
 from babyllama.training import distributed
 from babyllama.training.run_dir import METRICS_FILE, checkpoint_error, checkpoints, milestones
@@ -168,39 +170,40 @@ def resume_flags(run_dir: Path) -> list[str]:
 def train_point(command: list[str]) -> str | None:
     """Run train.py to its end; return its error, or None if it succeeded.
 
-    Its stderr is shown and searched for error lines. Raise KeyboardInterrupt if it was interrupted;
-    Ctrl-C reaches it directly, because a terminal signals both processes, SIGTERM is passed on.
+    It prints to our terminal, progress bar included, and leaves its error in a file. It runs in a
+    session of its own, so that it gets each Ctrl-C and SIGTERM once, from us. Raise
+    KeyboardInterrupt if it was interrupted.
     """
     sys.stdout.flush()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder, "error.txt")
+        environment = {**os.environ, ERROR_FILE: str(error_file)}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        code = wait_and_pass_on_signals(process)
+        error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
+    return None if code == 0 else error or f"train.py ended with exit code {code}"
+
+
+def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
+    """Wait for train.py and return its exit code; raise KeyboardInterrupt if it was interrupted."""
     received = []
 
     def pass_on(number, frame) -> None:
         received.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
+        process.send_signal(number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # a background job ignores Ctrl-C
             signal.signal(number, pass_on)
-    errors = []
-    line = ""
     try:
-        for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            if line.startswith("error: "):
-                errors.append(line.removeprefix("error: ").strip())
         code = process.wait()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if received or code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
-    if code == 0:
-        return None
-    return "\n".join(errors) or line.strip() or f"train.py ended with exit code {code}"
+    return code
 
 
 def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
@@ -323,11 +326,7 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
 def write_sweep(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
     """Write sweep.json, sweep.txt and sweep.png for the runs so far."""
     best = best_run(rows)
-    environment = None
-    if best:
-        metrics = json.loads((folder / best / METRICS_FILE).read_text(encoding="utf-8"))
-        environment = metrics["environment"]
-    document = {"grid": grid, "best": best, "runs": rows, "environment": environment}
+    document = {"grid": grid, "best": best, "runs": rows, "environment": describe_environment()}
     write_json(folder / RESULTS, document)
     write_text(folder / TABLE, format_table(grid, rows) + "\n")
     if best:
