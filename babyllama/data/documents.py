@@ -210,6 +210,7 @@ def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator
     """
     number = 0
     newlines = "\n"  # before the next line; empty in the middle of a long line
+    splits_word = False  # the last string ended in the middle of a line, and of a word
     for line, next_line in itertools.pairwise(itertools.chain(lines, [""])):
         at_line_start = newlines != ""
         if at_line_start and line.strip(" \t") == "\n":
@@ -221,8 +222,11 @@ def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator
             number += 1
             newlines = ""
         text = line.removesuffix("\n")
+        if splits_word and text and not text[0].isspace():
+            report["words"] -= 1  # the rest of a word that is counted already
         yield number, _count(newlines[:3] + text, report)
         newlines = line[len(text) :]
+        splits_word = newlines == "" and not text[-1:].isspace()
 
 
 def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterator[tuple[int, str]]:

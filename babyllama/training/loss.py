@@ -114,7 +114,8 @@ def attention_mask(
     if model.config._attn_implementation == CAUSAL:
         # without a mask, GPT-2 would look for padding, which waits for the GPU
         return torch.ones_like(input_ids)
-    return causal_mask(input_ids.shape[1], dtype, input_ids.device)
+    # as transformers would build it: in the dtype of the weights, also under autocast
+    return causal_mask(input_ids.shape[1], model.dtype, input_ids.device)
 
 
 # ---- the loss -----------------------------------------------------------------------------------
@@ -255,9 +256,8 @@ class NextTokenLoss:
         self.batch_size = batch_size
         self.compile = compile
         self.mask_from = mask_from
-        # torch.compile only wraps a function here, and compiles it when it is first called
         self.plain = (_hidden_states, _nll_from_logits)
-        self.fast = tuple(torch.compile(part, dynamic=False) for part in self.plain)
+        self.fast = tuple(map(self._compiled, self.plain))
         self.kernel = None
         self.fast_kernel = None
         if chunked:
@@ -266,7 +266,11 @@ class NextTokenLoss:
     def set_kernel(self, kernel: Callable) -> None:
         """Compute the output layer in slices from now on, with `kernel` for each of them."""
         self.kernel = kernel
-        self.fast_kernel = torch.compile(kernel, dynamic=False)
+        self.fast_kernel = self._compiled(kernel)
+
+    def _compiled(self, function: Callable) -> Callable:
+        """Wrap a function so that its first call compiles it, if compilation is on."""
+        return torch.compile(function, dynamic=False) if self.compile else function
 
     def __call__(
         self, model, input_ids: torch.Tensor, *kernel_inputs: torch.Tensor

@@ -157,7 +157,7 @@ def write_cache(
             f"{n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; a smaller distillation.top_k, "
             "or BABYLLAMA_CACHE on another disk"
         )
-    with atomic_write(folder) as draft:
+    with atomic_write(folder, keep_existing=True) as draft:
         draft.mkdir(exist_ok=True)
         ids = np.lib.format.open_memmap(draft / IDS_FILE, "w+", id_type, shape)
         probs = np.lib.format.open_memmap(draft / PROBS_FILE, "w+", np.float32, shape)

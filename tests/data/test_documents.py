@@ -305,3 +305,14 @@ def test_real_files_have_the_expected_documents(name):
         assert len(texts) > 60
     else:
         assert len(texts) == {"qed": 8, "childes": 1}[name]
+
+
+def test_a_word_longer_than_a_long_line_counts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONG_LINE", 50)
+    monkeypatch.setattr(documents, "BLOCK", 20)
+    text = f"a {'x' * 333} b\n{'y' * 120}\nz\n"
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    report = documents.new_report()
+    read = "".join("".join(document) for document in documents.read_documents(path, report))
+    assert report["words"] == len(text.split()) == len(read.split()) == 5
