@@ -5,9 +5,9 @@
 Most items have a clear winner, which a rough score is enough to find. So a fast pass scores all
 candidates, in prefix trees and in the machine's fastest number format, and only the close items are
 scored again in float32 by scoring.py. To know what is close, a sample of the items is scored both
-ways. Errors of single tokens add up like a random walk, so they are compared per square root of
-the number of tokens. A winner is clear if its margin is more than twice the largest error per
-square root of tokens, measured on every item that float32 scored: the sample and all close items.
+ways. Errors of single tokens add up like a random walk, so margins and errors are compared per
+square root of the number of tokens. A winner is clear if its margin is more than twice the largest
+error measured on any item that float32 scored: the sample and all close items.
 
 That error is measured, not proved. Float32 could choose differently in an item that it did not
 score, if the error of that item is larger than any that was measured. `precision` states the

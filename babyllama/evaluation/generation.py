@@ -290,7 +290,7 @@ class GraphDecoder(Decoder):
         width = tokens.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
         visible = causal & self.mask.bool()[:, None]  # (B, T, T)
-        # a row of padding attends to itself, because a softmax over nothing would be NaN
+        # padding attends to itself, because every row of a softmax needs a visible place
         visible.diagonal(dim1=1, dim2=2).fill_(True)
         mask = self.step_mask.expand(-1, -1, width, -1).clone()  # (B, 1, T, T + steps)
         mask[..., :width] = 0
@@ -330,5 +330,5 @@ def _supports_cuda_graph(model) -> bool:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream that captures all graphs: cuBLAS keeps 32 MB for every stream."""
+    """Return the one stream that captures all graphs: cuBLAS keeps 32 MB per stream."""
     return torch.cuda.Stream(device)
