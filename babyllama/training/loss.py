@@ -76,15 +76,19 @@ class RotaryTable(torch.nn.Module):
 
 @functools.cache
 def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the mask (1, 1, T, T) of causal attention, which is added to the scores."""
+    """Return the mask (1, 1, T, T) of causal attention.
+
+    Attention adds a mask to its scores, so it is 0 where a token may look.
+    """
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return _additive(visible[None, None], dtype)
 
 
 def document_mask(input_ids: torch.Tensor, bos_token_id: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask (B, 1, T, T) of causal attention within documents, as causal_mask does.
+    """Return the mask (B, 1, T, T) of causal attention within documents.
 
-    Each BOS begins a document, and a token sees only the earlier tokens of its document.
+    A document begins at each BOS, and a token sees only itself and the earlier tokens of its
+    document.
     """
     document = (input_ids == bos_token_id).cumsum(1)  # (B, T)
     same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
@@ -190,14 +194,15 @@ class HeadLoss(torch.autograd.Function):
         grad_b = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         total = 0.0
 
+        # compute the loss and the gradients, one slice of rows at a time
         parts = [part.flatten(0, 1).split(rows) for part in (targets, *kernel_inputs)]
         # autocast would run some of these products in half precision and others not
         with torch.autocast(x.device.type, enabled=False):
-            for x_slice, grad_slice, *labels in zip(
+            for x_slice, grad_slice, *inputs in zip(
                 x.split(rows), grad_x.split(rows), *parts, strict=True
             ):
                 logits = F.linear(x_slice, w, b)  # (rows, V)
-                sums, gradient, scale = kernel(logits, *labels)
+                sums, gradient, scale = kernel(logits, *inputs)
                 total = total + sums
                 torch.mm(gradient, w, out=grad_slice).mul_(scale)
                 scaled = (x_slice * scale).to(dtype)
@@ -209,7 +214,8 @@ class HeadLoss(torch.autograd.Function):
                     grad_b += torch.mv(gradient.t().float(), scale.squeeze(1))
 
         ctx.save_for_backward(grad_x.view(states.shape), grad_w, grad_b)
-        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = (states.dtype, weight.dtype, bias_dtype)
         return total
 
     @staticmethod

@@ -668,7 +668,7 @@ def test_another_vocabulary_of_the_same_size_is_an_error(config_file, local_teac
     (line,) = errors_of(capsys)
     reason = "does not fit the student: another vocabulary: 2 tokens differ"
     assert f"teacher {local_teacher}: {reason}" in line
-    assert f"the first is {a!r} (id 301 there, 300 here)" in line
+    assert f"the first is {a!r} (id 301 instead of 300)" in line
     assert not (config_path.parent / "cache").exists()
 
 
