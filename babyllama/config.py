@@ -1,8 +1,9 @@
-"""Read a YAML configuration and check it against schema.py.
+"""Turn a YAML configuration into a checked dictionary.
 
-All problems are reported at once, each with its path, the value, what is allowed and the nearest
-key. This module opens nothing but the YAML file: train.py checks that the tokenizer and the text
-exist. It does not import torch, so a wrong configuration is reported within a second.
+People usually make more than one mistake, so all problems are reported at once, each with the key,
+its value, what is allowed and the nearest key that exists. train.py checks later that the tokenizer
+and the text exist; this module opens nothing but the YAML file. It does not import torch, so a
+wrong configuration is reported within a second.
 
     python -m babyllama.config            write config/schema.json and API_REFERENCE.md's key table
     python -m babyllama.config --check    exit with 1 if either is out of date
@@ -30,7 +31,7 @@ MAX_CONFIG_BYTES = 1_000_000  # PyYAML takes minutes for a large text file named
 
 
 class ConfigError(ValueError):
-    """The problems of a configuration; `problems` holds one line for each."""
+    """Report the problems of a configuration; `problems` holds one line for each."""
 
     def __init__(self, problems: list[str], source: str = ""):
         self.problems = problems
@@ -52,7 +53,8 @@ def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
 class _Loader(yaml.SafeLoader):
     """Load YAML as people mean it: `3e-4` is a number and `None` is null.
 
-    Duplicate keys and aliases are errors.
+    Standard YAML reads both as text. Duplicate keys are errors, because YAML would silently keep
+    the last one, and so are aliases, which a configuration does not need.
     """
 
     def compose_node(self, parent, index):
@@ -77,7 +79,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# a copy, because adding a resolver changes the lists in place
+# adding a resolver changes these lists in place, so work on a copy of SafeLoader's
 _Loader.yaml_implicit_resolvers = {
     character: list(resolvers)
     for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -91,7 +93,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), [
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML text; ConfigError names the line of a syntax error."""
+    """Return the value of a YAML text; raise ConfigError with the line of a syntax error."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -102,7 +104,10 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml_file(path: str | Path) -> Any:
-    """Return the content of a YAML file; FileNotFoundError suggests a shipped configuration."""
+    """Return the content of a YAML file.
+
+    If it does not exist, raise FileNotFoundError that suggests one of the shipped configurations.
+    """
     path = Path(path)
     if not path.is_file():
         shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
@@ -127,12 +132,12 @@ TYPE_NAMES = {
 
 
 def allowed_values(node: dict) -> str:
-    """Return what a JSON schema of one value allows, in words."""
+    """Describe in words what the JSON schema of one value allows."""
     return ", or ".join(_allowed_option(option) for option in node.get("anyOf", [node]))
 
 
 def _allowed_option(node: dict) -> str:
-    if "allowed" in node:  # in words already
+    if "allowed" in node:  # schema.py has put it into words already
         return node["allowed"]
     if "enum" in node:
         *choices, last = map(str, node["enum"])
@@ -161,7 +166,7 @@ def _number(value: float) -> str:
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
-    """Return the line for a key that the section at `path` does not have."""
+    """Describe the problem of a key that the section at `path` does not have."""
     if not path:
         return f"{key}: unknown section; {suggest(key, known)}"
     if path in SECTIONS:
@@ -209,18 +214,19 @@ def validation_problems(
             lines.append(f"{dotted}: missing; {allowed_values(node)}{meaning}")
         else:
             lines.append(f"{dotted}: {problem['input']!r} is not allowed; {allowed_values(node)}")
-    return list(dict.fromkeys(lines))  # a value can fail every member of a union
+    # a value that fails every member of a union has one error for each; report it once
+    return list(dict.fromkeys(lines))
 
 
 # ---- checking -----------------------------------------------------------------------------------
 
 
 def check_config(raw: Any, source: str = "") -> dict:
-    """Return a checked configuration with all defaults; ConfigError lists all problems."""
+    """Return a checked configuration with all its defaults; raise ConfigError with all problems."""
     if not isinstance(raw, dict):
         problem = f"not a configuration; it needs the sections {', '.join(SECTIONS)}"
         raise ConfigError([problem], source)
-    if "logging" in raw and raw["logging"] is None:  # a bare `logging:` has all its defaults
+    if "logging" in raw and raw["logging"] is None:  # a bare `logging:` means all its defaults
         raw = {**raw, "logging": {}}
     config = _validate(Config, raw, source=source)
     config = {name: keys for name, keys in config.items() if keys is not None}
@@ -241,7 +247,7 @@ def check_config(raw: Any, source: str = "") -> dict:
 
 
 def check_model_section(section: Any) -> dict:
-    """Return a checked model section with its defaults; a notebook may leave `name` out."""
+    """Return a checked model section with its defaults; in a notebook it needs no `name`."""
     if not isinstance(section, dict):
         keys = ", ".join(ModelSection.model_fields)
         raise ConfigError([f"model: {section!r} is not a section; it holds {keys}"])
@@ -254,7 +260,10 @@ def check_model_section(section: Any) -> dict:
 
 
 def with_defaults(name: str, section: Any) -> dict:
-    """Return a section of a notebook with its defaults; ConfigError for a key it does not have."""
+    """Return a section with its defaults; raise ConfigError for an unknown key.
+
+    The values are not checked: this is for notebooks, which pass only what they need.
+    """
     fields = SECTIONS[name].model_fields
     section = section or {}
     for key in section:
@@ -308,7 +317,10 @@ def _valid_values(raw: dict, wrong: set[tuple]) -> dict[str, dict]:
 
 
 def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
-    """Yield a line for each rule between keys that is broken; a required key may be None."""
+    """Yield one line for each broken rule between several keys.
+
+    A required key is None here if it is missing or wrong, which has been reported already.
+    """
     model = config["model"]
     training = config["training"]
 
@@ -407,7 +419,7 @@ def unusual_values(config: dict) -> list[str]:
 
 
 def set_key(raw: Any, assignment: str) -> None:
-    """Apply one `section.key=value` to a raw configuration in place; the value is read as YAML."""
+    """Apply one `section.key=value` to a raw configuration, in place; the value is YAML."""
     dotted, equals, text = assignment.partition("=")
     path = dotted.strip().replace("-", "_").split(".")
     if not equals or len(path) != 2 or not all(path):
@@ -417,7 +429,10 @@ def set_key(raw: Any, assignment: str) -> None:
 
 
 def set_value(raw: Any, section: str, key: str, value: Any) -> None:
-    """Set raw[section][key], adding a missing section; check_config reports any other shape."""
+    """Set raw[section][key], and add the section if it is missing.
+
+    If the configuration has another shape, leave it alone: check_config will report that.
+    """
     if isinstance(raw, dict):
         if raw.get(section) is None:
             raw[section] = {}

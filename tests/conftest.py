@@ -1,4 +1,4 @@
-"""Shared fixtures: a small corpus, a tokenizer trained on it, tiny models and finished tiny runs."""
+"""Provide the shared fixtures: a small corpus with its tokenizer, tiny models, finished tiny runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import yaml
 
-# The same examples in every run; BABYLLAMA_FUZZ=1 draws new ones.
+# Draw the same examples in every run, so that a failure can be repeated; BABYLLAMA_FUZZ=1 draws new ones.
 hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))
 hypothesis.settings.load_profile("suite")
 
@@ -69,8 +69,8 @@ def sentences(n: int, seed: int = 0) -> list[str]:
 
 
 def words_in_chunks(tokenizer, chunks: list[list[int]]) -> list[int]:
-    """How many words begin in each chunk, one character of the decoded text after the other."""
-    # GPT-2's table of characters that stand for bytes; a newline for <s> and </s>
+    """Count the words that begin in each chunk, character by character in the decoded text."""
+    # GPT-2's table of characters that stand for bytes; <s> and </s> become a newline
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -85,7 +85,8 @@ def words_in_chunks(tokenizer, chunks: list[list[int]]) -> list[int]:
     ends = list(itertools.accumulate(map(len, texts)))
     position = 0
     previous = " "
-    for character in b"".join(texts).decode(errors="ignore"):  # can end within a character
+    # the last chunk may end in the middle of a character
+    for character in b"".join(texts).decode(errors="ignore"):
         if previous.isspace() and not character.isspace():
             counts[bisect.bisect(ends, position)] += 1
         position += len(character.encode())

@@ -1,8 +1,8 @@
-"""Follow BabyLM's rules: count the words a run has seen, check its budget, save its checkpoints.
+"""Follow BabyLM's rules about the words that a model may see.
 
-A `babylm:` section in the configuration adds a budget of words and epochs that is checked before
-training, a model directory chck_<N>M at the first step that crosses N million words, and
-compliance.json. Without the section only the words are counted (data/words.py).
+With a `babylm:` section in the configuration, a run checks its budget of words before training,
+saves a model directory chck_<N>M as soon as it has seen N million words, and documents both in
+compliance.json. Without the section it only counts the words (data/words.py).
 
     seen = SeenWords(counts, order=lambda epoch: np.arange(n), chunks_per_step=32, epochs=10)
     print(seen.after[100], seen.first_step(1_000_000), seen.by_domain(100))
@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_words(track: str) -> list[int]:
-    """Return the numbers of words seen at which BabyLM asks for a checkpoint.
+    """Return the numbers of words at which BabyLM asks for a checkpoint.
 
-    Every million up to 10, every ten up to 100 and, on the strict track, every hundred up to 1000.
+    BabyLM wants one at every million words up to 10 million, then at every ten million up to 100
+    million and, on the strict track, at every hundred million up to 1,000 million.
     """
     millions = [*range(1, 10), *range(10, 101, 10)]
     if track == "strict":
@@ -51,12 +52,12 @@ def checkpoint_words(track: str) -> list[int]:
 
 
 class SeenWords:
-    """Words that a run has seen after each step: `after`, int64 (steps + 1,).
+    """Tell how many words a run has seen after each step; `after` is int64 (steps + 1,).
 
-    The order of the chunks follows from the seed and the epoch, so everything is counted before the
-    first step. Counting in the step instead would take a word count beside each chunk (whether its
-    first token begins a word depends on the chunk before), a sum over all processes after every
-    step, and the counts of every domain and step in each checkpoint.
+    The seed and the epoch determine the order of the chunks, so all words can be counted before the
+    first step. Counting them while training would be harder: each chunk would need its word count
+    beside it, because only the chunk before tells whether the first token begins a word; every step
+    would need a sum over all processes; and every checkpoint would have to store the counts.
     """
 
     def __init__(
@@ -67,27 +68,28 @@ class SeenWords:
         epochs: int,
         offset: Callable[[int], int] = lambda epoch: 0,
     ):
-        """Count the chunks of each epoch, given their order and the offset of the first one."""
+        """Count the words of each epoch, from its order of chunks and their first offset."""
         self.counts = counts
         self.order = order
         self.offset = offset
         self.chunks_per_step = chunks_per_step
-        words_per_step = []  # of each epoch
+        words_per_step = []  # one array (steps,) for each epoch
         for epoch in range(epochs):
             words = counts.per_chunk(offset(epoch))[order(epoch)]
             steps = distributed.steps_per_epoch(len(words), chunks_per_step)
-            first_chunks = np.arange(steps) * chunks_per_step  # the last step takes the rest
+            # the last step also takes the chunks that remain
+            first_chunks = np.arange(steps) * chunks_per_step
             words_per_step.append(np.add.reduceat(words, first_chunks))
         self.after = np.cumsum(np.concatenate([[0], *words_per_step]))
-        self.epoch_ends = np.cumsum([0, *map(len, words_per_step)])  # in steps
+        self.epoch_ends = np.cumsum([0, *map(len, words_per_step)])  # counted in steps
 
     def first_step(self, words: int) -> int | None:
-        """Return the first step after which this many words were seen; None if there is none."""
+        """Return the first step after which this many words were seen; None if it never happens."""
         step = int(np.searchsorted(self.after, words))
         return step if step < len(self.after) else None
 
     def by_domain(self, step: int) -> dict[str, int]:
-        """Return the words of each domain that were seen after a step."""
+        """Return the number of words of each domain that were seen after a step."""
         words: Counter[str] = Counter()
         for epoch, (start, end) in enumerate(itertools.pairwise(self.epoch_ends)):
             if step <= start:
@@ -102,7 +104,10 @@ class SeenWords:
 
 
 def chunk_order(n_chunks: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the chunks of an epoch in the order of Trainer's sampler, for all processes: (N,)."""
+    """Return the order in which Trainer's sampler visits the chunks of an epoch, (N,) int64.
+
+    This is the order over all processes together.
+    """
     sampler = SeedableRandomSampler(range(n_chunks), generator=torch.Generator(), data_seed=seed)
     sampler.set_epoch(epoch)
     return np.fromiter(sampler, dtype=np.int64, count=n_chunks)
@@ -111,9 +116,9 @@ def chunk_order(n_chunks: int, seed: int, epoch: int) -> np.ndarray:
 class BabyLMCallback(TrainerCallback):
     """Count the words a run has seen and, with a `budget`, save BabyLM's checkpoints.
 
-    A checkpoint is written when the log row of its step is: by then the loss is known to be finite.
-    A resumed run deletes checkpoints of later steps and saves them again, because it may continue
-    differently; those of earlier steps stay.
+    A checkpoint is saved together with the log row of its step, because only then is it certain
+    that the loss is finite. A resumed run deletes the checkpoints of later steps and saves them
+    again, because it may continue differently; it keeps those of earlier steps.
     """
 
     def __init__(
@@ -124,8 +129,8 @@ class BabyLMCallback(TrainerCallback):
         self.config = config
         self.budget = budget
         self.targets = checkpoint_words(budget["track"]) if budget else []
-        self.seen: SeenWords | None = None  # until training begins
-        self.due: dict[int, list[Path]] = {}  # step -> checkpoints to save
+        self.seen: SeenWords | None = None  # set when training begins
+        self.due: dict[int, list[Path]] = {}  # step -> checkpoints to save after it
 
     def on_train_begin(self, args, state, control, **kwargs):
         dataset = self.trainer.train_dataset
@@ -137,7 +142,8 @@ class BabyLMCallback(TrainerCallback):
             offset=getattr(dataset, "offset_in", lambda epoch: 0),  # data.random_offset
         )
         if args.should_save:
-            for draft in Path(args.output_dir).glob(".chck_*"):  # of a process that was killed
+            # a process that was killed while saving leaves a temporary folder behind
+            for draft in Path(args.output_dir).glob(".chck_*"):
                 shutil.rmtree(draft)
         for target in self.targets:
             folder = Path(args.output_dir, milestone_name(target))
@@ -159,7 +165,7 @@ class BabyLMCallback(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         for folder in self.due.pop(state.global_step, ()):
-            # all processes take part in gathering the weights of a sharded model
+            # only one process writes, but all of them must help to gather a sharded model's weights
             writing = atomic_write(folder) if args.should_save else contextlib.nullcontext(folder)
             with writing as draft:
                 self.trainer.save_plain(draft)
@@ -167,7 +173,7 @@ class BabyLMCallback(TrainerCallback):
                     seal_checkpoint(draft)
 
     def words_seen(self, step: int) -> int:
-        """Return the words seen after a step."""
+        """Return the number of words seen after a step."""
         return int(self.seen.after[step])
 
     def compliance(self) -> dict[str, Any] | None:
@@ -205,17 +211,18 @@ class BabyLMCallback(TrainerCallback):
 def attach_word_counter(
     trainer: Trainer, config: dict, report: dict, budget: dict | None
 ) -> BabyLMCallback:
-    """Let a trainer count words and, with a budget of check_budget, save BabyLM's checkpoints.
+    """Make a trainer count words and, with a budget, save BabyLM's checkpoints.
 
-    `report` is that of the training split. Raises ValueError if the tokenizer changes the words of
-    the text and there is a budget.
+    `report` is DataProcessor's report on the training text, `budget` comes from check_budget. Raise
+    ValueError if there is a budget and the tokenizer changes the words of the text, because they
+    cannot be counted then.
     """
     chunks = trainer.train_dataset
-    while hasattr(chunks, "chunks"):  # ShiftedChunks, CachedChunks
+    while hasattr(chunks, "chunks"):  # ShiftedChunks and CachedChunks wrap the original chunks
         chunks = chunks.chunks
     counts = WordCounts(chunks, trainer.processing_class, report["sources"])
 
-    # only the words of the last, partial chunk may be missing
+    # the last, partial chunk is not trained on, so its words may be missing, but no others
     missing = report["words"] - int(counts.per_chunk().sum())
     if budget and not 0 <= missing <= report["tokens_left_out"]:
         path = config["data"]["tokenizer_path"]
@@ -243,7 +250,7 @@ def count_text(folder: str) -> list[dict]:
 
 
 def teacher_sources(path: str) -> list[dict] | None:
-    """Return the files that train.py trained the teacher at `path` on; None without a record."""
+    """Return the files that the teacher at `path` was trained on, or None if it has no record."""
     report = Path(path, DATA_REPORT_FILE)
     if not report.is_file():
         return None
@@ -251,10 +258,11 @@ def teacher_sources(path: str) -> list[dict] | None:
 
 
 def check_budget(config: dict) -> dict[str, Any]:
-    """Return what the track allows and what counts toward it; ValueError if that is too much.
+    """Count the words that count toward the track's budget; raise ValueError if they are too many.
 
-    The words of the training text count, and those of other text that the tokenizer or a teacher
-    was trained on. Warns about a tokenizer or teacher without a record. Reads the training text.
+    These are the words of the training text, which is read for that, and of any other text that the
+    tokenizer or a teacher was trained on, because the model learns from it too. If there is no
+    record of that text, warn. Return what is allowed and what was counted.
     """
     track = config["babylm"]["track"]
     data = config["data"]
@@ -265,17 +273,17 @@ def check_budget(config: dict) -> dict[str, Any]:
     for source in sources:
         words_by_domain[source["domain"]] += source["words"]
 
-    # other text, which only the tokenizer or a teacher was trained on
+    # add the text that only the tokenizer or a teacher was trained on
     learned_from = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
     for teacher in config.get("distillation", {}).get("teachers", ()):
         learned_from[teacher] = teacher_sources(teacher)
     training_hashes = {source["sha256"] for source in sources}
-    words_of_file = {}  # sha256 -> words, so that text of several counts once
+    words_of_file = {}  # sha256 -> words, so that a file that several learned from counts once
     other_words: dict[str, int | None] = {}
-    for path, their_sources in learned_from.items():
-        files = {source["sha256"]: source["words"] for source in their_sources or ()}
+    for path, recorded_sources in learned_from.items():
+        files = {source["sha256"]: source["words"] for source in recorded_sources or ()}
         other_files = {sha: n for sha, n in files.items() if sha not in training_hashes}
-        if their_sources is None or None in other_files.values():
+        if recorded_sources is None or None in other_files.values():
             log.warning(
                 "%s: the text it was trained on is not recorded; it counts toward BabyLM's budget",
                 path,
@@ -301,7 +309,7 @@ def check_budget(config: dict) -> dict[str, Any]:
 
 
 def budget_error(budget: dict[str, Any], train_path: str, total: int) -> str:
-    """Return the line that says why `total` words are too many, and what to do."""
+    """Explain in one line why `total` words are too many, and what to do about it."""
     words = budget["words"]
     allowed = budget["words_allowed"]
     domains = Counter(budget["words_by_domain"]).most_common()

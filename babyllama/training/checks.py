@@ -1,6 +1,7 @@
-"""Find what is wrong with a run before it starts: wrong flags, missing inputs, leaked text.
+"""Find what would go wrong with a run before it starts: missing inputs, wrong flags, leaked text.
 
-Does not check the configuration itself (babyllama/config.py). Nothing here imports torch.
+The configuration itself has been checked before (babyllama/config.py). Nothing here imports torch,
+so that the user learns of a mistake within a second.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: dict) -> dict | None:
-    """Check that the texts, the tokenizer and the teachers exist, and BabyLM's word budget.
+    """Check that the texts, the tokenizer and the teachers exist, and that BabyLM's rules are kept.
 
-    Raise FileNotFoundError, with the command that creates it, for what is missing. Return the word
-    budget of a babylm section; raise ValueError if the text is over it (babylm.check_budget).
+    If something is missing, raise FileNotFoundError with the command that creates it. With a babylm
+    section, return its word budget, or raise ValueError if the text has too many words.
     """
     data = config["data"]
     tokenizer = data["tokenizer_path"]
@@ -39,7 +40,8 @@ def check_inputs(config: dict) -> dict | None:
             f"python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
         )
     distillation = config.get("distillation")
-    if distillation and distillation["cache"] == "none":  # a cache can replace its teachers
+    # with a cache the teachers may have been deleted after they filled it
+    if distillation and distillation["cache"] == "none":
         for teacher in distillation["teachers"]:
             check_teacher_exists(teacher)
     if "babylm" not in config:
@@ -50,7 +52,7 @@ def check_inputs(config: dict) -> dict | None:
 
 
 def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None:
-    """Raise ValueError if this command line cannot be carried out in this directory."""
+    """Raise ValueError if the flags contradict each other, the directory or the machine."""
     if args.overwrite and args.resume_from_checkpoint:
         raise ValueError("--overwrite starts over, --resume_from_checkpoint continues; choose one")
     check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
@@ -63,11 +65,20 @@ def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None
 
 
 def warn_about_leaks(report: dict) -> None:
-    """Warn if a held-out file is a training file too: its scores would say little."""
+    """Warn if a held-out file is also a training file.
+
+    The model has then seen the text it is tested on, and the scores are too good to be true. Empty
+    files are all equal, so they do not count.
+    """
     empty = hashlib.sha256(b"").hexdigest()
     train_files = {source["sha256"]: source["file"] for source in report["train"]["sources"]}
     train_files.pop(empty, None)
     for source in report["validation"]["sources"]:
         if source["sha256"] in train_files:
             train_file = train_files[source["sha256"]]
-            log.warning("%s: held-out text is training text too: %s", source["file"], train_file)
+            log.warning(
+                "%s: held-out text is training text too: %s. The held-out scores will look better "
+                "than they should",
+                source["file"],
+                train_file,
+            )

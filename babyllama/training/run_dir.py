@@ -1,8 +1,7 @@
-"""Define the layout of a run directory.
+"""Manage the files of a run directory, so that two different runs never mix in it.
 
-This includes which of its checkpoints are intact, so that a run can resume from one.
-
-Handles file names and formats only: nothing here trains, scores or imports torch. The layout:
+Here are the names of the files, what makes a checkpoint valid, and the decision whether a run may
+start, resume or replace another one. Nothing here trains, scores or imports torch. The layout:
 
     models/<name>/
         training_config.yaml  data_report.json             before step 0: what is trained
@@ -42,10 +41,10 @@ DATA_REPORT_FILE = "data_report.json"
 LOG_FILE = "metrics.jsonl"
 METRICS_FILE = "training_metrics.json"
 COMPLIANCE_FILE = "compliance.json"
-MANIFEST = "complete.json"  # of a checkpoint: the size and hash of its files
-MILLION = 1_000_000  # words, the unit in the names of BabyLM's checkpoints
+MANIFEST = "complete.json"  # in a checkpoint: the size and hash of each of its files
+MILLION = 1_000_000  # words; BabyLM names its checkpoints by millions of words
 
-# What a run writes at its end.
+# Files that a run writes at its end.
 RESULTS = (
     METRICS_FILE,
     COMPLIANCE_FILE,
@@ -55,7 +54,7 @@ RESULTS = (
     "README.md",
     "training_curves.png",
 )
-# What evaluate.py and benchmark.py write beside it.
+# Files that evaluate.py and benchmark.py write beside the model.
 MEASURED = (
     "evaluation_results.json",
     "evaluation_plots.png",
@@ -63,7 +62,7 @@ MEASURED = (
     "benchmark.html",
     "benchmark.png",
 )
-# Keys that may change when a run is resumed: they do not affect what was trained so far.
+# Keys that may change when a run is resumed, because they do not affect the steps before it.
 FREE_ON_RESUME = {
     "training.num_epochs",
     "training.max_steps",
@@ -83,7 +82,11 @@ RETRAIN = "retrain with --overwrite or another --model_name"
 
 
 def make_weights_readable(folder: Path) -> None:
-    """Give weights the permissions of config.json; safetensors lets only their owner read them."""
+    """Give the weights the permissions of config.json.
+
+    safetensors creates files that only their owner can read, which surprises people who share a
+    model directory.
+    """
     config = folder / "config.json"
     if config.is_file():
         for file in folder.glob("*.safetensors"):
@@ -91,9 +94,13 @@ def make_weights_readable(folder: Path) -> None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Write the manifest as the last step of saving; delete Trainer's pickled arguments."""
+    """Finish a checkpoint: write its manifest last, so that a checkpoint that has one is complete.
+
+    Trainer's pickled arguments are deleted, because loading a pickle can run any code.
+    """
     make_weights_readable(folder)
-    for name in ("training_args.bin", MANIFEST):  # the old manifest of a step that is saved again
+    # a step that is saved again still has its old manifest
+    for name in ("training_args.bin", MANIFEST):
         (folder / name).unlink(missing_ok=True)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -104,7 +111,7 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def checkpoint_error(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint (no manifest, a missing or changed file), or None."""
+    """Return what is wrong with a checkpoint, or None if it is exactly as it was saved."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"saving it did not finish (no {MANIFEST})"
@@ -147,15 +154,15 @@ def milestones(run_dir: Path) -> list[Path]:
 
 
 def milestone_name(words: int) -> str:
-    """Return the name of BabyLM's checkpoint after this many words, rounded down to millions."""
+    """Return the name of BabyLM's checkpoint at this many words, in millions, rounded down."""
     return f"chck_{words // MILLION}M"
 
 
 def find_checkpoint(name: str, run_dir: Path) -> Path:
-    """Return the checkpoint that a path, or the word latest, refers to.
+    """Return the checkpoint that --resume_from_checkpoint names, by its path or as "latest".
 
-    `latest` is the newest intact checkpoint of the run. Raise FileNotFoundError if there is none,
-    and ValueError for a path to a damaged one.
+    "latest" is the newest checkpoint of the run that is intact; damaged ones are skipped with a
+    warning. Raise FileNotFoundError if there is none, and ValueError for the path of a damaged one.
     """
     if name == "latest":
         for folder in checkpoints(run_dir):
@@ -181,7 +188,7 @@ def find_checkpoint(name: str, run_dir: Path) -> Path:
     return folder
 
 
-# ---- which run is in the directory --------------------------------------------------------------
+# ---- the run that is in the directory already ---------------------------------------------------
 
 
 def _read_run_file(path: Path) -> dict:
@@ -198,7 +205,7 @@ def _read_run_file(path: Path) -> dict:
 
 
 def _flatten(config: dict) -> dict:
-    """Return {section.key: value} of a configuration."""
+    """Return a configuration as one dictionary, {"section.key": value}."""
     flat = {}
     for section, keys in config.items():
         flat |= {f"{section}.{key}": value for key, value in keys.items()}
@@ -206,9 +213,10 @@ def _flatten(config: dict) -> dict:
 
 
 def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
-    """Compare the run in `run_dir` with a configuration and a data report.
+    """Compare the run in `run_dir` with a new configuration and data report.
 
-    Return {key: "key: was ..., is ..."} for every difference.
+    Return a dictionary with a sentence for every difference, {key: "key: was ..., is ..."}. It is
+    empty if both describe the same run.
     """
     old = _flatten(_read_run_file(run_dir / CONFIG_FILE))
     new = _flatten(config)
@@ -230,14 +238,14 @@ def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
 
 
 def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
-    """Return the metrics of a finished run of this configuration on this text, or None."""
+    """Return the metrics if this configuration has been trained on this text already, else None."""
     if not (run_dir / METRICS_FILE).is_file() or config_diff(run_dir, config, report):
         return None
     return _read_run_file(run_dir / METRICS_FILE)
 
 
 def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
-    """Raise ValueError if the run would replace a teacher, or files that no run wrote."""
+    """Raise ValueError if the run would overwrite one of its teachers or files of the user's."""
     for teacher in teachers:
         if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
             raise ValueError(
@@ -252,9 +260,10 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
 def resolve_checkpoint(
     run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool
 ) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run.
+    """Decide how the run starts: return the checkpoint to resume from, or None for a new run.
 
-    Raise ValueError if that would mix two different runs, or replace one without --overwrite.
+    Raise ValueError if resuming would mix two different runs, or if a new run would replace an
+    earlier one without --overwrite.
     """
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
@@ -282,7 +291,7 @@ def resolve_checkpoint(
 
 
 def check_checkpoint_step(checkpoint: Path | None, steps: int) -> None:
-    """Raise ValueError if a checkpoint has been trained for more steps than the run has."""
+    """Raise ValueError if a checkpoint is from a later step than the last one of this run."""
     if checkpoint and checkpoint_step(checkpoint) > steps:
         raise ValueError(
             f"{checkpoint} is past the last step of this run, {steps}; train for more, or {RETRAIN}"
@@ -290,10 +299,11 @@ def check_checkpoint_step(checkpoint: Path | None, steps: int) -> None:
 
 
 def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:
-    """Record what the run is, before its first step, and delete the results of an earlier run.
+    """Record what is trained, before the first step, and delete the results of an earlier run.
 
-    A resumed run keeps its milestones and the checkpoints up to `checkpoint`; later checkpoints are
-    deleted, because the resumed run may differ from here on.
+    A new run deletes all earlier checkpoints. A resumed run keeps its milestones, and its
+    checkpoints up to `checkpoint`; it deletes the later ones, because its steps may differ from
+    here on.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (*RESULTS, *MEASURED):
@@ -313,7 +323,7 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
 
 
 def training_scores(folder: str | Path) -> dict[str, float | None] | None:
-    """Return the held-out scores and words of a finished run, or None if it has none."""
+    """Return the held-out scores of a run and the words it has seen; None if it is not finished."""
     try:
         results = json.loads(Path(folder, METRICS_FILE).read_text(encoding="utf-8"))["results"]
         return {
@@ -328,7 +338,7 @@ def training_scores(folder: str | Path) -> dict[str, float | None] | None:
 
 
 def check_teacher_exists(folder: str) -> None:
-    """Raise FileNotFoundError, with the command that trains it, if a teacher is missing."""
+    """Raise FileNotFoundError if a teacher is missing, with the command that trains it."""
     if is_model(folder):
         return
     config = Path("config", f"{Path(folder).name}.yaml")

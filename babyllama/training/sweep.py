@@ -1,12 +1,13 @@
-"""Train every combination of some values, one run after the other, and compare the runs.
+"""Run a sweep: train every combination of some values and compare the results.
 
     # sweep.yaml
     training.lr: [3e-4, 1e-3]
     model.n_layer: [4, 8]
 
-`python train.py --config C --sweep sweep.yaml` starts train.py once for each combination. The runs
-go into <output_dir>/<model.name>-sweep/ and are named by their values. The same command, started
-again, shows the finished runs and resumes the interrupted one.
+`python train.py --config C --sweep sweep.yaml` starts train.py once for each combination, one after
+the other. The runs are in <output_dir>/<model.name>-sweep/ and are named after their values. If the
+sweep is interrupted, the same command continues it: finished runs are only shown again, and the
+interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PLOT = "sweep.png"
 
 @dataclass
 class Point:
-    """One combination of values and the run that trains it."""
+    """Pair one combination of values with the run that trains it."""
 
     values: dict[str, Any]
     run_dir: Path
@@ -58,7 +59,7 @@ class Point:
         return ", ".join(f"{key}={format_value(value)}" for key, value in self.values.items())
 
     def assignments(self) -> list[str]:
-        """Return the values of --set for this run."""
+        """Return the assignments that --set needs for this run, as section.key=value."""
         values = {
             **self.values,
             "model.name": self.run_dir.name,
@@ -68,9 +69,10 @@ class Point:
 
 
 def read_grid(path: str) -> dict[str, list]:
-    """Read {section.key: values} from a sweep file; raise ConfigError with all errors of form.
+    """Read {section.key: values} from a sweep file.
 
-    check_points finds keys that do not exist and values that are not allowed.
+    Raise one ConfigError that lists everything that is malformed. Whether the keys exist and their
+    values are allowed is checked later, by check_points.
     """
     raw = read_yaml_file(path)
     if not isinstance(raw, dict) or not raw:
@@ -96,14 +98,14 @@ def combinations(grid: dict[str, list]) -> list[dict[str, Any]]:
 
 
 def format_value(value: Any) -> str:
-    """Format a value as people write it: 0.0003, true, null, and text unchanged."""
+    """Format a value as people write it in YAML: 0.0003, true, null, and text unchanged."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def run_name(base: str, values: dict[str, Any]) -> str:
-    """Return a name such as llama-10M-lr0.001-n_layer4."""
+    """Name a run after its values, such as llama-10M-lr0.001-n_layer4."""
     parts = [f"{key.split('.')[1]}{format_value(value)}" for key, value in values.items()]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([base, *parts])).rstrip("-")
 
@@ -121,9 +123,10 @@ def plan_points(path: str, grid: dict[str, list], base_config: dict) -> list[Poi
 
 
 def check_points(args: argparse.Namespace, points: list[Point], load: Callable) -> None:
-    """Check every configuration and raise one ConfigError with all problems.
+    """Check the configuration of every run; raise one ConfigError that lists all problems.
 
-    A problem that all points share is listed once, any other one with the first point that has it.
+    Runs often share a problem, so each is listed once: alone if all runs have it, otherwise with
+    the values of the first run that does.
     """
     problems: dict[str, list[Point]] = {}
     for point in points:
@@ -145,7 +148,7 @@ def check_points(args: argparse.Namespace, points: list[Point], load: Callable) 
 
 
 def train_command(argv: list[str], point: Point, overwrite: bool) -> list[str]:
-    """Return the command that trains a point: the flags of the sweep and the point's values."""
+    """Return the command that trains a point: the user's flags without --sweep, and its values."""
     sweep_flag = argparse.ArgumentParser(add_help=False)
     sweep_flag.add_argument("--sweep")
     _, flags = sweep_flag.parse_known_args(argv)
@@ -157,7 +160,10 @@ def train_command(argv: list[str], point: Point, overwrite: bool) -> list[str]:
 
 
 def resume_flags(run_dir: Path) -> list[str]:
-    """Return the flags that resume an interrupted run, or restart it if no checkpoint is intact."""
+    """Return the flags that resume an interrupted run, or restart it without an intact checkpoint.
+
+    A run that was never started, or is finished, needs no flags.
+    """
     saved = checkpoints(run_dir)
     is_interrupted = not (run_dir / METRICS_FILE).is_file() and (saved or milestones(run_dir))
     if not is_interrupted:
@@ -168,7 +174,7 @@ def resume_flags(run_dir: Path) -> list[str]:
 
 
 def train_point(command: list[str]) -> str | None:
-    """Run train.py to its end; return its error, or None if it succeeded.
+    """Run train.py and wait for it; return its error, or None if it succeeded.
 
     It prints to our terminal, progress bar included, and leaves its error in a file. It runs in a
     session of its own, so that it gets each Ctrl-C and SIGTERM once, from us. Raise
@@ -194,7 +200,7 @@ def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # a background job ignores Ctrl-C
+        if handler != signal.SIG_IGN:  # a job in the background ignores Ctrl-C, and should
             signal.signal(number, pass_on)
     try:
         code = process.wait()
@@ -207,10 +213,11 @@ def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
 
 
 def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
-    """Train every point of args.sweep; return 0, or 2 if a run failed.
+    """Train every combination in the file args.sweep; return 0, or 2 if a run failed.
 
-    `argv` is the command line that `args` was parsed from. `load(args)` returns the checked
-    configuration of a command line or raises ValueError or OSError.
+    A run that fails does not stop the others. `argv` is the command line that `args` was parsed
+    from. `load(args)` returns the checked configuration of a command line, or raises ValueError or
+    OSError.
     """
     if distributed.world_size() > 1:
         raise ValueError(f"--sweep: runs in one process, not in {distributed.world_size()}")
@@ -218,7 +225,7 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         raise ValueError("--resume_from_checkpoint: leave it out, a sweep resumes its runs itself")
     grid = read_grid(args.sweep)
 
-    # check everything before the first run; each run prints its warnings itself
+    # find all mistakes before the first run starts; each run will print its own warnings
     logging.disable(logging.WARNING)
     try:
         points = plan_points(args.sweep, grid, load(args))
@@ -233,7 +240,7 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         return 0
 
     rows = []
-    seconds = []  # of the runs that were trained now
+    seconds = []  # durations of the runs that were trained just now, not only shown again
     for number, point in enumerate(points, 1):
         position = f"{number} of {len(points)}"
         left = ""
@@ -257,7 +264,7 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         write_sweep(folder, grid, rows)
 
     print("\n".join(["", format_table(grid, rows), *edge_notes(grid, rows)]))
-    print(f"table, figures and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
+    print(f"table, results and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
     return EXIT_BAD_INPUT if any("error" in row for row in rows) else 0
 
 
@@ -265,13 +272,16 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
 
 
 def read_results(run_dir: Path) -> dict[str, float]:
-    """Return the figures of a finished run that the table shows."""
+    """Return the results of a finished run that the table shows."""
     metrics = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
     return {key: metrics["results"][key] for key in COLUMNS}
 
 
 def best_run(rows: list[dict]) -> str | None:
-    """Return the name of the run with the fewest bits per byte, which compare across tokenizers."""
+    """Return the name of the run with the lowest bits per byte, or None if no run has finished.
+
+    Bits per byte can be compared even if the runs have different tokenizers.
+    """
     finished = [row for row in rows if "error" not in row]
     if not finished:
         return None
@@ -279,7 +289,11 @@ def best_run(rows: list[dict]) -> str | None:
 
 
 def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
-    """Return a line for each key whose best value is at the edge of three or more numbers."""
+    """Warn about each key whose best value is the smallest or the largest one that was tried.
+
+    Return one line for each such key. Two values always have the best one at an edge, so only keys
+    with three or more numbers count.
+    """
     name = best_run(rows)
     if name is None:
         return []
@@ -300,7 +314,7 @@ def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
 
 
 def format_table(grid: dict[str, list], rows: list[dict]) -> str:
-    """Format a line for each run: its values, its figures or its error, and a mark on the best."""
+    """Format one line for each run: its values and its results or error; the best one is marked."""
     best = best_run(rows)
     keys = [key.split(".")[1] for key in grid]
     headings = [heading for heading, _ in COLUMNS.values()]
@@ -308,15 +322,15 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
     for row in rows:
         values = [format_value(row["values"][key]) for key in grid]
         if "error" in row:
-            figures = ["-"] * len(COLUMNS)
+            results = ["-"] * len(COLUMNS)
             note = f"failed: {row['error'].splitlines()[0]}"
         else:
-            figures = [format(row[key], form) for key, (_, form) in COLUMNS.items()]
+            results = [format(row[key], form) for key, (_, form) in COLUMNS.items()]
             note = "best" if row["name"] == best else ""
-        lines.append([*values, *figures, note])
+        lines.append([*values, *results, note])
 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths[-1] = 0  # the note is not aligned
+    widths[-1] = 0  # the note at the end of a line needs no padding
     padded = []
     for cells in lines:
         padded.append("  ".join(map(str.rjust, cells, widths)).rstrip())
@@ -324,7 +338,7 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
 
 
 def write_sweep(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
-    """Write sweep.json, sweep.txt and sweep.png for the runs so far."""
+    """Write sweep.json, sweep.txt and sweep.png about the runs that have ended so far."""
     best = best_run(rows)
     document = {"grid": grid, "best": best, "runs": rows, "environment": describe_environment()}
     write_json(folder / RESULTS, document)
