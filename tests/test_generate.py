@@ -141,7 +141,10 @@ def test_an_empty_prompt_starts_from_bos(model_dirs, capsys):
         ),
         (["MODEL", "--prompt", "a", "--seed", "-1"], "error: --seed -1 must be 0 or more"),
         (["BARE"], "error: BARE has no tokenizer.json; copy it next to the weights"),
-        (["MODEL", "--prompt", "a", "--temperature", "-1"], "error: temperature -1.0 must be a finite number, 0"),
+        (
+            ["MODEL", "--prompt", "a", "--temperature", "-1"],
+            "error: temperature -1.0 must be a finite number, 0",
+        ),
         (["MODEL", "--prompt", "a", "--top-p", "2"], "error: top_p 2.0 must be above 0"),
         (
             ["MODEL", "--prompt", "a", "--max-new-tokens", "0"],
