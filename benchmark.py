@@ -60,8 +60,8 @@ class BenchmarkSuite:
     and bootstrap intervals. `scores` keeps what a comparison of models needs from each task: the
     scores of all candidates, or of all groups of prompts.
 
-    The default device is "cuda", because the public interface of the project says so. On a machine
-    without a GPU that warns and falls back; "auto" picks the best device without a warning.
+    The default device is "cuda", which warns and falls back on a machine
+    without a GPU; "auto" picks the best device without a warning.
     """
 
     def __init__(

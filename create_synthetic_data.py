@@ -468,7 +468,7 @@ def create_synthetic_data(
 
     `num_tokens` is the number of words of the training text, and `num_pairs` the number of minimal
     pairs of each kind. The same arguments give the same files, byte for byte. Files of an earlier
-    call are only replaced when all four are complete. Raises ValueError if a file with one of the
+    call are only replaced when all four are complete. Raise ValueError if a file with one of the
     names is not from this script.
     """
     grammar = build_grammar(complexity)

@@ -140,7 +140,7 @@ class DataProcessor:
 
         Preparing a corpus can take minutes, so chunks and report are cached in cache_dir under a
         hash of everything they depend on. num_proc limits the threads of the tokenizer, unless
-        $RAYON_NUM_THREADS is set or the threads have already started. Raises ValueError if a split
+        $RAYON_NUM_THREADS is set or the threads have already started. Raise ValueError if a split
         does not fill one chunk, and FileNotFoundError if it has no files.
         """
         from datasets import Dataset, DatasetDict

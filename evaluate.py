@@ -53,9 +53,8 @@ FEW_PROMPTS = 30
 class ModelEvaluator:
     """Evaluate one model directory.
 
-    `seed` determines samples and bootstrap intervals. The default device is "cuda", because the
-    public interface of the project says so. On a machine without a GPU that warns and falls back;
-    "auto" picks the best device without a warning.
+    `seed` determines samples and bootstrap intervals. The default device is "cuda", which warns and
+    falls back on a machine without a GPU; "auto" picks the best device without a warning.
     """
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):

@@ -129,7 +129,7 @@ def load_checked_config(args: argparse.Namespace) -> dict:
 
 
 def create_model(config: dict, tokenizer) -> torch.nn.Module:
-    """Create a randomly initialised LlamaForCausalLM, GPT2LMHeadModel or GPTJForCausalLM.
+    """Create a randomly initialized LlamaForCausalLM, GPT2LMHeadModel or GPTJForCausalLM.
 
     `config` is a full configuration or {"model": {...}} alone. The vocabulary is model.vocab_size
     (default len(tokenizer)), the context data.seq_length (default 128). Weights are drawn from
@@ -168,7 +168,7 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
 
 @dataclass
 class Data:
-    """Hold the tokenized text of a run and what is known about it."""
+    """The tokenized text of a run and what is known about it."""
 
     tokenizer: Any
     byte_lengths: Any  # (V,) number of UTF-8 bytes of each token
@@ -181,9 +181,9 @@ class Data:
 def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
     """Return the (train, held-out) datasets: column input_ids, seq_length integers in each row.
 
-    This is the function for notebooks, under the name that the specification gave it. The text is
-    not cleaned again, because prepare_data.py has done that. The held-out set is a fixed choice of
-    data.eval_samples chunks. `config` needs only data.train_path and data.eval_path.
+    This is the entry point for notebooks. The text is not cleaned again, because prepare_data.py
+    has done that. The held-out set is a fixed choice of data.eval_samples chunks. `config` needs
+    only data.train_path and data.eval_path.
     """
     train, held_out, _ = prepare_datasets_with_report(config, tokenizer)
     return train, held_out
@@ -245,7 +245,7 @@ def load_data(config: dict) -> Data:
 
 @dataclass
 class PreparedRun:
-    """Hold everything that training needs, checked and ready to start."""
+    """Everything that training needs, checked and ready to start."""
 
     config: dict
     run_dir: Path

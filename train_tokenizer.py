@@ -108,7 +108,7 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
 
     The summary has files, bytes (of the text in UTF-8), vocab_size, bytes_per_token (measured on
     about 4 MB, sampled evenly), seconds, and replaces (True if a different tokenizer had this
-    name). Raises ValueError if the files have no text, and in the cases of check_request.
+    name). Raise ValueError if the files have no text, and in the cases of check_request.
     """
     check_request(vocab_size, output)
     started = time.monotonic()
@@ -169,7 +169,7 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The result does not depend on the order of `texts` or on the number of threads, because merges
     with the same count are sorted by token id. A merge needs a pair that occurs twice, so a small
-    text can give fewer tokens than `vocab_size`. Raises ValueError if `vocab_size` is below 259.
+    text can give fewer tokens than `vocab_size`. Raise ValueError if `vocab_size` is below 259.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -1,6 +1,6 @@
 """Remove what is not language from the files of each BabyLM domain.
 
-    from data_utils import DomainCleaners, create_cleaner_registry
+    from babyllama.data.cleaners import DomainCleaners, create_cleaner_registry
     DomainCleaners.wikipedia("It began in 1900.[12]\\n= = History = =")     # "It began in 1900.\\n"
 
 The files of each domain have markup that nobody would say or write: citations, time stamps, speaker

@@ -53,7 +53,7 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
 
     A folder is searched with its subfolders. Files of the split end in its suffix (.train for
     "train"; for "dev" and "validation" .dev, or .test if there is no .dev), in .txt or in .jsonl,
-    with or without .gz. Raises FileNotFoundError if there are none.
+    with or without .gz. Raise FileNotFoundError if there are none.
     """
     root = Path(data_dir)
     if root.is_file():
@@ -184,7 +184,7 @@ _CUE_TIME = re.compile(r"[ \t]{0,9}\d\d?:\d\d:\d\d.{0,30}-->")
 
 
 def _starts_document(line: str, next_line: str, blank_lines: int, is_wiki: bool) -> bool:
-    """Return True if a document starts at `line`, which has so many blank lines before it."""
+    """Return True if a document starts at `line`, given the number of blank lines before it."""
     # a subtitle is a line with its number, a line with its times, and lines of text
     if "-->" in next_line and _CUE_TIME.match(next_line):
         cue = _CUE_NUMBER.fullmatch(line)
@@ -269,7 +269,7 @@ def read_documents(
     and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document.
 
     A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
-    what was read, before cleaning, are added to `report` (see new_report). Raises ValueError if the
+    what was read, before cleaning, are added to `report` (see new_report). Raise ValueError if the
     file is broken.
     """
     path = Path(path)

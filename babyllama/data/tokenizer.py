@@ -68,7 +68,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """Return the bytes of text that each token id stands for; empty for special tokens.
 
-    Raises ValueError for a tokenizer that is not byte-level.
+    Raise ValueError for a tokenizer that is not byte-level.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -95,7 +95,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Return how many bytes of text each token id stands for: int64 (V,), 0 for special tokens.
 
-    The lengths of a text's tokens add up to its length in UTF-8. Raises ValueError for a tokenizer
+    The lengths of a text's tokens add up to its length in UTF-8. Raise ValueError for a tokenizer
     that is not byte-level.
     """
     import numpy as np

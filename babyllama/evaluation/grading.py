@@ -38,7 +38,7 @@ FIGURES = {  # the figures of tasks that have no right answers
 
 @dataclass(frozen=True)
 class Grades:
-    """Hold the grade of each item, as arrays (n,)."""
+    """Grades of all items, as arrays (n,)."""
 
     credit: np.ndarray  # 1 if right, 1/k if the right candidate is one of k with the best score
     official: np.ndarray  # 1 or 0; in a tie the first candidate wins, as in BabyLM's pipeline

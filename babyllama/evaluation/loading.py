@@ -49,8 +49,8 @@ def training_text_of(model_path: str | Path, key: str) -> Path | None:
 def load_model(path: str | Path, device: str | None = "auto", dtype: str = "float32"):
     """Load (model in eval mode, tokenizer) from a local Hugging Face model directory.
 
-    Raises FileNotFoundError if the directory, its .safetensors weights or its tokenizer are
-    missing. Raises ValueError if they cannot be read, if the weights do not fit config.json, or if
+    Raise FileNotFoundError if the directory, its .safetensors weights or its tokenizer are
+    missing. Raise ValueError if they cannot be read, if the weights do not fit config.json, or if
     the model is not causal.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer

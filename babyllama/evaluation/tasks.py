@@ -42,7 +42,7 @@ READING_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Hold one question: two or more candidates, each with a prefix and a completion."""
+    """One question: two or more candidates, each with a prefix and a completion."""
 
     subset: str  # the group whose accuracy is reported separately (BabyLM calls it UID)
     prefixes: tuple[str, ...]

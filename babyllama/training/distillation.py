@@ -220,14 +220,14 @@ def make_distillation_trainer(
     """
     section = config["distillation"]
     if section["cache"] == "none":
-        ensemble = load_teachers(config, loss.mask_from)
+        ensemble = load_teachers(config, loss.document_bos_id)
     else:
         ensemble = None
         facts = cache_facts(config, report["train"]["key"], report["teachers"])
         folder = cache_folder(facts)
         with distributed.main_first():
             if not folder.is_dir():
-                teachers = load_teachers(config, loss.mask_from)
+                teachers = load_teachers(config, loss.document_bos_id)
                 batch_size = config["training"]["batch_size"]
                 write_cache(folder, facts, train_dataset, teachers, model, batch_size)
         train_dataset = CachedChunks(train_dataset, folder)

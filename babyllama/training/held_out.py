@@ -25,26 +25,24 @@ def evaluate_chunks(
     chunks,
     byte_lengths: torch.Tensor,
     batch_size: int,
-    mask_from: int | None = None,
+    document_bos_id: int | None = None,
     across_ranks: bool = False,
 ) -> dict[str, float]:
     """Return the loss of a model on full chunks.
 
     Every token of a chunk except the first is predicted from the tokens before it, or only from
-    those of its document if `mask_from` is the id of BOS. `byte_lengths` (V,) holds the number of
-    UTF-8 bytes of each token. With `across_ranks` the processes share the work, and all of them
-    return the same result.
+    those of its document if `document_bos_id` is the id of BOS. `byte_lengths` (V,) holds the
+    number of UTF-8 bytes of each token. With `across_ranks` the processes share the work, and all
+    of them return the same result.
 
-    Returns:
-        loss: nats per predicted token
-        perplexity: exp(loss)
-        bits_per_byte: all nats, those of </s> included, over log 2 and `bytes`
-        tokens, bytes: the number of predicted tokens, and of their UTF-8 bytes
 
+    The keys are `loss` (nats per predicted token), `perplexity` (its exponential), `bits_per_byte`
+    (all nats, including those of </s>, over log 2 and `bytes`), and the number of predicted
+    `tokens` and of their UTF-8 `bytes`.
     """
     was_training = model.training
     model.eval()
-    loss = NextTokenLoss(dtype=torch.float32, mask_from=mask_from)
+    loss = NextTokenLoss(dtype=torch.float32, document_bos_id=document_bos_id)
 
     # split the chunks into batches whose logits fit into memory
     chunk_logits = len(chunks[0]["input_ids"]) * model.config.vocab_size

@@ -76,7 +76,7 @@ def eager_is_faster(precision: str, seq_length: int) -> bool:
 def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tuple[bool, str]:
     """Return (compile or not, reason) for a run that would take `seconds` without compilation.
 
-    Raises ValueError if the section asks for compilation and this machine has no compiler.
+    Raise ValueError if the section asks for compilation and this machine has no compiler.
     """
     requested = training["torch_compile"]
     if requested is None:
@@ -165,7 +165,7 @@ def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> 
         batch_size=training["batch_size"],
         compile=plan["compile"],
         chunked=chunked,
-        mask_from=bos_token_id if config["data"]["document_mask"] else None,
+        document_bos_id=bos_token_id if config["data"]["document_mask"] else None,
     )
 
 

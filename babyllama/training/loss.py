@@ -104,15 +104,15 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_mask(
-    model: torch.nn.Module, input_ids: torch.Tensor, mask_from: int | None, dtype: torch.dtype
+    model: torch.nn.Module, input_ids: torch.Tensor, document_bos_id: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """Return what to pass to a model as attention_mask for chunks (B, T) without padding.
 
-    `mask_from` is the id of BOS if documents must not see each other. The result is None for
+    `document_bos_id` is the id of BOS if documents must not see each other. The result is None for
     architectures that we do not know, for which transformers builds the right mask.
     """
-    if mask_from is not None:
-        return document_mask(input_ids, mask_from, dtype)
+    if document_bos_id is not None:
+        return document_mask(input_ids, document_bos_id, dtype)
     if model.config.model_type not in MODEL_TYPES:
         return None
     if model.config._attn_implementation == CAUSAL:
@@ -245,8 +245,8 @@ class NextTokenLoss:
 
     With `compile`, batches of `batch_size` chunks go through torch.compile. Other batches, such as
     the last one of an epoch, do not: torch would compile again for each new shape. With `chunked`,
-    HeadLoss computes the output layer in slices, with matrix products in `dtype`. `mask_from` is
-    the id of BOS if documents must not see each other.
+    HeadLoss computes the output layer in slices, with matrix products in `dtype`. `document_bos_id`
+    is the id of BOS if documents must not see each other.
     """
 
     def __init__(
@@ -256,12 +256,12 @@ class NextTokenLoss:
         batch_size: int = 0,
         compile: bool = False,
         chunked: bool = False,
-        mask_from: int | None = None,
+        document_bos_id: int | None = None,
     ):
         self.dtype = dtype
         self.batch_size = batch_size
         self.compile = compile
-        self.mask_from = mask_from
+        self.document_bos_id = document_bos_id
         self.plain = (_hidden_states, _nll_from_logits)
         self.fast = tuple(map(self._compiled, self.plain))
         self.kernel = None
@@ -285,7 +285,7 @@ class NextTokenLoss:
 
         `kernel_inputs` are tensors (B, T, ...) for the kernel.
         """
-        mask = attention_mask(model, input_ids, self.mask_from, self.dtype)
+        mask = attention_mask(model, input_ids, self.document_bos_id, self.dtype)
         is_fast = self.compile and len(input_ids) == self.batch_size
         hidden_states, nll_from_logits = self.fast if is_fast else self.plain
         if self.kernel is None:

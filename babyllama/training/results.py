@@ -50,7 +50,7 @@ def measure_model(trainer, model) -> dict[str, float]:
         trainer.eval_dataset,
         trainer.byte_lengths,
         trainer.args.per_device_eval_batch_size,
-        trainer.mask_from,
+        trainer.document_bos_id,
     )
     return {f"eval_{name}": score for name, score in scores.items()}
 

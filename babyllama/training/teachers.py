@@ -31,7 +31,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class SoftTargets(NamedTuple):
-    """Hold what teachers predict: the probabilities (..., K) of the tokens `ids` (..., K).
+    """What teachers predict: the probabilities (..., K) of the tokens `ids` (..., K).
 
     Without `ids`, K is the vocabulary and the probabilities are those of all tokens in order.
     """
@@ -92,13 +92,13 @@ def with_dropped_mass(probs: torch.Tensor) -> torch.Tensor:
 class Ensemble:
     """Let several teachers score the same chunks.
 
-    If `mask_from` is the id of BOS, they attend within documents only, like the student.
+    If `document_bos_id` is the id of BOS, they attend within documents only, like the student.
     """
 
     models: Sequence[torch.nn.Module]
     temperature: float
     average: str
-    mask_from: int | None = None
+    document_bos_id: int | None = None
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
@@ -108,7 +108,7 @@ class Ensemble:
     def logits_of(self, model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, T, V) of one model, with the mask that all teachers get."""
         ids = input_ids.to(model.device)
-        mask = attention_mask(model, ids, self.mask_from, model.dtype)
+        mask = attention_mask(model, ids, self.document_bos_id, model.dtype)
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def targets(self, logits: list[torch.Tensor], rows: slice = slice(None)) -> SoftTargets:
@@ -117,7 +117,7 @@ class Ensemble:
         return SoftTargets(average_teachers(selected, self.temperature, self.average))
 
 
-def load_teachers(config: dict, mask_from: int | None) -> Ensemble:
+def load_teachers(config: dict, document_bos_id: int | None) -> Ensemble:
     """Load the teachers of a configuration in the number format that the student trains in."""
     section = config["distillation"]
     precision = pick_precision(config["training"])[0]
@@ -126,7 +126,7 @@ def load_teachers(config: dict, mask_from: int | None) -> Ensemble:
         if eager_is_faster(precision, config["data"]["seq_length"]):
             model.set_attn_implementation("eager")
         prepare_for_chunks(model)
-    return Ensemble(models, section["temperature"], section["average"], mask_from)
+    return Ensemble(models, section["temperature"], section["average"], document_bos_id)
 
 
 def check_teachers(config: dict, tokenizer) -> None:

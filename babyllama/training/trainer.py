@@ -1,11 +1,11 @@
 """Train on full chunks with Hugging Face's Trainer.
 
 Trainer decides when to step, log, evaluate and save. LMTrainer replaces the parts that would
-misreport or lose work: Trainer's own loss under gradient accumulation is a mean of batch means, its
-log shows a NaN loss as 0, it writes checkpoints in place, and nothing marks a checkpoint as
-complete. The methods that start with an underscore are Trainer's private ones and are overridden
-only in this file; a test fails if a release of transformers changes what we rely on. Building the
-model and reading the configuration is train.py's job.
+misreport or lose work: Trainer's evaluation loss is a mean of batch means, its log shows a NaN loss
+as 0, it writes checkpoints in place, and nothing marks a checkpoint as complete. The methods that
+start with an underscore are Trainer's private ones and are overridden only in this file; a test
+fails if a release of transformers changes what we rely on. Building the model and reading the
+configuration is train.py's job.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LMTrainer(Trainer):
         self.loss = loss
         if distributed.world_size() > 1:
             self.loss = functools.partial(distributed.forward_through_wrapper, loss)
-        self.mask_from = loss.mask_from
+        self.document_bos_id = loss.document_bos_id
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the step
         self.model_accepts_loss_kwargs = True
         self._nonfinite_losses = torch.zeros((), device=self.args.device)
@@ -221,7 +221,7 @@ class LMTrainer(Trainer):
                 self.eval_dataset,
                 self.byte_lengths,
                 self.args.per_device_eval_batch_size,
-                self.mask_from,
+                self.document_bos_id,
                 across_ranks=True,
             )
         metrics = {f"eval_{key}": value for key, value in scores.items()}

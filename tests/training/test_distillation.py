@@ -375,14 +375,14 @@ def test_compiled_training_has_the_same_losses(tmp_path, is_cached):
         assert compiled[key] == pytest.approx(plain[key], rel=1e-4)
 
 
-@pytest.mark.parametrize("mask_from", [None, 1])
-def test_the_measured_error_respects_the_document_mask(tmp_path, mask_from):
+@pytest.mark.parametrize("document_bos_id", [None, 1])
+def test_the_measured_error_respects_the_document_mask(tmp_path, document_bos_id):
     """A student that is the teacher has no error, with and without a mask."""
     rows = chunks(3)
     for row in rows:
         row["input_ids"][[0, 9, 20]] = 1
     model = build_tiny_model("Llama")
-    ensemble = Ensemble([model], 2.0, "probabilities", mask_from)
+    ensemble = Ensemble([model], 2.0, "probabilities", document_bos_id)
     write_cache(tmp_path / "cache", cache_facts(400), rows, ensemble, model, 2)
     about = json.loads((tmp_path / "cache" / "about.json").read_text())
     assert about["sample_kl"] == pytest.approx(0, abs=1e-6)

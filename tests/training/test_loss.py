@@ -229,7 +229,7 @@ def test_with_a_document_mask_each_document_is_scored_as_if_alone(kind):
     first = [1, *rng.integers(3, 400, 12)]
     second = [1, *rng.integers(3, 400, 20)]
     chunk = torch.tensor([[*first, *second]])
-    masked = NextTokenLoss(mask_from=1)(model, chunk).item()
+    masked = NextTokenLoss(document_bos_id=1)(model, chunk).item()
     alone = sum(NextTokenLoss()(model, torch.tensor([ids])).item() for ids in (first, second))
     with torch.no_grad():  # the second BOS is predicted from the first document
         logits = model(torch.tensor([first])).logits[0, -1]
