@@ -71,6 +71,9 @@ class RotaryTable(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
         """Return cosines and sines (B, T, D) in the dtype of x for position_ids (B, T)."""
+        if position_ids.shape == (1, len(self.cos)):
+            # a full chunk, whose positions are 0 to T - 1: a gather is slow in compiled code
+            return self.cos[None].to(x.dtype), self.sin[None].to(x.dtype)
         return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
 
 
