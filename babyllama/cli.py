@@ -12,7 +12,7 @@ from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-ERROR_FILE = "BABYLLAMA_ERROR_FILE"
+ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable by which a sweep asks its runs for their errors
 
 
 def add_flag(parser: Any, name: str, **options) -> argparse.Action:

@@ -413,7 +413,7 @@ def check_agreement(grammar: Grammar, words: list[str]) -> int:
     marks = [(*number[w], i) for i, w in enumerate(words) if w in number]
     verbs = [(n, i) for kind, n, i in marks if kind == "verb"]
     head = marks[0][1]
-    assert marks[0][0] == "noun" and verbs[-1][0] == head, words  # whatever stands between
+    assert marks[0][0] == "noun" and verbs[-1][0] == head, words  # whatever comes between
     if "that" in words:
         (first, _), that = verbs[0], words.index("that")
         inner = next((kind, n) for kind, n, i in marks if i > that)
