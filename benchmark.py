@@ -190,14 +190,11 @@ class BenchmarkSuite:
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
         """Score every candidate of a task, and compare the result with trivial baselines."""
-        from babyllama.evaluation import minimal_pairs
+        from babyllama.evaluation.minimal_pairs import score_task
 
-        arguments = (self.model, self.tokenizer, task.items, self.bos, self._unigram)
-        if TASKS[task.type].metric == "accuracy":  # only the best candidate of each item matters
-            scores, baselines, precision = minimal_pairs.score_choices(*arguments)
-        else:
-            scores, baselines = minimal_pairs.score_candidates(*arguments)
-            precision = {"items": task.n, "float32_items": task.n}
+        scores, baselines, precision = score_task(
+            self.model, self.tokenizer, task.type, task.items, self.bos, self._unigram
+        )
         self.scores[task.name] = scores
         result = grading.score_items(task.type, task.items, scores, self.seed)
         result["precision"] = precision
@@ -222,16 +219,17 @@ class BenchmarkSuite:
         return result
 
     def run_all_benchmarks(self) -> dict[str, Any]:
-        """Run every declared task; add `overall_score` with its parts, and BabyLM's macro average.
+        """Run every declared task; add `overall_score` with its parts.
 
-        `babylm_macro_average` is only added if two or more of the tasks are BabyLM's.
+        If the tasks fill two or more columns of BabyLM's leaderboard, `babylm_2026` has the overall
+        score of 2026, the columns and the names of those that are missing.
         """
         results = {name: self.run_task(name) for name in self.tasks}
         types = {name: task.type for name, task in self.tasks.items()}
-        average = grading.babylm_macro_average(types, results)
+        columns = grading.leaderboard_columns(types, results)
         summary = grading.overall_score(results, self.seed)
-        if average is not None:
-            summary["babylm_macro_average"] = average
+        if len(columns) > 1:
+            summary["babylm_2026"] = grading.overall_2026(columns)
         return {**results, **summary}
 
     def _first_task(self, task_type: str) -> BenchmarkTask:
@@ -436,7 +434,9 @@ def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
         task_folder = folder / "zero_shot" / "causal" / official
         if official != "reading":
             task_folder /= Path(task.options["path"]).stem
-        predictions = grading.official_predictions(task.type, task.items, suite.scores[name])
+        predictions = grading.official_predictions(
+            task.type, task.items, suite.scores[name], suite.seed
+        )
         write_json(task_folder / "predictions.json", predictions)
 
 

@@ -233,7 +233,7 @@ def test_keys_in_the_documents_exist():
     keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
     named = set(
         re.findall(
-            r"(?<![\w./])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])",
+            r"(?<![\w./-])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])",
             ALL,
         )
     )

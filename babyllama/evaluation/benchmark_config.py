@@ -25,7 +25,7 @@ from babyllama.files import ROOT
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
 # a file of results has these keys next to the tasks, so no task can have such a name
-RESERVED = {"overall_score", "overall_score_ci95", "overall_parts", "babylm_macro_average"}
+RESERVED = {"overall_score", "overall_score_ci95", "overall_parts", "babylm_2026"}
 
 
 # ---- the keys of each type of task --------------------------------------------------------------

@@ -6,8 +6,12 @@
     score_items("blimp", items, scores)["accuracy"]  # scores: all candidates of all items in order
 
 The score of a candidate is its summed log-probability, and the candidate with the highest score is
-the choice of the model. Averages are those of BabyLM's evaluation pipeline of 2025. Results of two
-models are compared item by item. This module needs no model and reads no files.
+the choice of the model. Averages are those of BabyLM's evaluation pipeline. Results of two models
+are compared item by item. This module needs no model and reads no files.
+
+If k candidates tie, BabyLM's pipeline of 2026 draws one of them at random. `accuracy` counts 1/k if
+the right one is among them, which is the expectation of that draw. A file of predictions has to
+name one candidate, so it draws with a seed.
 """
 
 from __future__ import annotations
@@ -27,6 +31,17 @@ TIE_TOLERANCE = 1e-5  # nats; sums of float32 numbers that differ by less count 
 SLOW_RESAMPLES = 400  # for statistics that are recomputed from every sample
 # Fewer differing items cannot be significant: five of the same sign have p = 2 x 0.5^5 = 0.06.
 MIN_DIFFERING = 6
+COLUMNS_2026 = (
+    "blimp",
+    "supplement",
+    "ewok",
+    "entity_tracking",
+    "comps",
+    "glue",
+    "global_piqa",
+    "reading",
+    "aoa",
+)
 FIGURES = {  # the figures of tasks that have no right answers
     "spearman": ("spearman",),
     "eye_tracking_percent": ("eye_tracking_percent", "self_paced_reading_percent"),
@@ -41,12 +56,11 @@ class Grades:
     """Grades of all items, as arrays (n,)."""
 
     credit: np.ndarray  # 1 if right, 1/k if the right candidate is one of k with the best score
-    official: np.ndarray  # 1 or 0; in a tie the first candidate wins, as in BabyLM's pipeline
     tied: np.ndarray  # True if several candidates have the highest score
-    choice: np.ndarray  # index of the first candidate with the highest score
+    choice: np.ndarray  # index of a candidate with the highest score, drawn at random
 
 
-def grade(items: Sequence[Item], scores: np.ndarray) -> Grades:
+def grade(items: Sequence[Item], scores: np.ndarray, seed: int = 0) -> Grades:
     """Compare the candidates of each item; `scores` holds all candidates of all items in order."""
     counts = np.array([len(item.completions) for item in items])
     starts = np.cumsum(counts) - counts
@@ -56,14 +70,13 @@ def grade(items: Sequence[Item], scores: np.ndarray) -> Grades:
     best = np.maximum.reduceat(scores, starts)
     is_best = scores >= best[item_of] - TIE_TOLERANCE
     best_count = np.add.reduceat(is_best.astype(np.int64), starts)
-    best_places = np.flatnonzero(is_best)
-    first_of_item = np.unique(item_of[best_places], return_index=True)[1]
-    choice = best_places[first_of_item] - starts
+    # sort the candidates of each item by a random key; those that are not the best come first
+    keys = np.where(is_best, np.random.default_rng(seed).random(len(scores)), -1)
+    last_of_item = np.lexsort((keys, item_of))[starts + counts - 1]
     return Grades(
         credit=is_best[starts + gold] / best_count,
-        official=(choice == gold).astype(float),
         tied=best_count > 1,
-        choice=choice,
+        choice=last_of_item - starts,
     )
 
 
@@ -72,7 +85,9 @@ def first_form_probability(margin: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(np.clip(-margin, -700, 700)))
 
 
-def official_predictions(task: str, items: Sequence[Item], scores: np.ndarray) -> dict[str, Any]:
+def official_predictions(
+    task: str, items: Sequence[Item], scores: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
     """Return the content of predictions.json as BabyLM's evaluation pipeline writes it."""
     spec = TASKS[task]
     scores = np.asarray(scores, dtype=np.float64)
@@ -87,10 +102,11 @@ def official_predictions(task: str, items: Sequence[Item], scores: np.ndarray) -
         return {"reading": {"predictions": rows}}
 
     predictions: dict[str, Any] = {}
-    choices = grade(items, scores).choice.tolist()
+    choices = grade(items, scores, seed).choice.tolist()
     for item, candidates, choice in zip(items, item_scores, choices, strict=True):
-        rows = predictions.setdefault(item.subset, {"predictions": []})["predictions"]
-        row = {"id": f"{item.subset}_{len(rows)}", "pred": item.answer(choice)}
+        key = item.key or item.subset
+        rows = predictions.setdefault(key, {"predictions": []})["predictions"]
+        row = {"id": f"{key}_{len(rows)}", "pred": item.answer(choice)}
         if spec.metric == "spearman":
             row["prob"] = float(first_form_probability(candidates[0] - candidates[1]))
         rows.append(row)
@@ -105,10 +121,8 @@ def score_items(
 ) -> dict[str, Any]:
     """Return the figures of a task from the scores of all candidates of all items in order.
 
-    Accuracies are fractions. In a tie of k candidates, `accuracy` counts 1/k if the right one is
-    among them, and `accuracy_official` takes the first one, as BabyLM does. The interval of an
-    accuracy is Wilson's for the effective number of items. Other figures have a bootstrap interval
-    that resamples items.
+    Accuracies are fractions. The interval of an accuracy is Wilson's for the effective number of
+    items. Other figures have a bootstrap interval that resamples items.
     """
     spec = TASKS[task]
     scores = np.asarray(scores, dtype=np.float64)
@@ -165,7 +179,6 @@ def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[s
     weights = subset_weights(spec.average, subset_of)
     item_values = {
         "accuracy": grades.credit,
-        "accuracy_official": grades.official,
         "chance": np.array([1 / len(item.completions) for item in items]),
     }
 
@@ -311,25 +324,46 @@ def compare_to_baselines(
 # ---- several tasks ------------------------------------------------------------------------------
 
 
-def babylm_macro_average(types: dict[str, str], results: dict[str, dict]) -> float | None:
-    """Return BabyLM's single figure: the mean over the columns of its tasks.
+def leaderboard_columns(types: dict[str, str], results: dict[str, dict]) -> dict[str, float]:
+    """Return the columns of BabyLM's leaderboard of 2026 that results of tasks fill, in percent.
 
-    A column is 100 x the official accuracy, 100 x a rank correlation, or one of the two figures of
-    reading times. `types` names the task of each result. With fewer than two columns there is no
-    average, and the result is None.
+    `types` names the task of each result; of several results of one task the first counts. The
+    column `global_piqa` is the mean of its two tasks, and `reading` that of its two figures.
     """
-    columns = []
+    figures: dict[str, list[float]] = {}
+    counted = set()
     for name, task in types.items():
-        if task not in TASKS or not TASKS[task].official:
+        column = TASKS[task].column if task in TASKS else ""
+        if not column or task in counted:
             continue
+        counted.add(task)
         result = results[name]
         if result["metric"] == "accuracy":
-            columns.append(100 * result["accuracy_official"])
-        elif result["metric"] == "spearman":
-            columns.append(100 * result["spearman"])
+            values = [100 * result["accuracy"]]
         else:
-            columns += [result[figure] for figure in FIGURES["eye_tracking_percent"]]
-    return math.fsum(columns) / len(columns) if len(columns) > 1 else None
+            values = [result[figure] for figure in FIGURES[result["metric"]]]
+        figures.setdefault(column, []).extend(values)
+    return {column: math.fsum(values) / len(values) for column, values in figures.items()}
+
+
+def overall_2026(columns: dict[str, float | None]) -> dict[str, Any]:
+    """Return the overall score of BabyLM 2026: the mean of the nine columns of its leaderboard.
+
+    All columns are in percent: accuracies, `glue` the mean of its seven tasks, `reading` the mean
+    of two explained variances, `aoa` 100 x a correlation. A column that is missing or None counts 0
+    and is listed under `missing`.
+    """
+    unknown = set(columns) - set(COLUMNS_2026)
+    if unknown:
+        names = ", ".join(COLUMNS_2026)
+        raise ValueError(f"unknown column {sorted(unknown)[0]!r}; the columns are {names}")
+    values = {name: columns.get(name) for name in COLUMNS_2026}
+    measured = [value for value in values.values() if value is not None]
+    return {
+        "overall_2026": math.fsum(measured) / len(COLUMNS_2026),
+        "columns": values,
+        "missing": [name for name, value in values.items() if value is None],
+    }
 
 
 def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Score the candidates of multiple-choice items.
 
     items = read_items("blimp", "data/blimp_filtered")
-    scores, baselines, precision = score_choices(model, tokenizer, items)
-    scores, baselines = score_candidates(model, tokenizer, items)
+    scores, baselines, precision = score_task(model, tokenizer, "blimp", items)
 
-`score_candidates` returns exact sums of log-probabilities. `score_choices` is several times as
-fast, and it is enough if only the best candidate matters. Both also score the candidates with
-trivial baselines, which a model should beat. grading.py turns the scores into results.
+`score_task` picks one of two ways. `score_candidates` returns exact log-probabilities.
+`score_choices` is several times as fast, and it is enough if only the best candidate matters. Both
+also score the candidates with trivial baselines, which a model should beat. grading.py turns the
+scores into results.
 """
 
 from __future__ import annotations
@@ -22,25 +22,63 @@ from babyllama.data.documents import find_files, read_parts
 from babyllama.evaluation.fast_choices import relative_scores
 from babyllama.evaluation.loading import encode, training_text_of
 from babyllama.evaluation.scoring import ids_logprobs
-from babyllama.evaluation.tasks import Item
+from babyllama.evaluation.tasks import TASKS, Item
 
 log = logging.getLogger(__name__)
 
 UNIGRAM_CHARS = 10_000_000  # characters of the training text, equally many from each file
 
 
+def score_task(
+    model,
+    tokenizer,
+    task: str,
+    items: Sequence[Item],
+    bos: bool = True,
+    unigram: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """Return (scores, baselines, precision) of all candidates of a task, for grading.py.
+
+    If only the best candidate matters, scores of different items cannot be compared.
+    """
+    spec = TASKS[task]
+    if spec.metric == "accuracy" and spec.scoring == "sum":
+        return score_choices(model, tokenizer, items, bos, unigram)
+    scores, baselines = score_candidates(model, tokenizer, items, bos, unigram, spec.scoring)
+    return scores, baselines, {"items": len(items), "float32_items": len(items)}
+
+
 def score_candidates(
-    model, tokenizer, items: Sequence[Item], bos: bool = True, unigram: np.ndarray | None = None
+    model,
+    tokenizer,
+    items: Sequence[Item],
+    bos: bool = True,
+    unigram: np.ndarray | None = None,
+    scoring: str = "sum",
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return (summed log-probability of each candidate of each item, in order; baselines).
+    """Return (log-probability in nats of each candidate of each item, in order; baselines).
+
+    `scoring` is the "sum" over the tokens of the completion or their "mean", or it is "word": the
+    sum as BabyLM scores reading times (`word_spans`).
 
     The baselines map a name to its scores of the same candidates. `shorter` prefers fewer tokens,
     like a model that finds all tokens equally likely. `unigram` sums log-probabilities of single
-    tokens, if there is a table of them (`unigram_table`).
+    tokens, if there is a table of them (`unigram_table`), or takes their mean.
     """
-    ids, starts = scored_spans(tokenizer, items, bos)
-    scores = np.array([text.logprobs.sum() for text in ids_logprobs(model, ids, starts=starts)])
-    return scores, _baselines(ids, starts, unigram)
+    if scoring == "word":
+        ids, starts, owners = word_spans(tokenizer, items, bos)
+    else:
+        ids, starts = scored_spans(tokenizer, items, bos)
+        owners = np.arange(len(ids))
+    sums = [text.logprobs.sum() for text in ids_logprobs(model, ids, starts=starts)]
+    scores = np.bincount(owners, sums)
+    baselines = _baselines(ids, starts, owners, unigram)
+    if scoring == "mean":
+        lengths = -baselines["shorter"]
+        scores = scores / lengths
+        if unigram is not None:
+            baselines["unigram"] = baselines["unigram"] / lengths
+    return scores, baselines
 
 
 def score_choices(
@@ -53,19 +91,19 @@ def score_choices(
     ids, starts = scored_spans(tokenizer, items, bos)
     counts = [len(item.completions) for item in items]
     scores, precision = relative_scores(model, ids, starts, counts)
-    return scores, _baselines(ids, starts, unigram), precision
+    return scores, _baselines(ids, starts, np.arange(len(ids)), unigram), precision
 
 
 def _baselines(
-    ids: Sequence[list[int]], starts: Sequence[int], unigram: np.ndarray | None
+    ids: Sequence[list[int]], starts: Sequence[int], owners: np.ndarray, unigram: np.ndarray | None
 ) -> dict[str, np.ndarray]:
+    """Return the baselines of all candidates; `owners` has the candidate of each text (N,)."""
     targets = [text[start:] for text, start in zip(ids, starts, strict=True)]
-    lengths = np.array([len(tokens) for tokens in targets])
-    baselines = {"shorter": -lengths.astype(float)}
+    lengths = [len(tokens) for tokens in targets]
+    baselines = {"shorter": -np.bincount(owners, lengths)}
     if unigram is not None:
         logprobs = unigram[np.concatenate(targets).astype(np.int64)]
-        owners = np.repeat(np.arange(len(targets)), lengths)
-        baselines["unigram"] = np.bincount(owners, logprobs, minlength=len(targets))
+        baselines["unigram"] = np.bincount(np.repeat(owners, lengths), logprobs)
     return baselines
 
 
@@ -97,6 +135,38 @@ def scored_spans(tokenizer, items: Sequence[Item], bos: bool) -> tuple[list[list
             texts[i] = ids
     # without BOS the first token of a text has no score
     return encode(tokenizer, texts, bos), [max(1, start + bos) for start in starts]
+
+
+def word_spans(
+    tokenizer, items: Sequence[Item], bos: bool
+) -> tuple[list[list[int]], list[int], np.ndarray]:
+    """Return a text for each token of each completion, as BabyLM's script of reading times has it.
+
+    The last token of a text is the one that is scored. The result is (token ids, index of the last
+    token, index of the candidate) of each text.
+
+    The script tokenizes the word alone, without the space before it. The first token follows the
+    tokens of the context. For each later one, the text of the tokens before it joins the context,
+    which is tokenized again; the token itself becomes text and is tokenized again too.
+    """
+    candidates = [pair for item in items for pair in item.candidates]
+    words = [completion for _, completion in candidates]
+    word_ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    contexts = []
+    targets = []
+    owners = []
+    for owner, ((context, _), ids) in enumerate(zip(candidates, word_ids, strict=True)):
+        for number, token in enumerate(ids):
+            text = tokenizer.decode([token])
+            contexts.append(context)
+            if number > 0:
+                token = tokenizer(text, add_special_tokens=False)["input_ids"][0]
+            targets.append(token)
+            owners.append(owner)
+            context += text
+    context_ids = encode(tokenizer, contexts, bos)
+    texts = [[*ids, target] for ids, target in zip(context_ids, targets, strict=True)]
+    return texts, [len(text) - 1 for text in texts], np.array(owners)
 
 
 def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | None:

@@ -96,6 +96,20 @@ def overall_text(results: dict) -> str:
     return f"{score} = mean of {mean}{product}"
 
 
+def overall_2026_text(overall: dict) -> str:
+    """Format the overall score of BabyLM 2026 with its columns."""
+    measured = {name: value for name, value in overall["columns"].items() if value is not None}
+    columns = ", ".join(f"{name} {number(value)}" for name, value in measured.items())
+    text = f"overall {number(overall['overall_2026'])} = mean of nine columns: {columns}"
+    missing = ", ".join(overall["missing"])
+    return f"{text}; missing and counted as 0: {missing}" if missing else text
+
+
+def is_of_2025(task_type: str) -> bool:
+    """Return True for a task that BabyLM asked in 2025 and no longer in 2026."""
+    return task_type in TASKS and bool(TASKS[task_type].official) and not TASKS[task_type].column
+
+
 def printable(text: Any, max_length: int = 2000) -> str:
     """Replace control characters and lone surrogates, and truncate."""
     control = r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]"
@@ -111,12 +125,11 @@ def table_rows(document: dict) -> list[dict[str, Any]]:
     differences = document["comparison"].get("differences", {})
     for task, config in document["configs"].items():
         results = {model: tasks[task] for model, tasks in document["results"].items()}
-        is_official = config["type"] in TASKS and TASKS[config["type"]].official
+        label = f"{task} (BabyLM 2025)" if is_of_2025(config["type"]) else task
         for model, result in results.items():
-            row = _row(task, model, result["metric"], result)
+            row = _row(label, model, result["metric"], result)
             row["chance"] = result.get("chance")
             row["ties"] = result.get("ties")
-            row["official"] = result.get("accuracy_official") if is_official else None
             row["baselines"] = result.get("baselines", {})
             row["difference"] = differences.get(model, {}).get(task)
             rows.append(row)
@@ -141,7 +154,6 @@ def _row(task: str, model: str, metric: str, result: dict) -> dict[str, Any]:
         "n": result["n"],
         "chance": None,
         "ties": None,
-        "official": None,
         "baselines": {},
         "difference": None,
         "on_unit_scale": metric in ON_UNIT_SCALE,
@@ -172,15 +184,8 @@ def text_report(document: dict) -> str:
 
     for model, results in document["results"].items():
         lines.append(f"overall score of {model}: {overall_text(results)}")
-    official = {name for name, task in TASKS.items() if task.official}
-    columns = [task for task, config in document["configs"].items() if config["type"] in official]
-    for model, results in document["results"].items():
-        if "babylm_macro_average" in results:
-            average = number(results["babylm_macro_average"])
-            lines.append(
-                f"BabyLM's macro average of {model} ({', '.join(columns)}; "
-                f"ties to the first candidate): {average}"
-            )
+        if "babylm_2026" in results:
+            lines.append(f"BabyLM 2026, {model}: {overall_2026_text(results['babylm_2026'])}")
     lines += [f"note: {note}" for note in document["notes"]]
     return "\n".join(lines)
 
@@ -286,6 +291,7 @@ def page(document: dict) -> str:
         "number": number,
         "difference": difference_text,
         "overall": overall_text,
+        "overall_2026": overall_2026_text,
         "printable": printable,
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -6,11 +6,11 @@
         print(prefix + completion)
 
 An item has two or more candidates, of which one is right. Each task has a small decoder that turns
-a row of its file into an item; the formats are those of BabyLM's evaluation pipeline of 2025.
-Grading is the job of grading.py.
+a row of its file into an item. The formats are those of BabyLM's evaluation pipeline of July 2026;
+tasks that BabyLM asked only in 2025 have no `column`. Grading is the job of grading.py.
 
-The score of a candidate is the sum, not the mean, of log p over the tokens that end after the start
-of the completion. A space between prefix and completion belongs to the completion.
+Unless the task says otherwise, the score of a candidate is the sum of log p over the tokens that
+end after the start of the completion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ READING_FIELDS = (
     *EYE_TRACKING,
     "self_paced_reading_time",
 )
+# The commands that download BabyLM's data, by the first word of the task. They run in the folder
+# strict/ of github.com/babylm-org/babylm-eval.
+DOWNLOADS = {
+    "ewok": "python -m evaluation_pipeline.ewok.dl_and_filter",
+    "global": "python evaluation_pipeline/global_piqa/dl.py",
+}
+DOWNLOAD = "python -m scripts.download_evals"  # of the other tasks, and ewok_fast.zip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class Item:
     gold: int = 0  # index of the right candidate
     facts: dict[str, float] = field(default_factory=dict)  # human data: `ratio`, reading times
     phenomenon: str = ""  # BLiMP's linguistics_term; several subsets share one
+    key: str = ""  # the item's key in predictions.json, if it is not the subset
 
     @property
     def candidates(self) -> Iterator[tuple[str, str]]:
@@ -75,7 +83,9 @@ class Task:
     average: str = (
         "macro"  # equal weights for all subsets; "micro": all items; "splits": all splits
     )
+    scoring: str = "sum"  # of log p; "mean" of log p; "word": see minimal_pairs.py
     official: str = ""  # the task's directory in BabyLM's predictions
+    column: str = ""  # the column of BabyLM's leaderboard of 2026 that the task belongs to
 
 
 # ---- decoders -----------------------------------------------------------------------------------
@@ -110,26 +120,46 @@ def _supplement(row: dict, stem: str) -> Item:
 
 
 def _ewok(row: dict, stem: str) -> Item:
+    completion = " " + row["Target1"]
+    contexts = (row["Context1"], row["Context2"])
+    return Item(row["Domain"], contexts, (completion, completion))
+
+
+def _ewok_2025(row: dict, stem: str) -> Item:
     context = row["Context1"]
     completions = (" " + row["Target1"], " " + row["Target2"])
     return Item(row["Domain"], (context, context), completions)
 
 
-def _entity_tracking(row: dict, stem: str) -> Item:
+def _entity_tracking_2025(row: dict, stem: str) -> Item:
     options = _check_choices(row["options"], "options")
     subset = f"{stem}_{row['numops']}_ops"
     return Item(subset, (row["input_prefix"],) * len(options), options)
 
 
-def _entity_tracking_filtered(row: dict, stem: str) -> Item | None:
-    item = _entity_tracking(row, stem)
+def _entity_tracking(row: dict, stem: str) -> Item | None:
+    item = _entity_tracking_2025(row, stem)
     return None if any("nothing" in option for option in item.completions) else item
 
 
 def _comps(row: dict, stem: str) -> Item:
+    """Return a property phrase after two prefixes; the space between them is not scored."""
     subset = stem.removeprefix("comps_").replace("-", "_")
-    phrase = " " + row["property_phrase"]
-    return Item(subset, (row["prefix_acceptable"], row["prefix_unacceptable"]), (phrase, phrase))
+    phrase = row["property_phrase"]
+    prefixes = (row["prefix_acceptable"] + " ", row["prefix_unacceptable"] + " ")
+    return Item(subset, prefixes, (phrase, phrase))
+
+
+def _global_piqa(solutions: int) -> Callable[[dict, str], Item]:
+    def decode(row: dict, stem: str) -> Item:
+        completions = tuple(" " + row[f"solution{i}"] for i in range(solutions))
+        label = row["label"]
+        if type(label) is not int or not 0 <= label < solutions:
+            raise ValueError(f"label {label!r} must be the index of a solution")
+        key = str(row["example_id"])
+        return Item(stem, (row["prompt"],) * solutions, completions, label, key=key)
+
+    return decode
 
 
 def _wug(name: str) -> Callable[[dict, str], Item]:
@@ -149,16 +179,20 @@ def _reading(row: dict, stem: str) -> Item:
     Readers spend time on the previous word while they see the next one (spill-over). A context that
     pandas reads as missing is the word "None", which BabyLM's pipeline restores.
     """
-    context = "None" if row["item"] in MISSING else row["item"]
-    prefixes = [context]
-    completions = [_after(context, row["word"])]
+    prefixes = ["None" if row["item"] in MISSING else row["item"]]
+    completions = [row["word"]]
     if row["prev_item"] not in MISSING and row["prev_word"] not in MISSING:
         prefixes.append(row["prev_item"])
-        completions.append(_after(row["prev_item"], row["prev_word"]))
+        completions.append(row["prev_word"])
     facts = {
         name: math.nan if row[name] in MISSING else float(row[name]) for name in READING_FIELDS
     }
     return Item("reading", tuple(prefixes), tuple(completions), facts=facts)
+
+
+def _reading_with_space(row: dict, stem: str) -> Item:
+    item = _reading(row, stem)
+    return replace(item, completions=tuple(_after(*candidate) for candidate in item.candidates))
 
 
 def _multiple_choice(row: dict, stem: str) -> Item:
@@ -185,28 +219,59 @@ def _completion(row: dict, stem: str) -> Item:
 
 
 _PAIR = ("sentence_good", "sentence_bad")
-_EWOK = ("Context1", "Target1", "Target2", "Domain")
+_EWOK = ("Context1", "Context2", "Target1", "Domain")
+_EWOK_2025 = ("Context1", "Target1", "Target2", "Domain")
 _ENTITIES = ("input_prefix", "options", "numops")
 _COMPS = ("prefix_acceptable", "prefix_unacceptable", "property_phrase")
+_GLOBAL_PIQA = ("example_id", "prompt", "solution0", "solution1", "label")
 _WUG = ("sentences", "ratio")
 _READING = ("item", "word", "prev_item", "prev_word", *READING_FIELDS)
 _CHOICE = ("prompt", "choices", "answer")
 _COMPLETION = ("prompt", "answer", "wrong")
 TASKS = {
-    # BabyLM's zero-shot tasks
-    "blimp": Task(_pair, _PAIR, official="blimp"),
-    "supplement": Task(_supplement, _PAIR, official="blimp"),
-    "ewok": Task(_ewok, _EWOK, official="ewok"),
+    # BabyLM's zero-shot tasks of 2026
+    "blimp": Task(_pair, _PAIR, official="blimp", column="blimp"),
+    "supplement": Task(_supplement, _PAIR, official="blimp", column="supplement"),
+    "ewok": Task(_ewok, _EWOK, official="ewok", column="ewok"),
     "entity_tracking": Task(
-        _entity_tracking, _ENTITIES, average="splits", official="entity_tracking"
+        _entity_tracking,
+        _ENTITIES,
+        average="splits",
+        official="entity_tracking",
+        column="entity_tracking",
     ),
-    "entity_tracking_filtered": Task(
-        _entity_tracking_filtered, _ENTITIES, average="splits", official="entity_tracking_filtered"
+    "comps": Task(_comps, _COMPS, official="comps", column="comps"),
+    "global_piqa_parallel": Task(
+        _global_piqa(4),
+        (*_GLOBAL_PIQA, "solution2", "solution3"),
+        scoring="mean",
+        official="global_piqa_parallel",
+        column="global_piqa",
     ),
-    "comps": Task(_comps, _COMPS, official="comps"),
+    "global_piqa_nonparallel": Task(
+        _global_piqa(2),
+        _GLOBAL_PIQA,
+        scoring="mean",
+        official="global_piqa_nonparallel",
+        column="global_piqa",
+    ),
+    "reading": Task(
+        _reading,
+        _READING,
+        metric="eye_tracking_percent",
+        scoring="word",
+        official="reading",
+        column="reading",
+    ),
+    # the same words with the space before them, as text has it: no task of BabyLM
+    "reading_with_space": Task(_reading_with_space, _READING, metric="eye_tracking_percent"),
+    # BabyLM's tasks of 2025 that 2026 replaced or dropped
+    "ewok_2025": Task(_ewok_2025, _EWOK_2025, official="ewok_2025"),
+    "entity_tracking_2025": Task(
+        _entity_tracking_2025, _ENTITIES, average="splits", official="entity_tracking_2025"
+    ),
     "wug_adj": Task(_wug("wug_adj"), _WUG, metric="spearman", official="wug_adj"),
     "wug_past": Task(_wug("wug_past"), _WUG, metric="spearman", official="wug_past"),
-    "reading": Task(_reading, _READING, metric="eye_tracking_percent", official="reading"),
     # any other test
     "minimal_pairs": Task(_pair, _PAIR, ("UID",)),
     "multiple_choice": Task(_multiple_choice, _CHOICE, ("subset",), average="micro"),
@@ -224,9 +289,11 @@ def read_items(task: str, path: str | Path) -> list[Item]:
     has no such file.
     """
     path = Path(path)
-    suffix = ".csv" if task == "reading" else ".jsonl"
+    suffix = ".csv" if TASKS[task].fields == _READING else ".jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {task} needs {suffix} files")
+        command = download_command(task)
+        source = f"; `{command}` in babylm-eval/strict downloads them" if command else ""
+        raise FileNotFoundError(f"{path} does not exist; {task} needs {suffix} files{source}")
     if path.is_file():
         files = [path]
     else:
@@ -239,6 +306,13 @@ def read_items(task: str, path: str | Path) -> list[Item]:
         fields = ", ".join(TASKS[task].fields)
         raise ValueError(f"{path} holds no {task} items; expected {suffix} rows with {fields}")
     return items
+
+
+def download_command(task: str) -> str | None:
+    """Return the command of BabyLM's pipeline that downloads the data of a task."""
+    if not TASKS[task].official and TASKS[task].fields != _READING:
+        return None
+    return DOWNLOADS.get(task.split("_")[0], DOWNLOAD)
 
 
 def read_rows(path: Path) -> list[Any]:

@@ -73,7 +73,7 @@ def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
         "two": {"type": "wug_adj", "path": "a", "items": []},
         "mine": {"type": "completion", "items": [{"prompt": "a", "answer": "b"}]},
         "consistency": {"groups": [{"prompts": ["a"], "control": ""}]},
-        "babylm_macro_average": {"type": "speed"},
+        "babylm_2026": {"type": "speed"},
     }
     with pytest.raises(ConfigError) as error:
         load_tasks({"tasks": declared})
@@ -88,7 +88,7 @@ def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
         "tasks.mine: items: item 1: missing fields: wrong",
         "tasks.two: wug_adj needs either",
         "tasks.x/y: not a name",
-        "tasks.babylm_macro_average: this name is reserved",
+        "tasks.babylm_2026: this name is reserved",
         "tasks.consistency.groups.0.prompts:",
     ):
         assert message in str(error.value)
@@ -113,3 +113,49 @@ def test_phenomena_are_read_from_the_rows_of_blimp(tmp_path):
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (task,) = load_tasks({"tasks": {"blimp": {"path": str(tmp_path)}}}).values()
     assert task.describe()["phenomena"] == {"x": "binding", "y": "agreement"}
+
+
+ROWS_OF_2026 = {
+    "blimp": {"sentence_good": "a", "sentence_bad": "b"},
+    "supplement": {"sentence_good": "a", "sentence_bad": "b"},
+    "ewok": {"Context1": "a", "Context2": "b", "Target1": "c", "Domain": "d"},
+    "entity_tracking": {"input_prefix": "a", "options": [" b", " c"], "numops": 0},
+    "comps": {"prefix_acceptable": "a", "prefix_unacceptable": "b", "property_phrase": "c"},
+    "global_piqa_parallel": {
+        "example_id": "x", "prompt": "a", "label": 3,
+        "solution0": "b", "solution1": "c", "solution2": "d", "solution3": "e",
+    },
+    "global_piqa_nonparallel": {
+        "example_id": "x", "prompt": "a", "label": 1, "solution0": "b", "solution1": "c",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["benchmark-babylm.yaml", "benchmark-babylm-fast.yaml"])
+def test_the_files_of_babylm_read_its_data_and_name_the_command_for_what_is_missing(
+    name, tmp_path, monkeypatch
+):
+    file = BUILT_IN.with_name(name)
+    paths = {task: row["path"] for task, row in read_yaml_file(file)["tasks"].items()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_tasks(file)
+    problems = error.value.problems
+    assert [problem.split(":")[0] for problem in problems] == [f"tasks.{task}" for task in paths]
+    assert all("in babylm-eval/strict downloads them" in problem for problem in problems)
+
+    for task, path in paths.items():
+        folder = tmp_path / path
+        if folder.suffix == ".csv":
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            fields = tasks.TASKS[task].fields
+            folder.write_text(",".join(fields) + "\n" + ",".join(["1"] * len(fields)) + "\n")
+        else:
+            folder.mkdir(parents=True)
+            (folder / "eng_latn.jsonl").write_text(json.dumps(ROWS_OF_2026[task]))
+    declared = load_tasks(file)
+    assert all(task.n == 1 for task in declared.values())
+    columns = {tasks.TASKS[task].column for task in declared} - {""}
+    assert columns == {task.column for task in tasks.TASKS.values()} - {""} - (
+        {"comps"} if "fast" in name else set()
+    )

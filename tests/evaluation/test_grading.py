@@ -33,9 +33,8 @@ def test_grades_equal_a_naive_loop(drawn):
         winners = [j for j, score in enumerate(scores) if score == max(scores)]
         gold = items[i].gold
         assert grades.credit[i] == pytest.approx((gold in winners) / len(winners))
-        assert grades.official[i] == (winners[0] == gold)
         assert grades.tied[i] == (len(winners) > 1)
-        assert grades.choice[i] == winners[0]
+        assert grades.choice[i] in winners
 
 
 def test_sums_that_float32_cannot_tell_apart_are_ties():
@@ -53,7 +52,6 @@ def test_macro_average_counts_every_subset_the_same():
     assert result["accuracy"] == pytest.approx((0.75 + 0) / 2)
     assert result["subsets"]["a"] == {
         "accuracy": 0.75,
-        "accuracy_official": 0.75,
         "chance": 0.5,
         "n": 4,
         "ties": 0,
@@ -253,9 +251,9 @@ def test_correlations_are_compared_on_the_same_samples():
 
 def test_predictions_in_the_official_layout():
     items = [Item(subset, ("", ""), ("good", "bad")) for subset in ("x", "x", "y")]
-    assert official_predictions("blimp", items, [-1, -2, -2, -1, -3, -3]) == {
+    assert official_predictions("blimp", items, [-1, -2, -2, -1, -3, -1]) == {
         "x": {"predictions": [{"id": "x_0", "pred": "good"}, {"id": "x_1", "pred": "bad"}]},
-        "y": {"predictions": [{"id": "y_0", "pred": "good"}]},
+        "y": {"predictions": [{"id": "y_0", "pred": "bad"}]},
     }
 
 
@@ -281,18 +279,66 @@ def test_predictions_of_reading_are_surprisals():
     }
 
 
-def test_babylm_macro_average_by_hand():
+def test_predictions_of_global_piqa_are_keyed_by_example():
+    items = [Item("eng_latn", ("Q", "Q"), (" a", " b"), key=key) for key in ("x-1", "x-2")]
+    assert official_predictions("global_piqa_nonparallel", items, [-1, -2, -2, -1]) == {
+        "x-1": {"predictions": [{"id": "x-1_0", "pred": " a"}]},
+        "x-2": {"predictions": [{"id": "x-2_0", "pred": " b"}]},
+    }
+
+
+def test_a_tie_is_drawn_at_random_and_counts_the_expectation_of_the_draw():
+    items = [make_item(n=3, gold=i % 3) for i in range(3000)]
+    scores = np.tile([-5.0, -5.0, -5.0], 3000)
+    grades = grade(items, scores)
+    gold = [item.gold for item in items]
+    assert np.mean(grades.choice == gold) == pytest.approx(grades.credit.mean(), abs=0.03)
+    assert np.bincount(grades.choice) / 3000 == pytest.approx([1 / 3] * 3, abs=0.03)
+
+    # the draw depends on the seed alone
+    assert (grade(items, scores).choice == grades.choice).all()
+    assert (grade(items, scores, seed=1).choice != grades.choice).any()
+
+
+def test_leaderboard_columns_by_hand():
     reading = {"eye_tracking_percent": 4.0, "self_paced_reading_percent": 1.0}
     results = {
-        "b": {"metric": "accuracy", "accuracy": 0.5, "accuracy_official": 0.75},
+        "b": {"metric": "accuracy", "accuracy": 0.75},
+        "b fast": {"metric": "accuracy", "accuracy": 0.1},
         "w": {"metric": "spearman", "spearman": -0.2},
         "r": {"metric": "eye_tracking_percent", **reading},
-        "mine": {"metric": "accuracy", "accuracy": 0.9, "accuracy_official": 0.9},
+        "r2": {"metric": "eye_tracking_percent", **reading},
+        "p": {"metric": "accuracy", "accuracy": 0.25},
+        "n": {"metric": "accuracy", "accuracy": 0.6},
+        "mine": {"metric": "accuracy", "accuracy": 0.9},
+        "speed": {"metric": "tokens_per_second", "tokens_per_second": 9.0},
     }
-    types = {"b": "blimp", "w": "wug_adj", "r": "reading", "mine": "minimal_pairs"}
-    average = grading.babylm_macro_average(types, results)
-    assert average == pytest.approx((75 - 20 + 4 + 1) / 4)
-    assert grading.babylm_macro_average({"b": "blimp", "mine": "minimal_pairs"}, results) is None
+    types = {
+        "b": "blimp", "b fast": "blimp", "w": "wug_adj", "r": "reading", "r2": "reading_with_space",
+        "p": "global_piqa_parallel", "n": "global_piqa_nonparallel", "mine": "minimal_pairs",
+        "speed": "speed",
+    }  # fmt: skip
+    columns = grading.leaderboard_columns(types, results)
+    assert columns == {"blimp": 75, "reading": 2.5, "global_piqa": pytest.approx(42.5)}
+
+
+def test_the_overall_score_of_2026_counts_missing_columns_as_zero():
+    # the first row of the leaderboard of strict-small in August 2026
+    columns = {
+        "blimp": 68.27, "supplement": 63.28, "ewok": 49.82, "entity_tracking": 29.4, "comps": 52.16,
+        "glue": 69.05, "global_piqa": 40.05, "reading": 8.2, "aoa": 0.0,
+    }  # fmt: skip
+    overall = grading.overall_2026(columns)
+    assert overall["overall_2026"] == pytest.approx(42.25, abs=0.01)
+    assert overall["columns"] == columns
+    assert overall["missing"] == []
+
+    partial = grading.overall_2026({"aoa": None, "blimp": 90.0, "ewok": -9.0})
+    assert partial["overall_2026"] == pytest.approx(9.0)
+    assert partial["columns"]["aoa"] is None
+    assert partial["missing"] == [name for name in columns if name not in ("blimp", "ewok")]
+    with pytest.raises(ValueError, match="unknown column 'bimp'; the columns are blimp, "):
+        grading.overall_2026({"bimp": 1.0})
 
 
 def test_overall_score_by_hand():

@@ -34,7 +34,6 @@ def make_result(accuracy: float, noise: bool = False) -> dict:
         "n": 100,
         "chance": 0.5,
         "ties": 2,
-        "accuracy_official": accuracy + 0.01,
         "baselines": {
             "random": {"score": 0.5, **difference},
             "shorter": {"score": 0.4, **difference},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from babyllama.evaluation.grading import official_predictions, score_items
+from babyllama.evaluation.grading import COLUMNS_2026, official_predictions, score_items
 from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 
 BALL = "The ball is red."
@@ -34,10 +34,25 @@ ROWS = {
         {"Context1": BALL, "Context2": "The ball is blue.", "Target1": "It is red.", "Target2": "It is blue.",
          "Domain": "material-properties", "ContextType": "direct"},
         "material-properties",
+        [(BALL, " It is red."), ("The ball is blue.", " It is red.")],
+        ["The ball is red. It is red.", "The ball is blue. It is red."],
+    ),
+    "ewok_2025": (
+        "x",
+        {"Context1": BALL, "Context2": "The ball is blue.", "Target1": "It is red.", "Target2": "It is blue.",
+         "Domain": "material-properties"},
+        "material-properties",
         [(BALL, " It is red."), (BALL, " It is blue.")],
         [" It is red.", " It is blue."],
     ),
     "entity_tracking": (
+        "regular",
+        {"input_prefix": BOX, "options": [" the car.", " the cup."], "numops": 0},
+        "regular_0_ops",
+        [(BOX, " the car."), (BOX, " the cup.")],
+        [" the car.", " the cup."],
+    ),
+    "entity_tracking_2025": (
         "regular",
         {"input_prefix": BOX, "options": [" the car.", " the cup.", " nothing."], "numops": 2},
         "regular_2_ops",
@@ -48,8 +63,24 @@ ROWS = {
         "comps_wugs_dist-in-between",
         {"prefix_acceptable": "A robin", "prefix_unacceptable": "A penguin", "property_phrase": "can fly."},
         "wugs_dist_in_between",
-        [("A robin", " can fly."), ("A penguin", " can fly.")],
+        [("A robin ", "can fly."), ("A penguin ", "can fly.")],
         ["A robin can fly.", "A penguin can fly."],
+    ),
+    "global_piqa_parallel": (
+        "eng_latn",
+        {"example_id": "p-7", "prompt": "To dry a cup,", "solution0": "burn it.", "solution1": "wipe it.",
+         "solution2": "sell it.", "solution3": "bend it.", "label": 1},
+        "eng_latn",
+        [("To dry a cup,", f" {verb} it.") for verb in ("burn", "wipe", "sell", "bend")],
+        [f" {verb} it." for verb in ("burn", "wipe", "sell", "bend")],
+    ),
+    "global_piqa_nonparallel": (
+        "eng_latn",
+        {"example_id": "n-7", "prompt": "Tea is made with", "solution0": "cold sand.", "solution1": "hot water.",
+         "label": 1},
+        "eng_latn",
+        [("Tea is made with", " cold sand."), ("Tea is made with", " hot water.")],
+        [" cold sand.", " hot water."],
     ),
     "wug_adj": (
         "x",
@@ -110,7 +141,8 @@ def test_a_row_becomes_an_item(task):
     assert item.subset == subset
     assert list(item.candidates) == candidates
     assert [item.answer(i) for i in range(len(answers))] == answers
-    assert item.gold == (1 if task == "multiple_choice" else 0)
+    assert item.gold == row.get("answer", row.get("label", 0)) or task == "completion"
+    assert item.key == row.get("example_id", "")
 
 
 @pytest.mark.parametrize("task", [task for task in ROWS if TASKS[task].metric == "accuracy"])
@@ -126,30 +158,31 @@ def test_the_right_candidate_gives_an_accuracy_of_one(task):
     tied = score_items(task, [item], np.full(k, -5.0))
     assert tied["accuracy"] == tied["chance"] == pytest.approx(1 / k)
     assert tied["ties"] == 1
-    assert tied["accuracy_official"] == (0.0 if item.gold else 1.0)
 
 
 def test_every_task_has_a_literal_row():
-    assert {*ROWS, "reading", "entity_tracking_filtered"} == set(TASKS)
+    assert {*ROWS, "reading", "reading_with_space"} == set(TASKS)
 
 
-def test_entity_tracking_filtered_ignores_items_with_nothing():
-    stem, row, *_ = ROWS["entity_tracking"]
+def test_entity_tracking_ignores_items_with_nothing_since_2026():
+    stem, row, *_ = ROWS["entity_tracking_2025"]
     short = {**row, "options": row["options"][:2]}
-    (item,) = decode_rows("entity_tracking_filtered", [row, short], "file", stem)
+    (item,) = decode_rows("entity_tracking", [row, short], "file", stem)
     assert item.completions == (" the car.", " the cup.")
 
 
 def test_a_row_of_reading_times():
     item = decode("reading", READING)
-    assert list(item.candidates) == [("The old man", " sat"), ("The old", " man")]
+    assert list(item.candidates) == [("The old man", "sat"), ("The old", "man")]
+    spaced = decode("reading_with_space", READING)
+    assert list(spaced.candidates) == [("The old man", " sat"), ("The old", " man")]
     assert item.facts["self_paced_reading_time"] == 310.5
     assert math.isnan(item.facts["RTgopast"])
 
 
 def test_the_context_none_is_a_word_although_pandas_reads_it_as_missing():
     item = decode("reading", {**READING, "item": "None", "prev_item": "", "prev_word": ""})
-    assert list(item.candidates) == [("None", " sat")]
+    assert list(item.candidates) == [("None", "sat")]
 
 
 def test_only_candidates_with_equal_completions_are_answered_in_full():
@@ -168,6 +201,7 @@ def test_only_candidates_with_equal_completions_are_answered_in_full():
         ("multiple_choice", {"prompt": "a", "choices": ["b", "c"], "answer": True}, "answer True must be the index"),
         ("multiple_choice", {"prompt": "a", "choices": ["b", "c"], "answer": 2}, "answer 2 must be the index of a choice, 0 to 1"),
         ("entity_tracking", {"input_prefix": "a", "options": ["one"], "numops": 1}, "is not a list of two or more texts"),
+        ("global_piqa_nonparallel", {"example_id": "a", "prompt": "b", "solution0": "c", "solution1": "d", "label": 2}, "label 2 must be the index"),
         ("wug_adj", {"sentences": "a\tb", "ratio": "nan"}, "ratio 'nan' is not a number"),
         ("minimal_pairs", {"sentence_good": "a", "sentence_bad": "\ud800"}, "surrogates not allowed"),
         ("minimal_pairs", {"sentence_good": "a", "sentence_bad": ""}, "a candidate is empty"),
@@ -202,7 +236,7 @@ def test_reading_times_are_read_from_csv(tmp_path):
         writer = csv.DictWriter(file, READING)
         writer.writeheader()
         writer.writerow({**READING, "word": "sat, down"})
-    assert read_items("reading", tmp_path)[0].completions[0] == " sat, down"
+    assert read_items("reading", tmp_path)[0].completions[0] == "sat, down"
 
 
 PAIR = '{"sentence_good": "a", "sentence_bad": "b"}\n'
@@ -232,9 +266,25 @@ def test_a_malformed_csv_file_is_refused(tmp_path):
         read_items("reading", file)
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none does not exist; ewok needs .jsonl files"):
-        read_items("ewok", tmp_path / "none")
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("ewok", "jsonl files; `python -m evaluation_pipeline.ewok.dl_and_filter` in babylm-eval/"),
+        ("global_piqa_parallel", "`python evaluation_pipeline/global_piqa/dl.py` in babylm-eval/"),
+        ("comps", "`python -m scripts.download_evals` in babylm-eval/strict downloads them"),
+        ("reading_with_space", "csv files; `python -m scripts.download_evals` in babylm-eval/"),
+        ("minimal_pairs", "files$"),
+    ],
+)
+def test_a_missing_file_is_refused_with_the_command_that_downloads_it(tmp_path, task, message):
+    with pytest.raises(FileNotFoundError, match=f"none does not exist; {task} needs .*{message}"):
+        read_items(task, tmp_path / "none")
+
+
+def test_the_nine_columns_of_2026_are_those_of_tasks_and_of_fine_tuning_and_age_of_acquisition():
+    columns = {task.column for task in TASKS.values() if task.column}
+    assert {*columns, "glue", "aoa"} == set(COLUMNS_2026)
+    assert all(task.official for task in TASKS.values() if task.column)
 
 
 @pytest.mark.skipif(not (SHARED / "blimp").is_dir(), reason="BLiMP is not here")
@@ -244,6 +294,5 @@ def test_blimp_as_published():
     assert len({item.subset for item in items}) == 34
     constant = score_items("blimp", items, np.zeros(68000))
     assert constant["accuracy"] == 0.5
-    assert constant["accuracy_official"] == 1.0
     assert constant["ties"] == 34000
     json.dumps(official_predictions("blimp", items[:10], np.zeros(20)), allow_nan=False)
