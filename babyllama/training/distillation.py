@@ -79,8 +79,8 @@ def slice_loss(
 
     The loss is alpha x nll + kl_weight x KL. The teachers give `probs` (N, K) to the tokens `ids`
     (N, K), or to all tokens. next_ids (N,) holds -1 at the last position of a chunk, whose KL
-    counts only with `last_positions`. This is a kernel of HeadLoss, so the gradient is G x s with s
-    = 1.
+    counts only with `last_positions`. HeadLoss calls this for each slice and expects the gradient
+    as G x s; here s = 1.
 
     The gradient is written out by hand because autograd through the definition takes 116 ms instead
     of 55 ms for a slice of 512 tokens (bf16, top_k 64 of 16,000; one AVX512-BF16 core).
@@ -145,8 +145,8 @@ def _slice_loss_from_teachers(logits, next_ids, *teacher_logits, average: str, *
     return slice_loss(logits, next_ids, probs, **options)
 
 
-def make_kernel(section: dict[str, Any], length: int, cached: bool) -> Callable:
-    """Return the kernel of HeadLoss for a distillation section and chunks of `length` tokens."""
+def make_slice_loss(section: dict[str, Any], length: int, cached: bool) -> Callable:
+    """Return the loss of a slice for a distillation section and chunks of `length` tokens."""
     alpha = section["alpha"]
     batchmean = section["reduction"] == "batchmean"
     # Trainer divides the sum by the number of predicted tokens, length - 1 in each chunk, but
@@ -180,7 +180,7 @@ class DistillationTrainer(LMTrainer):
         if ensemble is None:
             self.data_collator = collate_cached
         length = len(self.train_dataset[0]["input_ids"])
-        loss.set_kernel(make_kernel(distillation, length, cached=ensemble is None))
+        loss.set_slice_loss(make_slice_loss(distillation, length, cached=ensemble is None))
         self._parts = torch.zeros(2, device=self.args.device)  # sums of ce_loss and kd_loss
         self._parts_since = None  # the step of the last row
 

@@ -31,10 +31,11 @@ from transformers import (
 
 from babyllama.evaluation.generation import generate
 from babyllama.training import distributed
+from babyllama.training.attention import prepare_for_chunks
 from babyllama.training.chunks import ShiftedChunks, collate_chunks
 from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
-from babyllama.training.loss import NextTokenLoss, prepare_for_chunks
+from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
 from babyllama.training.run_dir import seal_checkpoint
 

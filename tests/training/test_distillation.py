@@ -18,7 +18,7 @@ from babyllama.config import check_config
 from babyllama.device import compiler_missing, pick_device
 from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
-from babyllama.training.distillation import DistillationTrainer, distillation_loss, make_kernel
+from babyllama.training.distillation import DistillationTrainer, distillation_loss, make_slice_loss
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_dir import check_teacher_exists
@@ -206,14 +206,14 @@ def test_slice_loss_equals_the_definition_with_its_gradient(k, reduction):
     (expected_gradient,) = torch.autograd.grad(expected, leaf)
 
     section = {"temperature": 2.0, "alpha": 0.3, "reduction": reduction, "average": "logits"}
-    kernel = make_kernel(section, 7, cached=k is not None)
+    student_loss = make_slice_loss(section, 7, cached=k is not None)
     next_ids = torch.cat([ids[:, 1:], ids.new_full((3, 1), -1)], 1)
     labels = [teacher] if k is None else [targets.probs, targets.ids]
     before = student.clone()
     total = 0.0
     for rows in (slice(0, 2), slice(2, 3)):
         parts = [part[rows].flatten(0, 1) for part in (student, next_ids, *labels)]
-        sums, gradient, scale = kernel(*parts)
+        sums, gradient, scale = student_loss(*parts)
         total += sums[0].item() / (3 * 6)
         gradient = (gradient * scale).view(-1, 7, 40) / (3 * 6)
         assert torch.allclose(gradient, expected_gradient[rows], atol=2e-7)
