@@ -5,6 +5,7 @@
     python train.py --config config/llama-10M.yaml --set training.num_epochs=3 --dry-run
     python train.py --config config/llama-10M.yaml --resume_from_checkpoint latest
     python train.py --config config/llama-10M.yaml --sweep sweep.yaml
+    python train.py --config config/llama-10M.yaml --seeds 1 2 3
 
 Read it from top to bottom and you have read what happens in a run: load and check the
 configuration, create the model, tokenize the text, set up the run, train, write the results. The
@@ -468,6 +469,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"
     add("sweep", metavar="FILE", help=sweep_help)
+    seeds_help = "train once with each of these seeds; report mean and standard deviation"
+    add("seeds", nargs="+", type=int, metavar="N", help=seeds_help)
     add("overwrite", action="store_true", help="replace an earlier run of the same name")
     dry_run_help = "prepare everything and print the plan of the run, but do not train"
     add("dry-run", action="store_true", help=dry_run_help)
@@ -478,9 +481,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    if args.sweep:
+    if args.sweep or args.seeds:
         body = functools.partial(run_sweep, args, argv, load_checked_config)
-        advice = "the same command continues the sweep"
+        advice = "the same command continues"
     else:
         body = functools.partial(run_command, args)
         advice = "if a checkpoint was saved, resume with --resume_from_checkpoint latest"

@@ -8,17 +8,22 @@
 the other. The runs are in <output_dir>/<model.name>-sweep/ and are named after their values. If the
 sweep is interrupted, the same command continues it: finished runs are only shown again, and the
 interrupted run is resumed.
+
+`--seeds 1 2 3` is a sweep over training.seed in <output_dir>/<model.name>-seeds/. It looks for no
+best run; it reports mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import logging
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,6 +48,8 @@ COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
 RESULTS = "sweep.json"
 TABLE = "sweep.txt"
 PLOT = "sweep.png"
+SEED = "training.seed"
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
 # ---- the grid -----------------------------------------------------------------------------------
@@ -92,6 +99,16 @@ def read_grid(path: str) -> dict[str, list]:
     return raw
 
 
+def seed_grid(seeds: list[int]) -> dict[str, list]:
+    """Return the grid of --seeds; raise ValueError for a single seed or one that appears twice."""
+    given = " ".join(map(str, seeds))
+    if len(seeds) < 2:
+        raise ValueError(f"--seeds {given}: a spread needs two or more seeds, such as 1 2 3")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {given}: a seed appears twice")
+    return {SEED: seeds}
+
+
 def combinations(grid: dict[str, list]) -> list[dict[str, Any]]:
     """Return every combination of the values; the last key changes fastest."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -110,19 +127,24 @@ def run_name(base: str, values: dict[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([base, *parts])).rstrip("-")
 
 
-def plan_points(path: str, grid: dict[str, list], base_config: dict) -> list[Point]:
-    """Return the points of a grid; raise ConfigError if two runs would have the same name."""
+def plan_points(source: str, grid: dict[str, list], base_config: dict, kind: str) -> list[Point]:
+    """Return the points of a grid; raise ConfigError if two runs would have the same name.
+
+    `source` is the file of the grid, or the flag; `kind` is "sweep" or "seeds".
+    """
     base = base_config["model"]["name"]
-    folder = Path(base_config["logging"]["output_dir"]) / f"{base}-sweep"
+    folder = Path(base_config["logging"]["output_dir"]) / f"{base}-{kind}"
     points = [Point(values, folder / run_name(base, values)) for values in combinations(grid)]
     names = [point.run_dir.name for point in points]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
-        raise ConfigError([f"several runs would be named {name}" for name in duplicates], path)
+        raise ConfigError([f"several runs would be named {name}" for name in duplicates], source)
     return points
 
 
-def check_points(args: argparse.Namespace, points: list[Point], load: Callable) -> None:
+def check_points(
+    args: argparse.Namespace, source: str, points: list[Point], load: Callable
+) -> None:
     """Check the configuration of every run; raise one ConfigError that lists all problems.
 
     Runs often share a problem, so each is listed once: alone if all runs have it, otherwise with
@@ -141,17 +163,17 @@ def check_points(args: argparse.Namespace, points: list[Point], load: Callable) 
         for line, affected in problems.items()
     ]
     if lines:
-        raise ConfigError(lines, args.sweep)
+        raise ConfigError(lines, source)
 
 
 # ---- the runs -----------------------------------------------------------------------------------
 
 
-def train_command(argv: list[str], point: Point, overwrite: bool) -> list[str]:
-    """Return the command that trains a point: the user's flags without --sweep, and its values."""
-    sweep_flag = argparse.ArgumentParser(add_help=False)
-    sweep_flag.add_argument("--sweep")
-    _, flags = sweep_flag.parse_known_args(argv)
+def train_command(argv: list[str], point: Point, overwrite: bool, kind: str) -> list[str]:
+    """Return the command that trains a point: the user's flags without --`kind`, and its values."""
+    our_flag = argparse.ArgumentParser(add_help=False)
+    our_flag.add_argument(f"--{kind}", nargs="+" if kind == "seeds" else None)
+    _, flags = our_flag.parse_known_args(argv)
     for assignment in point.assignments():
         flags += ["--set", assignment]
     if not overwrite:
@@ -177,17 +199,37 @@ def train_point(command: list[str]) -> str | None:
     """Run train.py and wait for it; return its error, or None if it succeeded.
 
     It prints to our terminal, progress bar included, and leaves its error in a file. It runs in a
-    session of its own, so that it gets each Ctrl-C and SIGTERM once, from us. Raise
-    KeyboardInterrupt if it was interrupted.
+    session of its own, so that it gets each Ctrl-C and SIGTERM once, from us. It does not outlive
+    us (Linux only). Raise KeyboardInterrupt if it was interrupted.
     """
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder, "error.txt")
         environment = {**os.environ, ERROR_FILE: str(error_file)}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=end_with_parent()
+        )
         code = wait_and_pass_on_signals(process)
         error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
     return None if code == 0 else error or f"train.py ended with exit code {code}"
+
+
+def end_with_parent() -> Callable[[], None] | None:
+    """Return a function by which a new process asks for SIGTERM when its parent dies.
+
+    A run saves its step then, as it does on any SIGTERM. Return None where only Linux can do it.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # loaded before the fork, after which little is safe
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(EXIT_INTERRUPTED)
+
+    return ask_kernel
 
 
 def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
@@ -213,27 +255,26 @@ def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
 
 
 def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
-    """Train every combination in the file args.sweep; return 0, or 2 if a run failed.
+    """Train every combination in the file args.sweep, or every seed of args.seeds.
 
-    A run that fails does not stop the others. `argv` is the command line that `args` was parsed
-    from. `load(args)` returns the checked configuration of a command line, or raises ValueError or
-    OSError.
+    Return 0, or 2 if a run failed. A run that fails does not stop the others. `argv` is the command
+    line that `args` was parsed from. `load(args)` returns the checked configuration of a command
+    line, or raises ValueError or OSError.
     """
-    if distributed.world_size() > 1:
-        raise ValueError(f"--sweep: runs in one process, not in {distributed.world_size()}")
-    if args.resume_from_checkpoint:
-        raise ValueError("--resume_from_checkpoint: leave it out, a sweep resumes its runs itself")
-    grid = read_grid(args.sweep)
+    kind = "sweep" if args.sweep else "seeds"
+    check_flags(args, kind)
+    source = args.sweep or "--seeds"
+    grid = read_grid(args.sweep) if args.sweep else seed_grid(args.seeds)
 
     # find all mistakes before the first run starts; each run will print its own warnings
     logging.disable(logging.WARNING)
     try:
-        points = plan_points(args.sweep, grid, load(args))
-        check_points(args, points, load)
+        points = plan_points(source, grid, load(args), kind)
+        check_points(args, source, points, load)
     finally:
         logging.disable(logging.NOTSET)
     folder = points[0].run_dir.parent
-    print(f"sweep       {len(points)} runs in {folder}/")
+    print(f"{kind:<11} {len(points)} runs in {folder}/")
     if args.dry_run:
         for point in points:
             print(f"  {point.run_dir.name}: {point}")
@@ -252,10 +293,10 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         is_finished = (point.run_dir / METRICS_FILE).is_file()
         started = time.perf_counter()
         try:
-            error = train_point(train_command(argv, point, args.overwrite))
+            error = train_point(train_command(argv, point, args.overwrite, kind))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{args.sweep}: interrupted in run {position}; the same command continues"
+                f"{source}: interrupted in run {position}; the same command continues"
             ) from None
         if error is None and not is_finished:
             seconds.append(time.perf_counter() - started)
@@ -264,8 +305,24 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         write_sweep(folder, grid, rows)
 
     print("\n".join(["", format_table(grid, rows), *edge_notes(grid, rows)]))
-    print(f"table, results and plot: {folder}/ ({TABLE}, {RESULTS}, {PLOT})")
+    files = [name for name in (TABLE, RESULTS, PLOT) if (folder / name).is_file()]
+    print(f"results: {folder}/ ({', '.join(files)})")
     return EXIT_BAD_INPUT if any("error" in row for row in rows) else 0
+
+
+def check_flags(args: argparse.Namespace, kind: str) -> None:
+    """Raise ValueError for a flag that does not go with --sweep or --seeds."""
+    if args.sweep and args.seeds:
+        seeds = ", ".join(map(str, args.seeds))
+        raise ValueError(f"--seeds: write {SEED}: [{seeds}] into {args.sweep} instead")
+    if args.seeds and args.seed is not None:
+        raise ValueError("--seed, --seeds: choose one")
+    if distributed.world_size() > 1:
+        raise ValueError(f"--{kind}: runs in one process, not in {distributed.world_size()}")
+    if args.resume_from_checkpoint:
+        raise ValueError(
+            f"--resume_from_checkpoint: leave it out, --{kind} resumes its runs itself"
+        )
 
 
 # ---- the results --------------------------------------------------------------------------------
@@ -280,12 +337,33 @@ def read_results(run_dir: Path) -> dict[str, float]:
 def best_run(rows: list[dict]) -> str | None:
     """Return the name of the run with the lowest bits per byte, or None if no run has finished.
 
-    Bits per byte can be compared even if the runs have different tokenizers.
+    Bits per byte can be compared even if the runs have different tokenizers. Runs that differ only
+    in the seed have no best one, because its advantage is luck.
     """
     finished = [row for row in rows if "error" not in row]
-    if not finished:
+    if not finished or list(rows[0]["values"]) == [SEED]:
         return None
     return min(finished, key=lambda row: row["eval_bits_per_byte"])["name"]
+
+
+def seed_summary(rows: list[dict]) -> dict[str, dict[str, float]] | None:
+    """Return `mean` and `standard_deviation` of each result over the seeds, and `n`, their number.
+
+    The standard deviation is that of a sample, with n - 1 in its denominator. Return None if the
+    runs differ in more than the seed, or if fewer than two have finished.
+    """
+    finished = [row for row in rows if "error" not in row]
+    if len(finished) < 2 or list(rows[0]["values"]) != [SEED]:
+        return None
+    summary = {}
+    for key in COLUMNS:
+        values = [row[key] for row in finished]
+        summary[key] = {
+            "mean": statistics.mean(values),
+            "standard_deviation": statistics.stdev(values),
+            "n": len(values),
+        }
+    return summary
 
 
 def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
@@ -301,7 +379,7 @@ def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
     lines = []
     for key, values in grid.items():
         is_numeric = all(type(value) in (int, float) for value in values)
-        if not is_numeric or len(values) < 3 or key == "training.seed":
+        if not is_numeric or len(values) < 3 or key == SEED:
             continue
         best = best_values[key]
         for side, edge in (("smallest", min(values)), ("largest", max(values))):
@@ -314,7 +392,10 @@ def edge_notes(grid: dict[str, list], rows: list[dict]) -> list[str]:
 
 
 def format_table(grid: dict[str, list], rows: list[dict]) -> str:
-    """Format one line for each run: its values and its results or error; the best one is marked."""
+    """Format one line for each run: its values and its results or error; the best one is marked.
+
+    Runs that differ only in the seed get two more lines: their mean and standard deviation.
+    """
     best = best_run(rows)
     keys = [key.split(".")[1] for key in grid]
     headings = [heading for heading, _ in COLUMNS.values()]
@@ -328,6 +409,10 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
             results = [format(row[key], form) for key, (_, form) in COLUMNS.items()]
             note = "best" if row["name"] == best else ""
         lines.append([*values, *results, note])
+    summary = seed_summary(rows)
+    for figure in ("mean", "standard_deviation") if summary else ():
+        cells = [format(summary[key][figure], form) for key, (_, form) in COLUMNS.items()]
+        lines.append([figure.replace("_", " "), *cells, ""])
 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = 0  # the note at the end of a line needs no padding
@@ -340,7 +425,13 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
 def write_sweep(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
     """Write sweep.json, sweep.txt and sweep.png about the runs that have ended so far."""
     best = best_run(rows)
-    document = {"grid": grid, "best": best, "runs": rows, "environment": describe_environment()}
+    document = {
+        "grid": grid,
+        "best": best,
+        "over_seeds": seed_summary(rows),
+        "runs": rows,
+        "environment": describe_environment(),
+    }
     write_json(folder / RESULTS, document)
     write_text(folder / TABLE, format_table(grid, rows) + "\n")
     if best:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, errors_of, rows_of
@@ -106,7 +107,7 @@ def test_every_configuration_is_checked_before_the_first_run(run_sweep, capsys):
 
 def test_a_sweep_resumes_by_itself_and_runs_in_one_process(run_sweep, capsys, monkeypatch):
     assert run_sweep({"training.lr": [1e-3]}, "--resume_from_checkpoint", "latest") == 2
-    assert "a sweep resumes its runs itself" in errors_of(capsys)[0]
+    assert "--sweep resumes its runs itself" in errors_of(capsys)[0]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_sweep({"training.lr": [1e-3]}) == 2
     assert "--sweep: runs in one process, not in 2" in errors_of(capsys)[0]
@@ -128,7 +129,7 @@ def test_values_reach_the_runs_unchanged(tmp_path):
 def test_the_command_of_a_point_keeps_the_other_flags(tmp_path):
     argv = ["--config", "c.yaml", "--sweep=s.yaml", "--no-fp16", "--set", "training.ema=0.9"]
     point = sweep.Point({"training.lr": 0.1}, tmp_path / "run")
-    _, script, *flags = sweep.train_command(argv, point, overwrite=False)
+    _, script, *flags = sweep.train_command(argv, point, overwrite=False, kind="sweep")
     args = train.make_parser().parse_args(flags)
     assert script == str(ROOT / "train.py")
     assert (args.config, args.fp16, args.sweep) == ("c.yaml", False, None)
@@ -226,6 +227,106 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     # a different run of the same name is not replaced
     assert run_sweep({"training.seed": [1]}, "--lr", "1e-3") == 2
     assert "training.lr: was 0.003, is 0.001" in (run_sweep.folder / sweep.TABLE).read_text()
+
+
+def test_seeds_are_trained_and_summarized(run_sweep, capfd):
+    arguments = [*run_sweep.arguments[:2], "--num-epochs", "1", "--seeds", "3", "7"]
+    folder = run_sweep.folder.with_name("tiny-seeds")
+    assert train.main([*arguments, "--dry-run"]) == 0
+    assert "tiny-seed7: training.seed=7" in capfd.readouterr().out
+    assert train.main(arguments) == 0
+    out = capfd.readouterr().out
+
+    # the summary follows from the results of the runs
+    document = json.loads((folder / sweep.RESULTS).read_text())
+    results = []
+    for seed in (3, 7):
+        metrics = json.loads((folder / f"tiny-seed{seed}" / METRICS_FILE).read_text())
+        assert metrics["config"]["training"]["seed"] == seed
+        results.append(metrics["results"])
+    for key, figures in document["over_seeds"].items():
+        values = np.array([result[key] for result in results])
+        assert figures["mean"] == pytest.approx(values.mean())
+        assert figures["standard_deviation"] == pytest.approx(values.std(ddof=1))
+        assert figures["n"] == 2
+    assert document["over_seeds"]["eval_loss"]["standard_deviation"] > 0
+
+    # no seed is the best one, and there is nothing to plot
+    assert document["best"] is None
+    assert "best" not in (folder / sweep.TABLE).read_text()
+    assert not (folder / sweep.PLOT).exists()
+    *_, mean, deviation = (folder / sweep.TABLE).read_text().splitlines()
+    loss = document["over_seeds"]["eval_loss"]
+    assert mean.split()[:2] == ["mean", f"{loss['mean']:.4f}"]
+    assert deviation.split()[:3] == ["standard", "deviation", f"{loss['standard_deviation']:.4f}"]
+    assert deviation in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "1"], "--seeds 1: a spread needs two or more seeds"),
+        (["--seeds", "1", "2", "1"], "--seeds 1 2 1: a seed appears twice"),
+        (["--seeds", "1", "-2"], "--seeds: training.seed=-2: training.seed: -2 is not allowed"),
+        (["--seeds", "1", "2", "--seed", "3"], "--seed, --seeds: choose one"),
+        (["--seeds", "1", "2", "--sweep", "s.yaml"], "write training.seed: [1, 2] into s.yaml"),
+    ],
+)
+def test_seeds_that_cannot_be_trained_are_a_one_line_error(flags, message, run_sweep, capsys):
+    assert train.main([*run_sweep.arguments[:2], *flags]) == 2
+    (line,) = errors_of(capsys)
+    assert message in line
+
+
+def test_the_command_of_a_seed_has_no_flag_for_seeds(tmp_path):
+    argv = ["--seeds", "1", "2", "--config", "c.yaml", "--lr", "1e-3"]
+    point = sweep.Point({"training.seed": 2}, tmp_path / "run")
+    _, _, *flags = sweep.train_command(argv, point, overwrite=True, kind="seeds")
+    args = train.make_parser().parse_args(flags)
+    assert (args.config, args.lr, args.seeds, args.seed) == ("c.yaml", 1e-3, None, None)
+    assert args.set[0] == "training.seed=2"
+
+
+def test_one_finished_seed_has_no_spread():
+    finished = {"name": "a", "values": {"training.seed": 1}, **dict.fromkeys(sweep.COLUMNS, 1.0)}
+    failed = {"name": "b", "values": {"training.seed": 2}, "error": "no memory"}
+    assert sweep.seed_summary([finished, failed]) is None
+    assert sweep.seed_summary([failed, finished, finished])["eval_loss"]["n"] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
+def test_a_run_ends_when_its_sweep_is_killed(tmp_path):
+    # the run writes its process id, and answers SIGTERM, which gives it time to save
+    run = (
+        "import os, pathlib, signal, sys, time\n"
+        "def save(number, frame):\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('draft').write_text(str(os.getpid()))\n"
+        "os.rename('draft', 'pid')\n"
+        "time.sleep(100)\n"
+    )
+    parent = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from babyllama.training.sweep import train_point\n"
+        f"train_point([sys.executable, '-c', {run!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path)
+    assert wait_until((tmp_path / "pid").exists)
+    process.kill()
+    process.wait()
+    assert wait_until((tmp_path / "saved").exists)
+
+
+def wait_until(condition, seconds: float = 60) -> bool:
+    """Return True as soon as a condition is true, or False if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def test_a_run_with_only_milestones_is_restarted(tmp_path):
