@@ -110,6 +110,57 @@ def test_scores_equal_a_naive_loop(suite, name):
     assert baselines["shorter"].tolist() == [-length for length in lengths]
 
 
+def test_means_are_sums_per_token_of_the_completion(suite):
+    items = [tasks.Item("s", ("The cat", "The"), (" sees the old dog", " garden"))]
+    scores, baselines = minimal_pairs.score_candidates(
+        suite.model, suite.tokenizer, items, suite.bos, scoring="mean"
+    )
+    lengths = [count_tokens(suite.tokenizer, text) for text in items[0].completions]
+    assert lengths[0] > lengths[1]
+    assert scores == pytest.approx(naive_item_scores(suite, items) / lengths, rel=1e-5)
+    assert baselines["shorter"].tolist() == [-length for length in lengths]
+
+
+def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
+    """Go through the words as the script does: one text and one softmax for each token."""
+    contexts = ("The old man", "The old", "Caf\u00e9", "None")
+    words = ("sat", "metro-north", "na\u00efve\u2014", "x")
+    items = [tasks.Item("reading", contexts[:2], words[:2])]
+    items += [tasks.Item("reading", (contexts[i],), (words[i],)) for i in (2, 3)]
+    surprisals = []
+    for context, word in zip(contexts, words, strict=True):
+        surprisal = 0.0
+        for number, token in enumerate(
+            suite.tokenizer(word, add_special_tokens=False)["input_ids"]
+        ):
+            text = suite.tokenizer.decode(token)
+            if number > 0:
+                token = suite.tokenizer(text, add_special_tokens=False)["input_ids"][0]
+            inputs = suite.tokenizer(context, return_tensors="pt")["input_ids"]
+            assert inputs[0, 0] == suite.tokenizer.bos_token_id
+            probs = suite.model(input_ids=inputs).logits[0, -1].double().softmax(-1)
+            surprisal -= math.log(probs[token].item())
+            context += text
+        surprisals.append(surprisal)
+    assert any(count_tokens(suite.tokenizer, word) > 3 for word in words)
+
+    scores, baselines, precision = minimal_pairs.score_task(
+        suite.model, suite.tokenizer, "reading", items, suite.bos
+    )
+    assert -scores == pytest.approx(surprisals, rel=1e-5)
+    lengths = [count_tokens(suite.tokenizer, word) for word in words]
+    assert baselines["shorter"].tolist() == [-length for length in lengths]
+    assert precision == {"items": 3, "float32_items": 3}
+
+    # with the space that text has, a word has other tokens
+    spaced = [tasks.Item("reading", ("The old man",), (" sat",))]
+    (spaced_score,), _ = minimal_pairs.score_candidates(
+        suite.model, suite.tokenizer, spaced, suite.bos
+    )
+    assert spaced_score == pytest.approx(naive_score(suite, "The old man", " sat"), rel=1e-5)
+    assert abs(spaced_score - scores[0]) > 1e-3
+
+
 def test_without_bos_the_first_token_is_not_scored(suite):
     items = [tasks.Item("s", ("", "The cat"), ("The cat sees", " sees the dog"))]
     ids, starts = minimal_pairs.scored_spans(suite.tokenizer, items, bos=False)
@@ -434,6 +485,57 @@ def test_a_single_model_gets_its_results_in_its_directory(
     assert (model / "benchmark.html").is_file()
     folder = model / "results/run/chck_2M/zero_shot/causal/blimp/blimp_fast"
     assert (folder / "predictions.json").is_file()
+
+
+TASKS_OF_2026 = {
+    "ewok": ("ewok_fast", {"Context1": "A cat.", "Context2": "A dog.", "Target1": "It sees.", "Domain": "d"}),
+    "entity_tracking": ("entity_tracking_fast", {"input_prefix": "A cat", "options": [" sees", " runs"], "numops": 1}),
+    "global_piqa_nonparallel": (
+        "global_piqa_nonparallel",
+        {"example_id": "eng-3", "prompt": "A", "solution0": "cat", "solution1": "old dog", "label": 1},
+    ),
+    "wug_adj": ("wug_adj_nominalization", {"sentences": "a cat\ta dog", "ratio": 0.5}),
+}  # fmt: skip
+
+
+def test_predictions_of_2026_are_where_its_collator_looks_and_the_report_marks_old_tasks(
+    model_dirs, tmp_path, capsys
+):
+    declared = {}
+    for task, (folder, row) in TASKS_OF_2026.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "regular.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+        declared[task] = {"path": str(tmp_path / folder)}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"tasks": declared}))
+    output = tmp_path / "out" / "b.json"
+    flags = ["--benchmark-config", str(tmp_path / "suite.yaml"), "--output", str(output)]
+    assert benchmark.main([str(model_dirs["Llama"]), *flags, "--device", "cpu"]) == 0
+
+    def predictions(path):
+        file = output.parent / "results/Llama/main/zero_shot/causal" / path / "predictions.json"
+        return json.loads(file.read_text())
+
+    ewok = predictions("ewok/ewok_fast")["d"]["predictions"]
+    assert [row["id"] for row in ewok] == ["d_0", "d_1", "d_2"]
+    assert {row["pred"] for row in ewok} <= {"A cat. It sees.", "A dog. It sees."}
+    entities = predictions("entity_tracking/entity_tracking_fast")["regular_1_ops"]["predictions"]
+    assert {row["pred"] for row in entities} <= {" sees", " runs"}
+    piqa = predictions("global_piqa_nonparallel/global_piqa_nonparallel")["eng-3"]["predictions"]
+    assert {row["pred"] for row in piqa} <= {" cat", " old dog"}
+
+    results = json.loads(output.read_text())["results"]["Llama"]
+    columns = results["babylm_2026"]["columns"]
+    assert columns["ewok"] == pytest.approx(100 * results["ewok"]["accuracy"])
+    assert columns["global_piqa"] == 100 * results["global_piqa_nonparallel"]["accuracy"]
+    measured = [columns["ewok"], columns["entity_tracking"], columns["global_piqa"]]
+    assert results["babylm_2026"]["overall_2026"] == pytest.approx(sum(measured) / 9)
+
+    out = capsys.readouterr().out
+    page = output.with_suffix(".html").read_text()
+    for text in (out, page):
+        assert "wug_adj (BabyLM 2025)" in text
+        assert "ewok (BabyLM 2025)" not in text
+        assert "missing and counted as 0: blimp, supplement, comps, glue, reading, aoa" in text
 
 
 def test_two_models_with_the_same_weights_get_a_note(model_dirs, blimp_flags, tmp_path, capsys):
