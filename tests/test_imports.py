@@ -13,7 +13,7 @@ SCRIPTS = [
 ]  # fmt: skip
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 # From the bottom up: a layer may import itself and the layers below it.
-LAYERS = ["foundation", "config", "evaluation", "training", "script"]
+LAYERS = ["foundation", "config", "evaluation", "training", "submission", "script"]
 FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 

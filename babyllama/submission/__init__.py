@@ -1,0 +1,1 @@
+"""Turn a finished run into a submission to BabyLM."""
