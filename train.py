@@ -263,7 +263,7 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
     metrics = None if args.overwrite else finished_metrics(run_dir, config, report)
     if metrics is None:
         return False
-    if args.resume_from_checkpoint not in (None, "latest"):
+    if args.resume_from_checkpoint not in (None, "latest", "auto"):
         find_checkpoint(args.resume_from_checkpoint, run_dir)  # so that a wrong path is an error
     from babyllama.training.results import print_summary
 
@@ -463,8 +463,11 @@ def make_parser() -> argparse.ArgumentParser:
         if field.annotation in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction, "default": None}
         add(name.replace("_", "-"), help=f"{dotted}: {field.description}", **options)
-    resume_help = "continue from a checkpoint directory of this run, or from the latest one"
-    add("resume-from-checkpoint", metavar="PATH|latest", help=resume_help)
+    resume_help = (
+        "continue from a checkpoint directory of this run, or from the latest one; auto starts the "
+        "run if there is nothing to resume"
+    )
+    add("resume-from-checkpoint", metavar="PATH|latest|auto", help=resume_help)
     set_help = "change any key of the configuration; may be repeated"
     add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"

@@ -68,7 +68,7 @@ def training_arguments(
         per_device_eval_batch_size=training["batch_size"],
         save_strategy="steps" if save_steps else "epoch",
         save_steps=save_steps or 500,
-        save_total_limit=2,
+        save_total_limit=None,  # rotate_checkpoints deletes old ones: Trainer would go by mtime
         load_best_model_at_end=early_stopping,
         # restores how many evaluations passed without improvement
         restore_callback_states_from_checkpoint=early_stopping,

@@ -119,9 +119,11 @@ class RunLog(TrainerCallback):
             self.logged_seconds = self.seconds
         row["seconds"] = round(self.seconds, 3)
         row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
-        # with fp16 the gradient may overflow; the loss scaler then skips the step, and that is fine
-        if not math.isfinite(row.get("grad_norm", 0.0)):
-            row["grad_norm"] = None
+        # JSON has no NaN. With fp16 the gradient may overflow; the loss scaler then skips the step.
+        # A NaN loss ends the run, and this row shows where.
+        for key in ("grad_norm", "loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                row[key] = None
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -152,8 +154,9 @@ class RunLog(TrainerCallback):
             )
             line += "".join(f"\n    {sample!r}" for sample in row["samples"])
         else:
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-            line = f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            loss = math.nan if row["loss"] is None else row["loss"]
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            line = f"step {row['step']:>6}  loss {loss:.4f}  lr {row['learning_rate']:.2e}  "
             if "tokens_per_second" in row:
                 line += f"{row['tokens_per_second']:,.0f} tokens/s"
         tqdm.write(line)

@@ -367,6 +367,9 @@ def train_loader(dataset, args, collate):
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
         pin_memory=args.dataloader_pin_memory,
+        # Otherwise the seeds of the workers come from the global generator, and come again after a
+        # resume, which would change every later dropout mask.
+        generator=torch.Generator().manual_seed(args.data_seed),
     )
     # accelerate moves the batches to the device and tells the sampler the epoch. It is told that
     # there is one process, because it would split the batches, which are our share already

@@ -6,6 +6,7 @@ start, resume or replace another one. Nothing here trains, scores or imports tor
     models/<name>/
         training_config.yaml  data_report.json             before step 0: what is trained
         metrics.jsonl  checkpoint-<step>/  chck_<N>M/      during training
+        damaged-checkpoint-<step>/                         a checkpoint that a resume had to skip
         config.json  generation_config.json  model.safetensors         at the end: the model,
         tokenizer.json  tokenizer_config.json                          its tokenizer
         training_metrics.json  training_curves.png  README.md          and its results
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import stat
@@ -42,6 +44,7 @@ LOG_FILE = "metrics.jsonl"
 METRICS_FILE = "training_metrics.json"
 COMPLIANCE_FILE = "compliance.json"
 MANIFEST = "complete.json"  # in a checkpoint: the size and hash of each of its files
+KEPT_CHECKPOINTS = 2  # so that one is left if the newest is damaged
 MILLION = 1_000_000  # words; BabyLM names its checkpoints by millions of words
 
 # Files that a run writes at its end.
@@ -110,6 +113,17 @@ def seal_checkpoint(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
+def rotate_checkpoints(run_dir: Path, best: str | None) -> None:
+    """Delete old checkpoints; keep the newest ones by step, and the `best` one if there is a best.
+
+    Call it once the newest one is sealed, so that the run never lacks a complete checkpoint. Times
+    of files do not matter: a clock can be set back, and a copy of a run has new times.
+    """
+    for folder in checkpoints(run_dir)[KEPT_CHECKPOINTS:]:
+        if best is None or folder.name != Path(best).name:
+            shutil.rmtree(folder)
+
+
 def checkpoint_error(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is exactly as it was saved."""
     manifest = folder / MANIFEST
@@ -145,7 +159,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """Return the step of a checkpoint-<step> directory."""
-    return int(checkpoint.resolve().name.removeprefix("checkpoint-"))
+    # not resolve(): the name counts, even if it is a link
+    return int(Path(os.path.abspath(checkpoint)).name.removeprefix("checkpoint-"))
 
 
 def milestones(run_dir: Path) -> list[Path]:
@@ -158,6 +173,16 @@ def milestone_name(words: int) -> str:
     return f"chck_{words // MILLION}M"
 
 
+def newest_intact_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest intact checkpoint, or None; warn about every one that is skipped."""
+    for folder in checkpoints(run_dir):
+        error = checkpoint_error(folder)
+        if not error:
+            return folder
+        log.warning("%s: ignored: %s", folder, error)
+    return None
+
+
 def find_checkpoint(name: str, run_dir: Path) -> Path:
     """Return the checkpoint that --resume_from_checkpoint names, by its path or as "latest".
 
@@ -165,14 +190,13 @@ def find_checkpoint(name: str, run_dir: Path) -> Path:
     warning. Raise FileNotFoundError if there is none, and ValueError for the path of a damaged one.
     """
     if name == "latest":
-        for folder in checkpoints(run_dir):
-            error = checkpoint_error(folder)
-            if not error:
-                return folder
-            log.warning("%s: ignored: %s", folder, error)
-        raise FileNotFoundError(
-            f"{run_dir}: no complete checkpoint; run without --resume_from_checkpoint"
-        )
+        newest = newest_intact_checkpoint(run_dir)
+        if newest is None:
+            raise FileNotFoundError(
+                f"{run_dir}: no complete checkpoint; --resume_from_checkpoint auto starts the run "
+                "if there is nothing to resume"
+            )
+        return newest
     folder = Path(name)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint; give its directory or latest")
@@ -253,7 +277,11 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
                 f"{run_dir}, whose files the run replaces; choose another --model_name"
             )
     is_run = (run_dir / CONFIG_FILE).is_file()
-    is_empty = not any(path.name != LOCK_FILE for path in run_dir.glob("*"))
+    # a process that was killed while it wrote its first file leaves a temporary folder
+    ours = (LOCK_FILE, DATA_REPORT_FILE)
+    is_empty = all(
+        path.name in ours or path.name.startswith(f".{CONFIG_FILE}.") for path in run_dir.glob("*")
+    )
     check_replaceable(run_dir, is_run or is_empty, "choose another --model_name")
 
 
@@ -262,9 +290,21 @@ def resolve_checkpoint(
 ) -> Path | None:
     """Decide how the run starts: return the checkpoint to resume from, or None for a new run.
 
+    `resume` is the path of a checkpoint, "latest", or "auto", which starts a new run if there is no
+    checkpoint to resume from. A run that was killed before its first checkpoint was complete has
+    nothing to lose, so it starts again without being asked.
+
     Raise ValueError if resuming would mix two different runs, or if a new run would replace an
     earlier one without --overwrite.
     """
+    has_results = any((run_dir / name).exists() for name in RESULTS)
+    intact = None
+    if resume in (None, "auto") and not overwrite:
+        intact = newest_intact_checkpoint(run_dir)
+    if resume == "auto":
+        resume = str(intact) if intact else None
+        if not intact and not has_results:
+            return None
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
         if checkpoint.parent.resolve() != run_dir.resolve():
@@ -278,14 +318,12 @@ def resolve_checkpoint(
             )
         return checkpoint
 
-    saved = checkpoints(run_dir)
-    has_results = any((run_dir / name).exists() for name in RESULTS)
-    if overwrite or not (saved or milestones(run_dir) or has_results):
+    if overwrite or not (intact or milestones(run_dir) or has_results):
         return None
     changes = config_diff(run_dir, config, report)
     state = ", ".join(changes.values()) or "same configuration, not finished"
     remedies = ["--overwrite to replace it", "or choose another --model_name"]
-    if saved and changes.keys() <= FREE_ON_RESUME:
+    if intact and changes.keys() <= FREE_ON_RESUME:
         remedies.insert(0, "--resume_from_checkpoint latest to resume it")
     raise ValueError(f"{run_dir} holds another run ({state}); add {', '.join(remedies)}")
 
@@ -303,7 +341,7 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
 
     A new run deletes all earlier checkpoints. A resumed run keeps its milestones, and its
     checkpoints up to `checkpoint`; it deletes the later ones, because its steps may differ from
-    here on.
+    here on. Damaged ones are not deleted but renamed, so that somebody can look at them.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (*RESULTS, *MEASURED):
@@ -314,9 +352,24 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
         step = checkpoint_step(checkpoint)
         outdated = [folder for folder in checkpoints(run_dir) if checkpoint_step(folder) > step]
     for folder in outdated:
-        shutil.rmtree(folder)
-    write_json(run_dir / DATA_REPORT_FILE, report)
+        if checkpoint and checkpoint_error(folder):
+            _set_aside(folder)
+        else:
+            shutil.rmtree(folder)
+    for draft in run_dir.glob(f".{CONFIG_FILE}.*"):  # of a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)
+    # the configuration first: it marks the directory as that of a run
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    write_json(run_dir / DATA_REPORT_FILE, report)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint to damaged-<name>, replacing an earlier one of that name."""
+    target = folder.with_name(f"damaged-{folder.name}")
+    if target.is_dir():
+        shutil.rmtree(target)
+    folder.rename(target)
+    log.warning("%s: renamed to %s", folder, target.name)
 
 
 # ---- other models -------------------------------------------------------------------------------

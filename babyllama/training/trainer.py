@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -37,9 +39,11 @@ from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
-from babyllama.training.run_dir import seal_checkpoint
+from babyllama.training.run_dir import checkpoints, rotate_checkpoints, seal_checkpoint
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
+# parts of the messages of safetensors and torch.save if a disk is full
+DISK_FULL_SIGNS = ("No space left", "File too large", "Disk quota", "inline_container")
 
 
 class TrainingError(ValueError):
@@ -174,28 +178,39 @@ class LMTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        """Raise TrainingError if the loss is NaN, before such a model is logged or saved."""
+        """Raise TrainingError if the loss or a weight is NaN, before such a model is saved."""
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate:
             # the sum over processes makes all of them stop at the same step
             nonfinite = distributed.all_reduce_sum(self._nonfinite_losses).item() > 0
+            nonfinite = nonfinite or self._has_nonfinite_weights()
             # infinite gradients are normal in fp16: the loss scaler skips such steps
             if grad_norm is not None and not self.args.fp16:
                 nonfinite = nonfinite or not math.isfinite(float(grad_norm))
             if nonfinite:
+                learning_rate = self.lr_scheduler.get_last_lr()[0]
+                self.log({"loss": math.nan, "learning_rate": learning_rate})
                 raise TrainingError(
-                    "the loss or its gradient became NaN or infinite at or before step "
+                    "the loss, its gradient or a weight became NaN or infinite at or before step "
                     f"{self.state.global_step}; nothing was saved after it. Train again "
                     "(--overwrite) with a smaller --lr, a longer training.warmup_steps, or --bf16 "
                     "instead of --fp16"
                 )
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
+    def _has_nonfinite_weights(self) -> bool:
+        """Return True if any process holds a weight that is NaN or infinite."""
+        count = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():
+            weights = parameter.detach()
+            if self.is_fsdp_enabled:
+                weights = weights.to_local()
+            count += ~torch.isfinite(weights).all()
+        return distributed.all_reduce_sum(count).item() > 0
+
     # -- data, optimizer, schedule --
 
     def get_train_dataloader(self) -> DataLoader:
-        if distributed.world_size() == 1:
-            return super().get_train_dataloader()
         return distributed.train_loader(self.train_dataset, self.args, self.data_collator)
 
     def create_optimizer(self, model=None):
@@ -224,6 +239,12 @@ class LMTrainer(Trainer):
                 self.args.per_device_eval_batch_size,
                 self.document_bos_id,
                 across_ranks=True,
+            )
+        if not math.isfinite(scores["loss"]):
+            raise TrainingError(
+                f"the held-out loss became NaN or infinite at step {self.state.global_step}; train "
+                "again with a smaller --lr or a longer training.warmup_steps, under another "
+                "--model_name to keep what this run has saved"
             )
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         metrics["eval_seconds"] = time.perf_counter() - started
@@ -282,13 +303,23 @@ class LMTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        distributed.barrier()  # wait until each process has written its random state
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if self.average:
-                save_model(self.average.module, folder / AVERAGE_FILE)
-            seal_checkpoint(folder)
+        """Save a checkpoint, seal it, and only then delete older ones."""
+        run_dir = Path(self.args.output_dir)
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if folder.is_symlink():
+            raise TrainingError(f"{folder} is a link; nothing is written through it. Delete it")
+        try:
+            super()._save_checkpoint(model, trial)
+            distributed.barrier()  # wait until each process has written its random state
+            if self.args.should_save:
+                if self.average:
+                    save_model(self.average.module, folder / AVERAGE_FILE)
+                seal_checkpoint(folder)
+                rotate_checkpoints(run_dir, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if any(sign in str(error) for sign in DISK_FULL_SIGNS):
+                raise _disk_full(folder, checkpoints(run_dir)) from None
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -302,6 +333,19 @@ class LMTrainer(Trainer):
         if self.average:
             load_model(self.average.module, Path(folder) / AVERAGE_FILE)
             self.average.begun = True  # otherwise the next update would overwrite it
+
+
+def _disk_full(folder: Path, saved: list[Path]) -> OSError:
+    """Delete a checkpoint that does not fit on the disk; return an error with bytes and advice."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sizes = [sum(file.stat().st_size for file in old.iterdir()) for old in saved if old != folder]
+    needed = f"{max(sizes):,} bytes" if sizes else "about three times the space of the model"
+    free = shutil.disk_usage(folder.parent).free
+    return OSError(
+        f"{folder} cannot be saved: it needs {needed}, and the disk has {free:,} bytes free (or a "
+        "limit on the size of files); earlier checkpoints are intact. Make room, and continue with "
+        "--resume_from_checkpoint auto"
+    )
 
 
 class _Intervals(TrainerCallback):

@@ -217,7 +217,12 @@ def test_two_processes_resume_exactly(folder, name):
 
 def test_a_nan_in_one_process_ends_both(folder):
     assert not checkpoints(folder / "models" / "nan")
-    assert [row["step"] for row in rows_of(folder / "models" / "nan")] == [1, 2]
+    rows = rows_of(folder / "models" / "nan")
+    assert [(row["step"], row["loss"] is None) for row in rows] == [
+        (1, False),
+        (2, False),
+        (3, True),
+    ]
 
 
 def test_one_process_cannot_resume_a_run_of_two(folder, capsys, monkeypatch):

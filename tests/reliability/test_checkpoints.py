@@ -1,0 +1,334 @@
+"""Runs that are interrupted, cloned, damaged or out of disk space lose at most one interval."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, errors_of, rows_of, timeless
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import train
+from babyllama.training.run_dir import (
+    CONFIG_FILE,
+    DATA_REPORT_FILE,
+    METRICS_FILE,
+    RESULTS,
+    checkpoint_error,
+    checkpoint_step,
+    checkpoints,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
+from babyllama.training.trainer import LMTrainer
+
+AUTO = ["--resume_from_checkpoint", "auto"]
+
+
+def unfinish(run_dir: Path) -> None:
+    """Delete the results of a run, as if it had been killed before its end."""
+    for name in RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def make_checkpoint(run_dir: Path, step: int, age: float = 0, sealed: bool = True) -> Path:
+    """Make a checkpoint directory with one file; `age` is the age of the directory in seconds."""
+    folder = run_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    if sealed:
+        seal_checkpoint(folder)
+    os.utime(folder, (time.time() - age,) * 2)
+    return folder
+
+
+# ---- rotation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ages", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 0, 0, 0), (-9e4, 5, -1e5, 7)])
+def test_rotation_goes_by_step_whatever_the_clock_says(ages, tmp_path):
+    for step, age in zip((5, 10, 95, 100), ages, strict=True):
+        make_checkpoint(tmp_path, step, age)
+    rotate_checkpoints(tmp_path, best=None)
+    assert [checkpoint_step(folder) for folder in checkpoints(tmp_path)] == [100, 95]
+
+
+def test_rotation_keeps_the_best_checkpoint_and_no_link_target(tmp_path):
+    for step in (5, 10, 15, 20):
+        make_checkpoint(tmp_path / "run", step)
+    rotate_checkpoints(tmp_path / "run", best="elsewhere/run/checkpoint-5")
+    kept = [checkpoint_step(folder) for folder in checkpoints(tmp_path / "run")]
+    assert kept == [20, 15, 5]
+
+
+def test_a_clock_that_was_set_back_does_not_end_a_run(config_file, tmp_path):
+    path = config_file(training__save_steps=2)
+    run_dir = tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path), "--set", "training.max_steps=4"]) == 0
+    in_an_hour = time.time() + 3600
+    for folder in checkpoints(run_dir):
+        os.utime(folder, (in_an_hour, in_an_hour))
+    assert train.main(["--config", str(path), "--set", "training.max_steps=8", *AUTO]) == 0
+    assert [checkpoint_step(folder) for folder in checkpoints(run_dir)] == [8, 6]
+
+
+def test_the_old_checkpoint_is_there_until_the_new_one_is_sealed(
+    config_file, tmp_path, monkeypatch
+):
+    """With early stopping Trainer would delete all others but the best one before that."""
+    path = config_file(
+        training__eval_steps=2, training__early_stopping_patience=9, training__num_epochs=3
+    )
+    run_dir = tmp_path / "models" / "tiny"
+    gaps = []
+
+    def watch(folder):
+        before = [old for old in checkpoints(run_dir) if old != folder]
+        intact = [checkpoint_step(old) for old in before if not checkpoint_error(old)]
+        if before:
+            gaps.append(checkpoint_step(folder) - max(intact))
+        seal_checkpoint(folder)
+
+    monkeypatch.setattr("babyllama.training.trainer.seal_checkpoint", watch)
+    assert train.main(["--config", str(path)]) == 0
+    assert gaps and max(gaps) <= 2
+
+
+# ---- one command line that can be repeated ---------------------------------------------------------
+
+
+def test_auto_starts_resumes_and_shows_a_run(config_file, tmp_path, capsys):
+    command = ["--config", str(config_file(training__save_steps=3)), *AUTO]
+    run_dir = tmp_path / "models" / "tiny"
+    assert train.main(command) == 0
+    weights = (run_dir / "model.safetensors").read_bytes()
+    rows = timeless(rows_of(run_dir))
+    unfinish(run_dir)
+    shutil.rmtree(checkpoints(run_dir)[0])
+    assert train.main(command) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+    assert timeless(rows_of(run_dir)) == rows
+    capsys.readouterr()
+    assert train.main(command) == 0
+    assert "already trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], AUTO])
+@pytest.mark.parametrize(
+    "left", ["partial checkpoint", "report only", "draft of the configuration"]
+)
+def test_a_run_killed_before_its_first_checkpoint_starts_again(left, flags, config_file, tmp_path):
+    path = config_file(training__num_epochs=1)
+    run_dir = tmp_path / "models" / "tiny"
+    run_dir.mkdir(parents=True)
+    if left == "partial checkpoint":
+        assert train.main(["--config", str(path), "--set", "training.max_steps=1"]) == 0
+        unfinish(run_dir)
+        for folder in checkpoints(run_dir):
+            (folder / "complete.json").unlink()
+    elif left == "report only":
+        (run_dir / DATA_REPORT_FILE).write_text("{}")
+    else:
+        (run_dir / f".{CONFIG_FILE}.x7_2").mkdir()
+    assert train.main(["--config", str(path), *flags]) == 0
+    assert (run_dir / METRICS_FILE).is_file()
+    assert not list(run_dir.glob(f".{CONFIG_FILE}*"))
+
+
+def test_auto_refuses_to_replace_another_finished_run(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    weights = (run_dir / "model.safetensors").read_bytes()
+    shutil.rmtree(checkpoints(run_dir)[0])
+    shutil.rmtree(checkpoints(run_dir)[0])
+    assert train.main(["--config", str(config_path), "--lr", "1e-3", *AUTO]) == 2
+    (line,) = errors_of(capsys)
+    assert "holds another run" in line
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_newer_checkpoint_is_renamed_not_deleted(finished_copy):
+    config_path, run_dir = finished_copy
+    unfinish(run_dir)
+    newest, earlier = checkpoints(run_dir)
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    assert train.main(["--config", str(config_path), *AUTO]) == 0
+    renamed = run_dir / f"damaged-{newest.name}"
+    assert (renamed / "model.safetensors").read_bytes() == b"damaged"
+    assert not checkpoint_error(checkpoints(run_dir)[0])
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------
+
+
+def final_state(run_dir: Path) -> tuple:
+    """Return the weights, the newest optimizer state and the log of a run, for comparison."""
+    optimizer = torch.load(checkpoints(run_dir)[0] / "optimizer.pt", weights_only=True)
+    tensors = [state[key] for state in optimizer["state"].values() for key in sorted(state)]
+    return load_file(run_dir / "model.safetensors"), tensors, timeless(rows_of(run_dir))
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(config_file, tmp_path):
+    """Each child is killed before the n-th rename, removal or seal of its run directory."""
+    path = config_file(
+        model__type="GPT2",
+        model__resid_pdrop=0.1,
+        training__save_steps=2,
+        training__num_epochs=2,
+        training__gradient_accumulation_steps=1,
+    )
+    assert train.main(["--config", str(path), "--model_name", "calm"]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    kills = 0
+    for n in (1, 2, 3, 5, 7, 9, 12, 15, 18, 22):
+        pid = os.fork()
+        if pid == 0:
+            calls = 0
+
+            def audit(event, arguments, n=n):
+                nonlocal calls
+                watched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+                if watched and str(run_dir) in str(arguments[0]):
+                    calls += 1
+                    if calls == n:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(audit)
+            os._exit(train.main(["--config", str(path), *AUTO]))
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:
+            assert os.WEXITSTATUS(status) == 0
+    assert kills >= 5
+    assert train.main(["--config", str(path), *AUTO]) == 0
+    weights, optimizer, rows = final_state(run_dir)
+    expected_weights, expected_optimizer, expected_rows = final_state(tmp_path / "models" / "calm")
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(optimizer, expected_optimizer, strict=True))  # fmt: skip
+    assert rows == expected_rows
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_resume_is_exact_with_workers_and_dropout(stop, config_file, tmp_path):
+    """The workers' seeds must not come from the generator that draws the dropout masks."""
+    path = config_file(
+        model__type="GPT2",
+        model__resid_pdrop=0.1,
+        training__dataloader_num_workers=1,
+        training__save_steps=1,
+        training__logging_steps=1,
+    )
+    assert train.main(["--config", str(path), "--model_name", "calm"]) == 0
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == stop:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = LMTrainer.__init__
+
+        def with_stop(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.add_callback(Stop())
+
+        patch.setattr(LMTrainer, "__init__", with_stop)
+        assert train.main(["--config", str(path)]) == 130
+    assert train.main(["--config", str(path), *AUTO]) == 0
+    models = tmp_path / "models"
+    assert timeless(rows_of(models / "tiny")) == timeless(rows_of(models / "calm"))
+    weights = (models / "tiny" / "model.safetensors").read_bytes()
+    assert weights == (models / "calm" / "model.safetensors").read_bytes()
+
+
+# ---- a full disk -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [10_000, 90_000, 200_000])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(limit, config_file, tmp_path):
+    """A limit on the size of files stands in for a full disk: writing fails at that byte."""
+    path = config_file(training__save_steps=3, training__num_epochs=1)
+    run_dir = tmp_path / "models" / "tiny"
+    assert train.main(["--config", str(path), "--set", "training.max_steps=3"]) == 0
+    unfinish(run_dir)
+    (old,) = checkpoints(run_dir)
+    command = [sys.executable, "train.py", "--config", str(path), *AUTO]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--set", "training.max_steps=6"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert checkpoints(run_dir) == [old] and checkpoint_error(old) is None
+    assert "cannot be saved: it needs" in errors[0] and "bytes free" in errors[0]
+    assert train.main(["--config", str(path), "--set", "training.max_steps=6", *AUTO]) == 0
+
+
+# ---- numbers that are no numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_checkpoint_with_a_nan_weight_is_never_saved(step, config_file, tmp_path, capsys):
+    path = config_file(training__save_steps=1, training__logging_steps=1)
+    run_dir = tmp_path / "models" / "tiny"
+
+    class Corrupt(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == step:  # after the update, before anything is saved
+                with torch.no_grad():
+                    next(model.parameters()).view(-1)[7] = float("nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = LMTrainer.__init__
+
+        def corrupted(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.add_callback(Corrupt())
+
+        patch.setattr(LMTrainer, "__init__", corrupted)
+        assert train.main(["--config", str(path)]) == 2
+    (line,) = errors_of(capsys)
+    assert f"NaN or infinite at or before step {step}" in line
+    assert checkpoint_step(checkpoints(run_dir)[0]) == step - 1
+    last = rows_of(run_dir)[-1]
+    assert last["step"] == step and last["loss"] is None
+    assert train.main(["--config", str(path), *AUTO]) == 0
+
+
+def test_a_nan_in_an_evaluation_is_named(config_file, monkeypatch, capsys):
+    from babyllama.training import trainer
+
+    exact = trainer.evaluate_chunks
+    monkeypatch.setattr(
+        trainer, "evaluate_chunks", lambda *a, **k: exact(*a, **k) | {"loss": float("nan")}
+    )
+    assert train.main(["--config", str(config_file())]) == 2
+    (line,) = errors_of(capsys)
+    assert "the held-out loss became NaN or infinite at step" in line
+
+
+def test_nothing_is_written_through_a_link(config_file, tmp_path, capsys):
+    path = config_file(training__save_steps=2, training__num_epochs=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("mine")
+    run_dir = tmp_path / "models" / "tiny"
+    run_dir.mkdir(parents=True)
+    (run_dir / "checkpoint-2").symlink_to(tmp_path / "other")
+    train.main(["--config", str(path)])
+    assert (tmp_path / "other" / "config.json").read_text() == "mine"
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["config.json"]
