@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
+OWNER_FILE = ".lock-owner"  # names that process: its machine and its number
+# After kill -9 the workers of a data loader live on, and hold the lock, until they notice.
+ORPHANED_WORKER_SECONDS = 10
 
 
 def default_cache_dir() -> Path:
@@ -140,20 +143,24 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
     """
     was_created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
+    owner = _read_owner(folder / OWNER_FILE)
+    lock = filelock.FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire()
+        lock.acquire(timeout=ORPHANED_WORKER_SECONDS if _has_died(owner) else 0)
     except filelock.Timeout:
+        who = f" (process {owner[1]} on {owner[0]})" if owner else ""
         raise ValueError(
-            f"{folder}: another process is writing there; wait until it ends, or {remedy}"
+            f"{folder}: another process is writing there{who}; wait until it ends, or {remedy}"
         ) from None
     except PermissionError:
         raise
     except OSError as error:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s): start one process only", folder, error.strerror)
     try:
+        (folder / OWNER_FILE).write_text(f"{platform.node()} {os.getpid()}\n", encoding="utf-8")
         yield
     finally:
+        (folder / OWNER_FILE).unlink(missing_ok=True)
         # delete the file while it is still locked; Windows refuses that and deletes it on release
         with contextlib.suppress(OSError):
             (folder / LOCK_FILE).unlink()
@@ -162,6 +169,28 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
         if was_created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _read_owner(file: Path) -> tuple[str, int] | None:
+    """Return the machine and the number of the process that holds a lock, if they are known."""
+    try:
+        machine, number = file.read_text(encoding="utf-8").split()
+        return machine, int(number)
+    except (OSError, ValueError):
+        return None
+
+
+def _has_died(owner: tuple[str, int] | None) -> bool:
+    """Return True if the owner of a lock was a process of this machine that exists no more."""
+    if owner is None or owner[0] != platform.node() or os.name != "posix":
+        return False
+    try:
+        os.kill(owner[1], 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 # ---- the origin of a result ---------------------------------------------------------------------

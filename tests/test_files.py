@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -69,7 +70,7 @@ def test_a_folder_is_locked_while_the_block_runs(tmp_path):
     folder = tmp_path / "new"
     with files.exclusive_folder(folder, ""):
         with (
-            pytest.raises(ValueError, match="another process is writing there"),
+            pytest.raises(ValueError, match=rf"is writing there \(process {os.getpid()} on "),
             files.exclusive_folder(folder, ""),
         ):
             pass
@@ -104,11 +105,28 @@ def test_a_process_that_dies_releases_its_lock(tmp_path):
     folder = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=False)
     assert done.returncode == 9
-    assert [path.name for path in folder.iterdir()] == [files.LOCK_FILE]
+    assert {path.name for path in folder.iterdir()} == {files.LOCK_FILE, files.OWNER_FILE}
     check_output_dir(folder, [])  # the file that it left is not taken for somebody's file
     with files.exclusive_folder(folder, ""):
         pass
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_that_orphaned_workers_hold_is_waited_for(tmp_path):
+    """Workers of a data loader inherit the lock and outlive a run that was killed."""
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from babyllama.files import exclusive_folder\n"
+        "with exclusive_folder(Path(sys.argv[1]), ''):\n"
+        "    if os.fork() == 0: time.sleep(1); os._exit(0)\n"
+        "    os._exit(9)"
+    )
+    folder = tmp_path / "run"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=False)
+    with files.exclusive_folder(folder, ""):
+        assert str(os.getpid()) in (folder / files.OWNER_FILE).read_text()
 
 
 def test_the_environment_is_json():

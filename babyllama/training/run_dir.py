@@ -28,6 +28,7 @@ import yaml
 
 from babyllama.files import (
     LOCK_FILE,
+    OWNER_FILE,
     ROOT,
     check_replaceable,
     is_model,
@@ -278,7 +279,7 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
             )
     is_run = (run_dir / CONFIG_FILE).is_file()
     # a process that was killed while it wrote its first file leaves a temporary folder
-    ours = (LOCK_FILE, DATA_REPORT_FILE)
+    ours = (LOCK_FILE, OWNER_FILE, DATA_REPORT_FILE)
     is_empty = all(
         path.name in ours or path.name.startswith(f".{CONFIG_FILE}.") for path in run_dir.glob("*")
     )
