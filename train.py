@@ -38,7 +38,7 @@ from babyllama.config import (
 from babyllama.files import describe_environment, exclusive_folder
 from babyllama.schema import SECTIONS
 from babyllama.training import distributed
-from babyllama.training.checks import check_inputs, check_request, warn_about_leaks
+from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
 from babyllama.training.run_dir import (
     LOG_FILE,
     MANIFEST,
@@ -254,6 +254,7 @@ class PreparedRun:
     budget: dict | None  # BabyLM's word budget, with a babylm section
     model: torch.nn.Module
     loss: Any  # callable: (model, batch) -> loss in nats
+    benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
     plan: dict  # numbers derived from all this: steps, tokens, precision, expected time
     checkpoint: Path | None  # the checkpoint to resume from
 
@@ -282,7 +283,7 @@ def setup_run(
     import transformers
 
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
-    from babyllama.training.plan import describe_run, print_plan
+    from babyllama.training.plan import count_evaluations, describe_run, print_plan
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -293,10 +294,22 @@ def setup_run(
     model = create_model(config, data.tokenizer)
     plan = describe_run(config, model, data.report["train"], len(data.train))
     plan |= choose_precision_and_kernels(config, plan)
+    benchmark = make_benchmark(config, model, data.tokenizer)
+    plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
     loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
-    return PreparedRun(config, run_dir, data, budget, model, loss, plan, checkpoint)
+    return PreparedRun(config, run_dir, data, budget, model, loss, benchmark, plan, checkpoint)
+
+
+def make_benchmark(config: dict, model, tokenizer):
+    """Return the TrainingBenchmark of a run, or None without one; only the main process has it."""
+    path = config["training"]["benchmark"]
+    if path is None or not distributed.is_main():
+        return None
+    from babyllama.training.benchmark import TrainingBenchmark
+
+    return TrainingBenchmark(load_item_tasks(path), model, tokenizer)
 
 
 # ---- 5. training --------------------------------------------------------------------------------
@@ -331,6 +344,7 @@ def train_and_save(run: PreparedRun) -> None:
         training=config["training"],
         loss=run.loss,
         cuda_graphs=plan["cuda_graphs"],
+        benchmark=run.benchmark,
         callbacks=[run_log] if distributed.is_main() else [],
     )
     word_counter = attach_word_counter(trainer, config, counts, run.budget)
@@ -369,6 +383,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
     """Save and measure the trained model; return the content of training_metrics.json."""
     from babyllama.training.results import (
         draw_samples,
+        measure_benchmark,
         measure_model,
         measure_training,
         save_model,
@@ -381,6 +396,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
         "results": {
             **measure_model(trainer, model),
             "floor_bits_per_byte": run.data.entropy_floor,
+            **measure_benchmark(trainer, model),
             **measure_training(trainer, run_log, word_counter, run.config["data"]["seq_length"]),
         },
         "babylm": word_counter.compliance(),

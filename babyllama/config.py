@@ -364,6 +364,7 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
         "optimizer": training["optimizer"] == "muon",
         "compile": training["compile"] is True,
         "torch_compile": training["torch_compile"] is True,
+        "benchmark": training["benchmark"] is not None,
     }
     for key, is_used in untested_with_fsdp.items():
         if training["fsdp"] and is_used:

@@ -49,6 +49,7 @@ def plot_training(
 ) -> None:
     """Draw loss, learning rate and speed against tokens, from the rows of metrics.jsonl.
 
+    Scores of a benchmark (`benchmark/<task>`), if there are any, get a panel of their own.
     `floor_nats` is the lowest loss in nats per token that any model can reach, if it is known.
     """
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
@@ -57,8 +58,11 @@ def plot_training(
     held_out_rows = [row for row in rows if "eval_loss" in row]
     tokens = [row["tokens"] for row in training_rows]
 
-    figure, ((loss_axis, rate_axis, speed_axis),) = new_figure(1, 3, 13, 4)
-    for axis in (loss_axis, rate_axis, speed_axis):
+    tasks = sorted({key for row in rows for key in row if key.startswith("benchmark/")})
+    panels = 4 if tasks else 3
+    figure, (axes,) = new_figure(1, panels, 13 * panels / 3, 4)
+    loss_axis, rate_axis, speed_axis = axes[:3]
+    for axis in axes:
         axis.set_xlabel("tokens")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     rate_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -86,6 +90,16 @@ def plot_training(
     speeds = [row["tokens_per_second"] for row in timed_rows]
     speed_axis.plot([row["tokens"] for row in timed_rows], speeds, color=BLUE)
     speed_axis.set(ylabel="tokens per second", title="training speed", ylim=(0, None))
+
+    # benchmark
+    for task in tasks:
+        scored_rows = [row for row in rows if task in row]
+        scores = [row[task] for row in scored_rows]
+        task_label = label(task.removeprefix("benchmark/"))
+        axes[3].plot([row["tokens"] for row in scored_rows], scores, "o-", ms=4, label=task_label)
+    if tasks:
+        axes[3].set(ylabel="score", title="benchmark")
+        axes[3].legend(frameon=False)
     figure.savefig(path, dpi=DPI)
 
 

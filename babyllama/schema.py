@@ -191,6 +191,12 @@ class TrainingSection(Section):
     save_steps: int | None = _key(
         "Steps between checkpoints; null: save after each epoch", None, ge=1
     )
+    benchmark: str | None = _key(
+        "A file of tasks as for benchmark.py, scored at each evaluation and at each of BabyLM's "
+        "checkpoints; only tasks that compare candidates; null: none",
+        None,
+        min_length=1,
+    )
     seed: int = _key("Seed of the initial weights, the data order and dropout", 42, ge=0, lt=2**31)
 
 

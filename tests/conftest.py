@@ -39,6 +39,7 @@ ENDS = [
 
 CLOCK = {  # keys of a log row that depend on the clock
     "tokens_per_second", "words_per_second", "matmul_share", "memory_gb", "seconds_left", "eval_seconds", "seconds",
+    "benchmark_seconds",
 }  # fmt: skip
 
 

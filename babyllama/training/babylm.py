@@ -164,13 +164,16 @@ class BabyLMCallback(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args, state, control, **kwargs):
-        for folder in self.due.pop(state.global_step, ()):
+        folders = self.due.pop(state.global_step, ())
+        for folder in folders:
             # only one process writes, but all of them must help to gather a sharded model's weights
             writing = atomic_write(folder) if args.should_save else contextlib.nullcontext(folder)
             with writing as draft:
                 self.trainer.save_plain(draft)
                 if args.should_save:
                     seal_checkpoint(draft)
+        if folders:
+            self.trainer.log_benchmark()
 
     def words_seen(self, step: int) -> int:
         """Return the number of words seen after a step."""

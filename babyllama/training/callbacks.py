@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.training import distributed
+from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 log = logging.getLogger(__name__)
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
@@ -106,7 +107,7 @@ class RunLog(TrainerCallback):
         self.tokens = state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not {"loss", "eval_loss"} & set(logs or ()):
+        if self.bar is None or not {"loss", "eval_loss", "benchmark_seconds"} & set(logs or ()):
             return
         row = {
             "step": state.global_step,
@@ -153,6 +154,13 @@ class RunLog(TrainerCallback):
                 f"bits per byte {row['eval_bits_per_byte']:.4f}"
             )
             line += "".join(f"\n    {sample!r}" for sample in row["samples"])
+        elif "benchmark_seconds" in row:
+            scores = [
+                f"{key.removeprefix(BENCHMARK_PREFIX)} {value:.4f}"
+                for key, value in row.items()
+                if key.startswith(BENCHMARK_PREFIX)
+            ]
+            line = f"step {row['step']:>6}  benchmark  {'  '.join(scores)}"
         else:
             loss = math.nan if row["loss"] is None else row["loss"]
             self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -11,6 +11,9 @@ import hashlib
 import logging
 from pathlib import Path
 
+from babyllama.config import ConfigError
+from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
+from babyllama.evaluation.tasks import TASKS
 from babyllama.training import distributed
 from babyllama.training.run_dir import check_output_dir, check_teacher_exists
 
@@ -18,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: dict) -> dict | None:
-    """Check that the texts, the tokenizer and the teachers exist, and that BabyLM's rules are kept.
+    """Check the texts, the tokenizer, the teachers, the benchmark and BabyLM's rules.
 
     If something is missing, raise FileNotFoundError with the command that creates it. With a babylm
     section, return its word budget, or raise ValueError if the text has too many words.
@@ -44,11 +47,27 @@ def check_inputs(config: dict) -> dict | None:
     if distillation and distillation["cache"] == "none":
         for teacher in distillation["teachers"]:
             check_teacher_exists(teacher)
+    if config["training"]["benchmark"]:
+        load_item_tasks(config["training"]["benchmark"])
     if "babylm" not in config:
         return None
     from babyllama.training.babylm import check_budget
 
     return check_budget(config)
+
+
+def load_item_tasks(path: str) -> dict[str, BenchmarkTask]:
+    """Return the tasks of training.benchmark; raise ConfigError if one does not score items."""
+    tasks = load_tasks(path)
+    problems = [
+        f"tasks.{name}: {task.type} cannot be scored while a model trains; use tasks that compare "
+        f"candidates ({', '.join(TASKS)})"
+        for name, task in tasks.items()
+        if task.type not in TASKS
+    ]
+    if problems:
+        raise ConfigError(problems, path)
+    return tasks
 
 
 def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None:

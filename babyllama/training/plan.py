@@ -7,6 +7,7 @@ run is decided in kernels.py.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
+from babyllama.training.babylm import checkpoint_words
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,17 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
     }
 
 
+def count_evaluations(config: dict, plan: dict[str, Any]) -> int:
+    """Return at how many steps a run is evaluated or saves one of BabyLM's checkpoints, at most."""
+    eval_steps = config["training"]["eval_steps"]
+    # a run is evaluated after its last step too
+    count = math.ceil(plan["steps"] / eval_steps if eval_steps else plan["epochs"])
+    if "babylm" in config:
+        targets = checkpoint_words(config["babylm"]["track"])
+        count += sum(words <= plan["words"] for words in targets)
+    return count
+
+
 def describe_loss(distillation: dict | None) -> str:
     """Return the formula of the training loss as one line of text."""
     if distillation is None:
@@ -118,6 +131,12 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
         rows["CUDA graphs"] = f"{graphs} ({plan['cuda_graphs_reason']})"
     if teachers:
         rows["teachers"] = f"{', '.join(teachers)}; loss = {plan['loss']}"
+    if benchmark := plan["benchmark"]:
+        items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
+        rows["benchmark"] = (
+            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, very "
+            f"roughly {duration(benchmark['expected_seconds'])} each, not included in the time"
+        )
     rows["time"] = f"about {time} ({speed}, {work})"
     rows["example"] = repr(example)
     for name, text in rows.items():

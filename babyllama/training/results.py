@@ -19,6 +19,7 @@ from babyllama.plots import plot_training
 from babyllama.training import distributed
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.run_dir import (
+    BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
     METRICS_FILE,
     RETRAIN,
@@ -53,6 +54,16 @@ def measure_model(trainer, model) -> dict[str, float]:
         trainer.document_bos_id,
     )
     return {f"eval_{name}": score for name, score in scores.items()}
+
+
+def measure_benchmark(trainer, model) -> dict[str, float]:
+    """Return the scores of training.benchmark on the final model, or {} without a benchmark."""
+    if trainer.benchmark is None:
+        return {}
+    step, scores = trainer.benchmarked or (None, {})
+    if step != kept_step(trainer):
+        scores = trainer.benchmark.scores(model)
+    return {key: value for key, value in scores.items() if key.startswith(BENCHMARK_PREFIX)}
 
 
 def kept_step(trainer) -> int:
@@ -129,6 +140,9 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
     print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{note}")
+    for key, value in results.items():
+        if key.startswith(BENCHMARK_PREFIX):
+            print(f"{key:<17} {value:.4f}")
     if results.get("steps", steps) < steps:  # older versions wrote no "steps"
         print(
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "

@@ -46,6 +46,7 @@ METRICS_FILE = "training_metrics.json"
 COMPLIANCE_FILE = "compliance.json"
 MANIFEST = "complete.json"  # in a checkpoint: the size and hash of each of its files
 KEPT_CHECKPOINTS = 2  # so that one is left if the newest is damaged
+BENCHMARK_PREFIX = "benchmark/"  # of the scores of training.benchmark: benchmark/<task>
 MILLION = 1_000_000  # words; BabyLM names its checkpoints by millions of words
 
 # Files that a run writes at its end.
@@ -75,6 +76,7 @@ FREE_ON_RESUME = {
     "training.save_steps",
     "training.eval_steps",
     "training.cuda_graphs",
+    "training.benchmark",
     "logging.wandb",
     "logging.project",
     "logging.output_dir",

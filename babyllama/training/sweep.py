@@ -38,7 +38,13 @@ from babyllama.config import ConfigError, read_yaml_file
 from babyllama.files import ROOT, describe_environment, write_json, write_text
 from babyllama.plots import plot_sweep
 from babyllama.training import distributed
-from babyllama.training.run_dir import METRICS_FILE, checkpoint_error, checkpoints, milestones
+from babyllama.training.run_dir import (
+    BENCHMARK_PREFIX,
+    METRICS_FILE,
+    checkpoint_error,
+    checkpoints,
+    milestones,
+)
 
 COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
     "eval_loss": ("held-out loss", ".4f"),
@@ -329,9 +335,11 @@ def check_flags(args: argparse.Namespace, kind: str) -> None:
 
 
 def read_results(run_dir: Path) -> dict[str, float]:
-    """Return the results of a finished run that the table shows."""
+    """Return the results of a finished run that the table shows, and those of its benchmark."""
     metrics = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
-    return {key: metrics["results"][key] for key in COLUMNS}
+    results = metrics["results"]
+    benchmark = {key: results[key] for key in results if key.startswith(BENCHMARK_PREFIX)}
+    return {key: results[key] for key in COLUMNS} | benchmark
 
 
 def best_run(rows: list[dict]) -> str | None:
@@ -356,7 +364,7 @@ def seed_summary(rows: list[dict]) -> dict[str, dict[str, float]] | None:
     if len(finished) < 2 or list(rows[0]["values"]) != [SEED]:
         return None
     summary = {}
-    for key in COLUMNS:
+    for key in finished[0].keys() - {"name", "values"}:
         values = [row[key] for row in finished]
         summary[key] = {
             "mean": statistics.mean(values),

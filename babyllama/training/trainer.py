@@ -34,6 +34,7 @@ from transformers import (
 from babyllama.evaluation.generation import generate
 from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
+from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.chunks import ShiftedChunks, collate_chunks
 from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
@@ -58,7 +59,8 @@ class LMTrainer(Trainer):
     `byte_lengths` (V,) holds the number of UTF-8 bytes of each token. `training` is that section of
     the configuration, which chooses optimizer, schedule and weight average. loss(model, input_ids)
     returns a sum over the batch. With `cuda_graphs` the passes of full batches are recorded once
-    and then replayed (cuda_graphs.py).
+    and then replayed (cuda_graphs.py). The `benchmark` is scored at each evaluation; with several
+    processes it is None in all but the main one.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class LMTrainer(Trainer):
         training: dict[str, Any],
         loss: NextTokenLoss,
         cuda_graphs: bool = False,
+        benchmark: TrainingBenchmark | None = None,
         **kwargs,
     ):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
@@ -75,6 +78,8 @@ class LMTrainer(Trainer):
         self.byte_lengths = torch.as_tensor(byte_lengths)
         self.training = training
         self.loss = loss
+        self.benchmark = benchmark
+        self.benchmarked: tuple[int, dict] | None = None  # step and scores of the last time
         if distributed.world_size() > 1:
             self.loss = functools.partial(distributed.forward_through_wrapper, loss)
         self.document_bos_id = loss.document_bos_id
@@ -249,10 +254,23 @@ class LMTrainer(Trainer):
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         metrics["eval_seconds"] = time.perf_counter() - started
         self.log(metrics | {"samples": self._samples(model)})
+        self.log_benchmark()
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def log_benchmark(self) -> None:
+        """Score the benchmark, if there is one, and log the scores, once for the current step.
+
+        Only the main process does it. The others go on and wait for its next gradients.
+        """
+        step = self.state.global_step
+        if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
+            return
+        scores = self.benchmark.scores(self.average.module if self.average else self.model)
+        self.benchmarked = (step, scores)
+        self.log(dict(scores))
 
     def _samples(self, model) -> list[str]:
         """Generate one text from nothing and one from held-out words.

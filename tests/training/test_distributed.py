@@ -14,8 +14,10 @@ from conftest import CLOCK, ROOT, rows_of, timeless, tiny_config
 
 import train
 from babyllama.config import ConfigError, check_config
+from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.training import distributed
 from babyllama.training.run_dir import MANIFEST, METRICS_FILE, checkpoints
+from benchmark import BenchmarkSuite
 
 LAUNCHERS = {
     "python": [],
@@ -149,6 +151,8 @@ def folder(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
         "training__save_steps": 14,
     }
     config = tiny_config(root, tokenizer_file, corpus_dir, **keys)
+    tasks = {"tasks": {"completion": {}}}
+    (root / "tasks.yaml").write_text(yaml.safe_dump(tasks))
     path = root / "pair.yaml"
     path.write_text(yaml.safe_dump(config))
     one_process = ["--config", path, "--model-name", "one", "--gradient-accumulation-steps", 4]
@@ -213,6 +217,16 @@ def test_two_processes_resume_exactly(folder, name):
     after = folder / "models" / name
     assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
     assert timeless(rows_of(before)) == timeless(rows_of(after))
+
+
+def test_one_of_two_processes_scores_the_benchmark(folder):
+    run_dir = folder / "models" / "rare-rows"
+    rows = rows_of(run_dir)
+    scored = [row for row in rows if "benchmark/completion" in row]
+    assert [row["step"] for row in scored] == [row["step"] for row in rows if "eval_loss" in row]
+    (task,) = load_tasks({"tasks": {"completion": {}}}).values()
+    result = BenchmarkSuite(run_dir, "cpu").run_items(task)
+    assert scored[-1]["benchmark/completion"] == pytest.approx(result["accuracy"])
 
 
 def test_a_nan_in_one_process_ends_both(folder):

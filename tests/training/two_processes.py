@@ -137,6 +137,7 @@ def main(config: str, folder: str) -> None:
         train_and_resume(config, "llama")
         # every checkpoint has a row in the log, for which all processes gather the loss
         rare_rows = ["--model-name", "rare-rows", "--set", "training.logging_steps=1000"]
+        rare_rows += ["--set", f"training.benchmark={folder}/tasks.yaml"]
         assert train.main(["--config", config, *rare_rows]) == 0
         dropout = ["--set", "model.type=GPT2", "--set", "model.resid_pdrop=0.1"]
         train_and_resume(config, "gpt2", *dropout)

@@ -1,0 +1,75 @@
+"""Score a benchmark on the weights of a model that is being trained.
+
+    benchmark = TrainingBenchmark(load_item_tasks("blimp.yaml"), model, tokenizer)
+    benchmark.scores(model)  # {"benchmark/blimp": 0.61, "benchmark_seconds": 4.2}
+
+The scores are those of benchmark.py. Scoring does not change the training: it draws no random
+number, and the model that is trained may be compiled, recorded in CUDA graphs or blind to attention
+masks, so a second model computes the scores. It shares the weights, which takes no more memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from babyllama.evaluation import grading
+from babyllama.evaluation.benchmark_config import BenchmarkTask
+from babyllama.evaluation.loading import can_start
+from babyllama.evaluation.minimal_pairs import score_candidates, score_choices, scored_spans
+from babyllama.evaluation.tasks import TASKS
+from babyllama.training.run_dir import BENCHMARK_PREFIX
+
+
+class TrainingBenchmark:
+    """Hold the tasks of a benchmark and the model that scores them; `tokens` counts all texts.
+
+    Make it before the training model gets the attention of prepare_for_chunks, which ignores masks.
+    Raise ValueError if an item cannot be scored with this tokenizer.
+    """
+
+    def __init__(self, tasks: dict[str, BenchmarkTask], model, tokenizer):
+        self.tasks = tasks
+        self.tokenizer = tokenizer
+        self.bos = can_start(tokenizer)
+        self.tokens = 0
+        for name, task in tasks.items():
+            try:
+                ids, _ = scored_spans(tokenizer, task.items, self.bos)
+            except ValueError as error:
+                raise ValueError(f"training.benchmark: tasks.{name}: {error}") from None
+            self.tokens += sum(map(len, ids))
+        with torch.random.fork_rng(devices=[]):  # the initial weights are drawn and thrown away
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+
+    def scores(self, model) -> dict[str, float]:
+        """Return the main figure of each task for the weights of `model`, and the time it took."""
+        started = time.perf_counter()
+        self.model.to(model.device)
+        self.model.load_state_dict(model.state_dict(), assign=True)
+        scores = {}
+        for name, task in self.tasks.items():
+            only_best = TASKS[task.type].metric == "accuracy"
+            score = score_choices if only_best else score_candidates
+            task_scores = score(self.model, self.tokenizer, task.items, self.bos)[0]
+            result = grading.score_items(task.type, task.items, task_scores)
+            scores[BENCHMARK_PREFIX + name] = result[result["metric"]]
+        return {**scores, "benchmark_seconds": time.perf_counter() - started}
+
+    def cost(self, plan: dict[str, Any], times: int) -> dict[str, Any]:
+        """Return the numbers of items, tokens and times, and roughly how long each time takes.
+
+        The time is that of one forward pass over all tokens at the measured speed of matrix
+        products. One process scores, and a forward pass is a third of a training step.
+        """
+        flops_per_second = plan["matmul_flops"] / plan["processes"]
+        return {
+            "items": {name: len(task.items) for name, task in self.tasks.items()},
+            "tokens": self.tokens,
+            "times": times,
+            "expected_seconds": self.tokens * plan["flops_per_token"] / 3 / flops_per_second,
+        }
