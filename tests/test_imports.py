@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = [
-    "benchmark", "create_synthetic_data", "data_utils", "evaluate", "generate", "prepare_data", "train",
-    "train_tokenizer",
+    "benchmark", "create_synthetic_data", "data_utils", "evaluate", "generate", "prepare_data", "submit",
+    "train", "train_tokenizer",
 ]  # fmt: skip
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 # From the bottom up: a layer may import itself and the layers below it.

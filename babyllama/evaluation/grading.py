@@ -156,6 +156,12 @@ def score_items(
     return result | {"n": len(items), "chance": 0.0, "interval": "bootstrap by item"}
 
 
+def figures(task: str, items: Sequence[Item], scores: np.ndarray) -> list[float]:
+    """Return the FIGURES of a task that has no right answers, without their intervals."""
+    statistic = _statistic(TASKS[task], items, np.asarray(scores, dtype=np.float64))
+    return statistic(np.arange(len(items))).tolist()
+
+
 def subset_weights(average: str, subsets: Sequence[str]) -> dict[str, float]:
     """Return the weight of each subset in the accuracy of a task, given the subset of each item."""
     names, counts = np.unique(np.asarray(subsets), return_counts=True)

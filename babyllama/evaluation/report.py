@@ -284,8 +284,24 @@ def _ticks(run: RunCheckpoints, xs: Sequence[float]) -> list[tuple[float, int]]:
 
 def page(document: dict) -> str:
     """Return the report as one HTML page."""
+    return render(
+        TEMPLATE,
+        document=document,
+        rows=table_rows(document),
+        curves=score_curves(document),
+        pictures=pictures(document),
+        baseline_text=baseline_text,
+    )
+
+
+def render(template: Path, **values: Any) -> str:
+    """Fill in a template; it may include those of this folder (curves, style)."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader([template.parent, TEMPLATE.parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "number": number,
@@ -294,15 +310,7 @@ def page(document: dict) -> str:
         "overall_2026": overall_2026_text,
         "printable": printable,
     }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        document=document,
-        rows=table_rows(document),
-        curves=score_curves(document),
-        chart=CHART,
-        pictures=pictures(document),
-        baseline_text=baseline_text,
-    )
+    return environment.get_template(template.name).render(chart=CHART, **values)
 
 
 def pictures(document: dict) -> list[tuple[str, str, str]]:

@@ -1,0 +1,445 @@
+"""Build, check and score the one file that BabyLM's leaderboard takes.
+
+    needed = requirements("strict-small")
+    collated, problems = collate(Path("results/my-model"), Path("evaluation_data"), needed)
+    check(json.loads(Path("another_team.json").read_text()), needed)  # a line for each problem
+    score(collated, Path("evaluation_data"))["overall_2026"]
+
+The file holds the predictions of the final model, and the scores of every checkpoint on the fast
+tasks. Predictions of a wrong size become null, and the leaderboard counts null as 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from babyllama.evaluation import grading, metrics
+from babyllama.evaluation.tasks import TASKS, Item, read_items, read_rows
+from babyllama.submission import official
+from babyllama.submission.official import OfficialTask, Requirements, Sizes
+
+N_LABELS = {"mnli": 3}  # the other tasks of GLUE have two
+RESAMPLES = 2000  # of the interval of an F1
+FAST = "fast_eval_results"
+Part = tuple[float, float, float]  # a value and the ends of its interval
+
+
+# ---- build --------------------------------------------------------------------------------------
+
+
+def collate(
+    results: Path, eval_data: Path, needed: Requirements
+) -> tuple[dict[str, Any], list[str]]:
+    """Return (content of the collated file, a line for each file that is missing or wrong).
+
+    `results` is the folder results/MODEL of predictions, `eval_data` the folder evaluation_data.
+    """
+    problems: list[str] = []
+    collated: dict[str, Any] = {}
+    for name, task in needed.zero_shot.items():
+        content = _read(official.predictions_file(results, name), problems)
+        wrong = _zero_shot_problems(name, task, content, fast=False) if content else []
+        problems += wrong
+        collated[task.key] = None if wrong else content
+
+    acquisition = official.acquisition_folder(results)
+    surprisals = _read(acquisition / "surprisal.json", problems)
+    wrong = _surprisal_problems(surprisals, needed) if surprisals else []
+    problems += wrong
+    collated["aoa_surprisals"] = None if wrong else surprisals
+    collated["aoa"] = _read(acquisition / "aoa_score.json", problems)
+
+    collated["glue"] = {}
+    for name, size in needed.glue_sizes.items():
+        content = _read(official.glue_file(results, name), problems)
+        wrong = _glue_problems(content, {name: size}) if content else []
+        problems += wrong
+        if content and not wrong:
+            collated["glue"] |= content
+
+    collated[FAST] = {task.key: [] for task in needed.zero_shot.values() if task.fast}
+    for checkpoint in needed.checkpoints:
+        for name, task in needed.zero_shot.items():
+            if task.fast is None:
+                continue
+            content = _read(official.predictions_file(results, name, checkpoint), problems)
+            wrong = _zero_shot_problems(name, task, content, fast=True) if content else []
+            problems += [f"{checkpoint}: {line}" for line in wrong]
+            scores = None
+            if content and not wrong:
+                items = read_task(name, eval_data / "fast_eval" / task.fast)
+                scores = fast_scores(name, content, items)
+            collated[FAST][task.key].append(scores)
+    return collated, problems
+
+
+def _read(path: Path, problems: list[str]) -> Any:
+    """Return the content of a JSON file; if there is none, add a line to `problems`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path} is missing")
+    except ValueError as error:
+        problems.append(f"{path} is not JSON ({error})")
+    return None
+
+
+@functools.cache
+def read_task(name: str, path: Path) -> list[Item]:
+    """Read the items of a task once for all checkpoints."""
+    return read_items(name, path)
+
+
+def fast_scores(name: str, predictions: dict, items: Sequence[Item]) -> dict[str, float]:
+    """Return the scores of a checkpoint on a fast task, as fractions by subset.
+
+    GlobalPIQA has one score. Reading has `spr` (self-paced reading) and `rt` (eye tracking), the
+    explained variances.
+    """
+    scores = candidate_scores(name, predictions, items)
+    if TASKS[name].metric != "accuracy":
+        eyes, pace = grading.figures(name, items, scores)
+        return {"spr": pace / 100, "rt": eyes / 100}
+    result = grading.score_items(name, items, scores)
+    if any(item.key for item in items):
+        return {name: result["accuracy"]}
+    subsets = result["subsets"]
+    return {subset: subsets[subset]["accuracy"] for subset in predictions}
+
+
+def candidate_scores(name: str, predictions: dict, items: Sequence[Item]) -> np.ndarray:
+    """Return scores of all candidates that express predictions: 1 for the chosen one, else 0.
+
+    A prediction that is no candidate counts as a wrong one. Of reading times, which have no
+    candidates, the scores are the negative surprisals.
+    """
+    rows = {key: iter(value["predictions"]) for key, value in predictions.items()}
+    scores: list[float] = []
+    for item in items:
+        try:
+            row = next(rows[item.key or item.subset])
+        except (KeyError, StopIteration):
+            subset = item.key or item.subset
+            raise ValueError(f"{name}: fewer predictions of {subset} than items") from None
+        if TASKS[name].metric != "accuracy":
+            surprisals = [row["pred"], row["prev_pred"]][: len(item.completions)]
+            scores += [-surprisal for surprisal in surprisals]
+            continue
+        texts = [item.answer(index).strip() for index in range(len(item.completions))]
+        answer = str(row["pred"]).strip()
+        wrong = (item.gold + 1) % len(texts)
+        chosen = item.gold if answer == texts[item.gold] else wrong
+        scores += [float(index == chosen) for index in range(len(texts))]
+    return np.array(scores)
+
+
+# ---- check --------------------------------------------------------------------------------------
+
+
+def read_collated(path: Path) -> Any:
+    """Read a collated file; ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+def track_of(collated: Any) -> str:
+    """Return the track of a collated file, by its number of checkpoints."""
+    fast = collated.get(FAST) if isinstance(collated, dict) else None
+    lists = [value for value in fast.values() if isinstance(value, list)] if fast else []
+    longest = max(map(len, lists), default=0)
+    small = len(official.checkpoint_names("strict-small"))
+    return "strict" if longest > small else "strict-small"
+
+
+def check(collated: Any, needed: Requirements) -> list[str]:
+    """Return a line for each problem of a collated file: sizes, ids, types, NaN, checkpoints."""
+    if not isinstance(collated, dict):
+        return ["the file does not hold a JSON object"]
+    known = [task.key for task in needed.zero_shot.values()]
+    known += ["aoa_surprisals", "aoa", "glue", FAST]
+    problems = [f"{key}: unknown key" for key in collated if key not in known]
+    for name, task in needed.zero_shot.items():
+        content = collated.get(task.key)
+        if content is None:
+            problems.append(f"{task.key}: no predictions; the leaderboard counts 0")
+        else:
+            problems += _zero_shot_problems(name, task, content, fast=False)
+    if collated.get("aoa_surprisals") is None:
+        problems.append("aoa_surprisals: none; the leaderboard counts 0")
+    else:
+        problems += _surprisal_problems(collated["aoa_surprisals"], needed)
+    aoa = collated.get("aoa")
+    if not isinstance(aoa, dict) or not _is_number(aoa.get("aoa")) or abs(aoa["aoa"]) > 1:
+        problems.append(f'aoa: {_short(aoa)} is not {{"aoa": a correlation from -1 to 1}}')
+    problems += _glue_problems(collated.get("glue"), needed.glue_sizes)
+    problems += _fast_problems(collated.get(FAST), needed)
+    return problems
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _row_problems(
+    label: str, content: Any, size: int, id_of, is_valid, expected: str
+) -> Iterator[str]:
+    """Yield the problems of one list of predictions; of many equal ones the first."""
+    rows = content.get("predictions") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        yield f'{label}: {_short(content)} is not {{"predictions": [...]}}'
+        return
+    if len(rows) != size:
+        yield f"{label}: {len(rows):,} predictions, expected {size:,}"
+    wrong_ids = []
+    wrong_values = []
+    for number, row in enumerate(rows):
+        row = row if isinstance(row, dict) else {}
+        if row.get("id") != id_of(number):
+            wrong_ids.append(f"{_short(row.get('id'))}, expected {id_of(number)!r}")
+        if not is_valid(row):
+            wrong_values.append(f"prediction {number} is {_short(row.get('pred'))}")
+    for wrong in (wrong_ids, wrong_values):
+        if wrong:
+            more = f" ({len(wrong):,} such rows)" if len(wrong) > 1 else ""
+            what = f"id {wrong[0]}" if wrong is wrong_ids else f"{wrong[0]}, expected {expected}"
+            yield f"{label}: {what}{more}"
+
+
+def _subset_problems(label: str, names: set[str], expected: set[str]) -> Iterator[str]:
+    for name in sorted(expected - names):
+        yield f"{label}: {name} is missing"
+    for name in sorted(names - expected):
+        yield f"{label}: {name} is not a subset of this task"
+
+
+def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool) -> list[str]:
+    if not isinstance(content, dict):
+        return [f"{task.key}: {_short(content)} is not an object of subsets"]
+    problems = []
+    sizes: Sizes = task.fast_sizes if fast else task.sizes
+    if task.n_items is not None:  # every item is a subset
+        if len(content) != task.n_items:
+            problems.append(f"{task.key}: {len(content):,} examples, expected {task.n_items:,}")
+        sizes = dict.fromkeys(content, 1)
+    else:
+        problems += _subset_problems(task.key, set(content), set(sizes))
+    is_reading = TASKS[name].metric != "accuracy"
+    for subset, value in content.items():
+        if subset not in sizes:
+            continue
+        problems += _row_problems(
+            task.key if is_reading else f"{task.key} {subset}",
+            value,
+            sizes[subset],
+            (lambda number: number)
+            if is_reading
+            else (lambda number, subset=subset: f"{subset}_{number}"),
+            _is_reading_row if is_reading else _is_text_row,
+            "numbers under pred and prev_pred" if is_reading else "a text",
+        )
+    return problems
+
+
+def _is_text_row(row: dict) -> bool:
+    return isinstance(row.get("pred"), str) and bool(row["pred"].strip())
+
+
+def _is_reading_row(row: dict) -> bool:
+    before = row.get("prev_pred")
+    return _is_number(row.get("pred")) and (before is None or _is_number(before))
+
+
+def _glue_problems(content: Any, sizes: Sizes) -> list[str]:
+    if not isinstance(content, dict):
+        return [f"glue: {_short(content)} is not an object of tasks"]
+    problems = [*_subset_problems("glue", set(content), set(sizes))]
+    for name in sizes.keys() & content.keys():
+        labels = range(N_LABELS.get(name, 2))
+        problems += _row_problems(
+            f"glue {name}",
+            content[name],
+            sizes[name],
+            lambda number, name=name: f"{name}_{number}",
+            lambda row, labels=labels: type(row.get("pred")) is int and row["pred"] in labels,
+            f"a label from 0 to {labels[-1]}",
+        )
+    return problems
+
+
+def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return ["aoa_surprisals: expected an object with a list of rows under results"]
+    problems = []
+    questions = defaultdict(list)
+    invalid = Counter()
+    for row in rows:
+        step = str(row.get("step"))
+        questions[step].append((row.get("target_word"), row.get("context_id")))
+        invalid[step] += not _is_number(row.get("surprisal"))
+    problems += _subset_problems("aoa_surprisals", set(questions), set(needed.checkpoints))
+    for step in needed.checkpoints:
+        asked = questions.get(step, [])
+        if not asked:
+            continue
+        if len(asked) != needed.aoa_size:
+            problems.append(
+                f"aoa_surprisals {step}: {len(asked):,} rows, expected {needed.aoa_size:,}"
+            )
+        if len(set(asked)) < len(asked):
+            problems.append(f"aoa_surprisals {step}: a word has the same context twice")
+        if invalid[step]:
+            problems.append(f"aoa_surprisals {step}: {invalid[step]:,} surprisals are no numbers")
+    return problems
+
+
+def _fast_problems(content: Any, needed: Requirements) -> list[str]:
+    if not isinstance(content, dict):
+        return [f"{FAST}: {_short(content)} is not an object of tasks"]
+    problems = []
+    tasks = {task.key: (name, task) for name, task in needed.zero_shot.items() if task.fast}
+    problems += _subset_problems(FAST, set(content), set(tasks))
+    for key, (name, task) in tasks.items():
+        if key not in content:
+            continue
+        label = f"{FAST} {key}"
+        scores = content[key]
+        n = len(needed.checkpoints)
+        if not isinstance(scores, list) or len(scores) != n:
+            problems.append(f"{label}: expected a list of {n} checkpoints")
+            continue
+        subsets = set(task.fast_sizes or {name})
+        if TASKS[name].metric != "accuracy":
+            subsets = {"spr", "rt"}
+        for checkpoint, row in zip(needed.checkpoints, scores, strict=True):
+            if row is None:
+                problems.append(f"{label}: {checkpoint} is missing")
+            elif not isinstance(row, dict) or set(row) != subsets:
+                problems.append(f"{label}: {checkpoint} does not have the subsets of this task")
+            elif not all(_is_number(value) and value <= 1 for value in row.values()):
+                problems.append(f"{label}: {checkpoint} has a score that is no number up to 1")
+    return problems
+
+
+# ---- score --------------------------------------------------------------------------------------
+
+
+def score(
+    collated: dict[str, Any], eval_data: Path, acquisition: dict | None = None
+) -> dict[str, Any]:
+    """Return the nine columns of the leaderboard, in percent, and their mean.
+
+    `columns` holds `percent` and `ci95` of each; missing ones are None, count 0 in `overall_2026`
+    and are listed under `missing`. `results` has the details of each task. The interval of a mean
+    treats its parts as independent. `acquisition` is the result of acquisition_score: without it
+    the column aoa has no interval.
+    """
+    parts: dict[str, list[Part]] = defaultdict(list)
+    results: dict[str, Any] = {}
+    for name, task in official.ZERO_SHOT.items():
+        data = eval_data / "full_eval" / task.full
+        if not collated.get(task.key) or not data.exists():
+            continue
+        items = read_task(name, data)
+        scores = candidate_scores(name, collated[task.key], items)
+        results[name] = grading.score_items(name, items, scores)
+        for figure in grading.FIGURES.get(TASKS[name].metric, ("accuracy",)):
+            scale = 100 if figure == "accuracy" else 1
+            value = results[name][figure]
+            ends = results[name][f"{figure}_ci95"]
+            parts[TASKS[name].column].append(tuple(scale * number for number in (value, *ends)))
+
+    glue = collated.get("glue") or {}
+    for name in official.GLUE_SIZES:
+        labels_file = eval_data / "full_eval" / official.GLUE_DATA / f"{name}.valid.jsonl"
+        if name not in glue or not labels_file.exists():
+            continue
+        labels = np.array([row["label"] for row in read_rows(labels_file)])
+        predicted = np.array([row["pred"] for row in glue[name]["predictions"]])
+        results[name] = glue_result(name, predicted, labels)
+        metric = results[name]["metric"]
+        ends = results[name][f"{metric}_ci95"]
+        parts["glue"].append(tuple(100 * number for number in (results[name][metric], *ends)))
+
+    columns = {name: _mean(column_parts) for name, column_parts in parts.items()}
+    if len(parts["glue"]) < len(official.GLUE_SIZES):  # a missing task counts 0
+        missing = len(official.GLUE_SIZES) - len(parts["glue"])
+        if parts["glue"]:
+            columns["glue"] = _mean([*parts["glue"], *[(0.0, 0.0, 0.0)] * missing])
+        else:
+            columns.pop("glue", None)
+    if collated.get("aoa"):
+        value = 100 * collated["aoa"]["aoa"]
+        columns["aoa"] = (value, *_correlation_interval(acquisition))
+    overall = grading.overall_2026({name: part[0] for name, part in columns.items()})
+    return {
+        "overall_2026": overall["overall_2026"],
+        "columns": {
+            name: {"percent": columns[name][0], "ci95": list(columns[name][1:]) or None}
+            if name in columns
+            else None
+            for name in grading.COLUMNS_2026
+        },
+        "missing": overall["missing"],
+        "results": results,
+    }
+
+
+def _mean(parts: Sequence[Part]) -> Part:
+    """Return the mean of independent values and its interval (MOVER, Zou and Donner 2008)."""
+    n = len(parts)
+    value = math.fsum(part[0] for part in parts) / n
+    below = math.hypot(*(part[0] - part[1] for part in parts)) / n
+    above = math.hypot(*(part[2] - part[0] for part in parts)) / n
+    return value, value - below, value + above
+
+
+def _correlation_interval(acquisition: dict | None) -> list[float]:
+    """Return the 95 % interval, in percent, of a correlation by Fisher's transformation."""
+    if not acquisition or acquisition["r"] is None or acquisition["n_words"] < 4:
+        return []
+    middle = math.atanh(min(max(acquisition["r"], -0.999999), 0.999999))
+    margin = metrics.Z95 / math.sqrt(acquisition["n_words"] - 3)
+    return [100 * math.tanh(middle - margin), 100 * math.tanh(middle + margin)]
+
+
+def glue_result(name: str, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Return accuracy, and F1 of label 1 for mrpc and qqp, with intervals, as fractions."""
+    if len(predicted) != len(labels):
+        raise ValueError(f"glue {name}: {len(predicted)} predictions, but {len(labels)} labels")
+    n = len(labels)
+    accuracy = float((predicted == labels).mean())
+    result = {
+        "metric": "accuracy",
+        "accuracy": accuracy,
+        "accuracy_ci95": metrics.wilson(accuracy, n),
+        "n": n,
+    }
+    if name in official.GLUE_F1:
+        hits = int(((predicted == 1) & (labels == 1)).sum())
+        errors = int((predicted != labels).sum())
+        counts = np.array([hits, errors, n - hits - errors])
+        draws = np.random.default_rng(0).multinomial(n, counts / n, size=RESAMPLES)
+        ends = np.percentile(_f1(draws[:, 0], draws[:, 1]), [2.5, 97.5])
+        result |= {"metric": "f1", "f1": float(_f1(*counts[:2])), "f1_ci95": ends.tolist()}
+    return result
+
+
+def _f1(hits, errors):
+    """Return F1 from the numbers of true positives and of errors of both kinds."""
+    return 2 * hits / np.maximum(1, 2 * hits + errors)

@@ -1,0 +1,349 @@
+"""Turn a finished BabyLM run into a submission: predictions, collated file, scores, form, page.
+
+    python submit.py models/babylm-strict-small --eval-data evaluation_data --output submission
+    python submit.py models/babylm-strict-small --eval-data evaluation_data --output submission \\
+        --skip glue --dry-run
+    python submit.py --check all_full_preds_and_fast_scores_causal.json
+
+It runs what BabyLM 2026 asks of the tracks strict and strict-small, in stages: `zero_shot` scores
+the final model on the full tasks, `fast` every checkpoint chck_<N>M on the fast tasks, and `aoa`
+compares when the model and children learn words. The same command resumes an interrupted
+submission: a file is only remade if the weights or the data have changed.
+
+The output folder gets results/MODEL/ in the layout of BabyLM's pipeline, with the file to submit,
+all_full_preds_and_fast_scores_causal.json; scores.json, form.json and index.html. Nothing is
+downloaded: if data are missing, the script lists the commands that fetch them, and goes on without
+them. It trains no language model and changes nothing in RUN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from babyllama import cli
+from babyllama.evaluation.tasks import DOWNLOAD, download_command
+from babyllama.files import exclusive_folder, is_model, sha256, weights_sha256, write_json
+from babyllama.submission import official
+from babyllama.submission.official import Requirements
+
+log = logging.getLogger(__name__)
+STAGES = ("zero_shot", "fast", "aoa")
+MADE_FILE = "made_from.json"  # what each output was made from, so that a rerun can keep it
+
+
+@dataclass
+class Job:
+    """One piece of work: it writes `outputs` from a model and data."""
+
+    stage: str
+    name: str
+    outputs: list[Path]
+    data: list[Path]
+    command: str  # downloads the data
+    weights: str  # hash
+    cost: float  # relative time
+    run: Callable[[], None]
+    made_from: dict[str, str] = field(default_factory=dict)
+
+
+# ---- jobs ---------------------------------------------------------------------------------------
+
+
+def plan_jobs(
+    args: argparse.Namespace, results: Path, checkpoints: list[Path], needed: Requirements
+) -> list[Job]:
+    """Return the jobs of the selected stages in order; those whose data are missing too."""
+    jobs = []
+    run_dir = Path(args.run)
+    for stage in args.stages:
+        if stage == "aoa":
+            jobs.append(acquisition_job(args, results, checkpoints))
+            continue
+        models = [run_dir] if stage == "zero_shot" else checkpoints
+        for model in models:
+            for name, task in needed.zero_shot.items():
+                source = task.full if stage == "zero_shot" else task.fast
+                if source is not None:
+                    jobs.append(zero_shot_job(args, results, stage, model, name, source))
+    return jobs
+
+
+def zero_shot_job(
+    args: argparse.Namespace, results: Path, stage: str, model: Path, name: str, source: str
+) -> Job:
+    revision = "main" if stage == "zero_shot" else model.name
+    data = Path(args.eval_data, "full_eval" if revision == "main" else "fast_eval", source)
+    output = official.predictions_file(results, name, revision)
+    command = download_command(name)
+    if source == "ewok_fast":
+        command = f"{DOWNLOAD}, and unzip fast_eval/ewok_fast.zip (its README has the password)"
+
+    def run() -> None:
+        from babyllama.evaluation.grading import official_predictions
+        from babyllama.evaluation.loading import can_start
+        from babyllama.evaluation.minimal_pairs import score_task
+        from babyllama.submission.collate import read_task
+
+        lm, tokenizer = open_model(model, args.device)
+        items = read_task(name, data)
+        scores, _, _ = score_task(lm, tokenizer, name, items, can_start(tokenizer))
+        write_json(output, official_predictions(name, items, scores, args.seed))
+
+    weights = weights_hash(model)
+    return Job(stage, f"{revision} {name}", [output], [data], command, weights, size_of(data), run)
+
+
+def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[Path]) -> Job:
+    contexts_file = Path(args.eval_data, "full_eval", official.AOA_CONTEXTS)
+    ages_file = Path(args.eval_data, "full_eval", official.AOA_AGES)
+    folder = official.acquisition_folder(results)
+    outputs = [folder / "surprisal.json", folder / "aoa_score.json", folder / "acquisition.json"]
+
+    def run() -> None:
+        from transformers import AutoTokenizer
+
+        from babyllama.submission.age_of_acquisition import (
+            acquisition_score,
+            measure_surprisals,
+            read_contexts,
+        )
+
+        surprisals = measure_surprisals(
+            [(path.name, path, float(path.name[5:-1])) for path in checkpoints],
+            read_contexts(contexts_file),
+            outputs[0],
+            model_name=results.name,
+            device=args.device,
+            progress=lambda line: log.info("  %s", line),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.run, local_files_only=True)
+        write_json(outputs[2], acquisition_score(surprisals, ages_file, tokenizer, outputs[1]))
+
+    weights = hashlib.sha256("".join(map(weights_hash, checkpoints)).encode()).hexdigest()
+    data = [contexts_file, ages_file]
+    cost = size_of(contexts_file) * len(checkpoints)
+    return Job("aoa", "age of acquisition", outputs, data, DOWNLOAD, weights, cost, run)
+
+
+@functools.lru_cache(maxsize=1)
+def open_model(path: Path, device: str):
+    from babyllama.evaluation.loading import load_model
+
+    return load_model(path, device)
+
+
+@functools.cache
+def weights_hash(folder: Path) -> str:
+    """Return one hash of what a prediction depends on: the weights and the tokenizer."""
+    return weights_sha256(folder) + sha256(folder / "tokenizer.json")
+
+
+def files_of(data: Path) -> list[Path]:
+    return sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
+
+
+@functools.cache
+def size_of(data: Path) -> int:
+    """Return the size of a file or a folder in bytes, as an estimate of the work; 0 if missing."""
+    return sum(path.stat().st_size for path in files_of(data)) if data.exists() else 0
+
+
+@functools.cache
+def data_hash(data: Path) -> str:
+    return hashlib.sha256("".join(map(sha256, files_of(data))).encode()).hexdigest()
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> None:
+    """Run the jobs whose outputs are missing or were made from something else."""
+    made_file = output / MADE_FILE
+    try:
+        made = json.loads(made_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = {}
+
+    def facts(job: Job) -> dict[str, str]:
+        outputs = {path.name: sha256(path) for path in job.outputs}
+        return {"weights": job.weights, "data": "".join(map(data_hash, job.data)), **outputs}
+
+    def is_done(job: Job) -> bool:
+        if not all(path.is_file() for path in job.outputs):
+            return False
+        return made.get(str(job.outputs[-1].relative_to(output))) == facts(job)
+
+    missing = {}
+    for job in jobs:
+        for path in job.data:
+            if not path.exists():
+                missing.setdefault(path, job)
+    for path, job in missing.items():
+        log.warning("missing: %s; in babylm-eval/strict: %s", path, job.command)
+    ready = [job for job in jobs if all(path.exists() for path in job.data)]
+    if jobs and not ready:
+        raise FileNotFoundError("none of the data are there: see the commands above")
+    todo = [job for job in ready if not is_done(job)]
+    log.info("%d of %d steps are done, %d to do", len(ready) - len(todo), len(ready), len(todo))
+    if dry_run:
+        for job in todo:
+            log.info("  %s: %s", job.stage, job.name)
+        return
+
+    started = time.monotonic()
+    finished = 0.0
+    total = sum(job.cost for job in todo)
+    for number, job in enumerate(todo, 1):
+        left = ""
+        if finished:
+            seconds = (time.monotonic() - started) * (total - finished) / finished
+            left = f", about {cli.duration(seconds)} left"
+        log.info("[%d/%d%s] %s: %s", number, len(todo), left, job.stage, job.name)
+        job.run()
+        made[str(job.outputs[-1].relative_to(output))] = facts(job)
+        write_json(made_file, made)
+        finished += job.cost
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def write_results(
+    args: argparse.Namespace, run: dict, results: Path, output: Path, needed: Requirements
+) -> list[str]:
+    """Write the collated file, scores.json, form.json and index.html; return the problems."""
+    from babyllama.files import describe_environment, write_text
+    from babyllama.submission import collate, form, page
+
+    eval_data = Path(args.eval_data)
+    collated, problems = collate.collate(results, eval_data, needed)
+    write_json(official.collated_file(results), collated)
+    acquisition = official.acquisition_folder(results) / "acquisition.json"
+    known = json.loads(acquisition.read_text("utf-8")) if acquisition.is_file() else None
+    scores = {
+        "model": args.run,
+        "track": run["babylm"]["track"],
+        "weights_sha256": weights_sha256(args.run),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **collate.score(collated, eval_data, known),
+        "git_hash": describe_environment(args.device)["git_hash"],
+    }
+    write_json(output / "scores.json", scores)
+    write_json(output / "form.json", form.form_answers(Path(args.run), run))
+    document = page.fast_document(results, Path(args.run), eval_data, needed)
+    write_text(output / "index.html", page.page(results.name, scores, problems, document))
+
+    for name, column in scores["columns"].items():
+        if column is None:
+            print(f"{name:<16} missing, counts 0")
+            continue
+        low_high = "[{:.2f}, {:.2f}]".format(*column["ci95"]) if column["ci95"] else ""
+        print(f"{name:<16} {column['percent']:6.2f}  {low_high}")
+    print(f"{'overall':<16} {scores['overall_2026']:6.2f}")
+    return problems
+
+
+def check_file(path: str) -> int:
+    """Print a line for each problem of a collated file; return the exit code."""
+    from babyllama.submission import collate
+
+    collated = collate.read_collated(Path(path))
+    track = collate.track_of(collated)
+    problems = collate.check(collated, official.requirements(track))
+    for problem in problems:
+        print(problem)
+    print(f"{path}: {len(problems) or 'no'} problems for the track {track}")
+    return cli.EXIT_BAD_INPUT if problems else 0
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="submit.py", description="Turn a finished BabyLM run into a submission."
+    )
+    add_flag = functools.partial(cli.add_flag, parser)
+    stages = ", ".join(STAGES)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="the run directory")
+    add_flag("eval-data", metavar="DIR", help="BabyLM's folder evaluation_data")
+    add_flag("output", metavar="DIR", help="the folder of the submission")
+    add_flag("only", nargs="+", metavar="STAGE", help=f"run only these stages ({stages})")
+    add_flag("skip", nargs="+", metavar="STAGE", default=[], help="run all stages but these")
+    add_flag("dry-run", action="store_true", help="list what would be done")
+    add_flag("check", metavar="FILE", help="check a collated file; needs no RUN")
+    add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add_flag("seed", type=int, default=42, help="seed of the choice between ties (default 42)")
+    return parser
+
+
+def select_stages(args: argparse.Namespace) -> list[str]:
+    for flag in ("only", "skip"):
+        for name in getattr(args, flag) or ():
+            if name not in STAGES:
+                raise ValueError(f"--{flag} {name}: not a stage; stages: {', '.join(STAGES)}")
+    return [stage for stage in args.only or STAGES if stage not in args.skip]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+
+    def body() -> int:
+        if args.check:
+            return check_file(args.check)
+        if None in (args.run, args.eval_data, args.output):
+            raise ValueError("submit.py needs RUN, --eval-data DIR and --output DIR (or --check)")
+        args.stages = select_stages(args)
+        return submit(args)
+
+    return cli.run_script(body, interrupted="interrupted; the same command continues")
+
+
+def submit(args: argparse.Namespace) -> int:
+    from babyllama.submission.form import read_run
+
+    run_dir = Path(args.run)
+    output = Path(args.output)
+    run = read_run(run_dir)
+    if not Path(args.eval_data).is_dir():
+        raise FileNotFoundError(
+            f"--eval-data {args.eval_data}: no such folder; {DOWNLOAD} makes it"
+        )
+    needed = official.requirements(run["babylm"]["track"])
+    checkpoints = [run_dir / name for name in needed.checkpoints if is_model(run_dir / name)]
+    absent = [name for name in needed.checkpoints if run_dir / name not in checkpoints]
+    if absent:
+        log.warning(
+            "%s has no %s; BabyLM asks for all up to the end of training",
+            run_dir,
+            ", ".join(absent),
+        )
+    results = output / "results" / run_dir.resolve().stem
+    jobs = plan_jobs(args, results, checkpoints, needed)
+    if args.dry_run:
+        run_jobs(jobs, output, dry_run=True)
+        return 0
+    with exclusive_folder(output, "name another --output"):
+        run_jobs(jobs, output, dry_run=False)
+        problems = write_results(args, run, results, output, needed)
+    for problem in problems:
+        log.warning("%s", problem)
+    print(f"submit {official.collated_file(results)}; see {output / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Test submit.py from a finished run to the collated file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from babylm_data import tiny_requirements, write_data
+from conftest import errors_of, sentences, tiny_config
+
+import submit
+import train
+from babyllama.submission import collate, official
+from babyllama.training import babylm, run_dir
+
+
+@pytest.fixture(scope="module")
+def babylm_run(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
+    """Return a finished tiny run whose checkpoints are at thousands of words."""
+    root = tmp_path_factory.mktemp("babylm")
+    config = tiny_config(
+        root, tokenizer_file, corpus_dir, model__name="baby", training__num_epochs=1
+    )
+    config["babylm"] = {"track": "strict-small"}
+    (root / "c.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        patch.setattr(run_dir, "MILLION", 1000)
+        patch.setattr(babylm, "MILLION", 1000)
+        assert train.main(["--config", str(root / "c.yaml")]) == 0
+    return root / "models" / "baby"
+
+
+@pytest.fixture(scope="module")
+def needed(babylm_run):
+    names = [path.name for path in run_dir.milestones(babylm_run)]
+    assert names[:3] == ["chck_1M", "chck_2M", "chck_3M"]
+    for extra in names[3:]:
+        shutil.rmtree(babylm_run / extra)
+    return tiny_requirements(names[:3])
+
+
+@pytest.fixture(scope="module")
+def eval_data(tmp_path_factory, needed) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "evaluation_data"
+    write_data(folder, needed, sentences(400, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submission(tmp_path_factory, babylm_run, needed, eval_data) -> Path:
+    """Return the folder that submit.py has written."""
+    output = tmp_path_factory.mktemp("submission") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "requirements", lambda track: needed)
+        assert submit.main(arguments(babylm_run, eval_data, output)) == 0
+    return output
+
+
+def arguments(run, data, output, *more) -> list[str]:
+    command = [str(run), "--eval-data", str(data), "--output", str(output), "--device", "cpu"]
+    return [*command, *more]
+
+
+def collated_of(submission: Path) -> dict:
+    return json.loads(official.collated_file(submission / "results" / "baby").read_text())
+
+
+def test_the_collated_file_holds_every_prediction_of_the_final_model(submission, needed, eval_data):
+    collated = collated_of(submission)
+    for task in needed.zero_shot.values():
+        sizes = {key: len(value["predictions"]) for key, value in collated[task.key].items()}
+        assert sizes == (task.sizes or {f"eng_{i}": 1 for i in range(task.n_items)})
+    row = json.loads(
+        (eval_data / "full_eval/ewok_filtered/agent-properties.jsonl").open().readline()
+    )
+    first = collated["ewok"]["agent-properties"]["predictions"][0]
+    assert first["pred"] in [f"{row[f'Context{i}']} {row['Target1']}" for i in (1, 2)]
+
+
+def test_the_scores_of_checkpoints_are_shares_of_right_predictions(submission, needed, eval_data):
+    collated = collated_of(submission)
+    for number, checkpoint in enumerate(needed.checkpoints):
+        file = submission / f"results/baby/{checkpoint}/zero_shot/causal/blimp/blimp_fast"
+        predictions = json.loads((file / "predictions.json").read_text())
+        for subset, score in collated["fast_eval_results"]["blimp"][number].items():
+            rows = (eval_data / f"fast_eval/blimp_fast/{subset}.jsonl").read_text().splitlines()
+            right = [json.loads(row)["sentence_good"] for row in rows]
+            chosen = [row["pred"] for row in predictions[subset]["predictions"]]
+            assert score == sum(a == b for a, b in zip(right, chosen, strict=True)) / len(right)
+
+
+def test_the_scores_list_columns_with_intervals_and_what_is_missing(submission, needed):
+    scores = json.loads((submission / "scores.json").read_text())
+    assert len(scores["columns"]) == 9
+    measured = {name: column for name, column in scores["columns"].items() if column}
+    assert set(scores["missing"]) == scores["columns"].keys() - measured.keys()
+    total = sum(column["percent"] for column in measured.values())
+    assert scores["overall_2026"] == pytest.approx(total / 9)
+    for name in measured.keys() - {"aoa"}:
+        low, high = measured[name]["ci95"]
+        assert low <= measured[name]["percent"] <= high
+    piqa = [scores["results"][f"global_piqa_{part}"] for part in ("parallel", "nonparallel")]
+    mean = 50 * sum(result["accuracy"] for result in piqa)
+    assert measured["global_piqa"]["percent"] == pytest.approx(mean)
+
+
+def test_the_form_is_filled_in_from_the_run(submission, babylm_run):
+    form = json.loads((submission / "form.json").read_text())
+    run = json.loads((babylm_run / "training_metrics.json").read_text())
+    assert form["words_seen"] == run["babylm"]["words_seen"]
+    assert (form["layers"], form["vocabulary_size"], form["track"]) == (2, 400, "strict-small")
+    assert form["unknown"] == [
+        name for name, value in form.items() if value is None and name != "unknown"
+    ]
+
+
+def test_the_page_has_the_columns_the_published_scores_and_the_curves(submission):
+    page = (submission / "index.html").read_text()
+    assert "RecGPT-10M" in page and "73.11" in page
+    assert "million words seen" in page and page.count("<polyline") >= 4
+    assert "<script" not in page and "http" not in page
+
+
+def test_a_second_run_remakes_nothing_but_what_has_changed(
+    submission, babylm_run, eval_data, needed, monkeypatch, caplog
+):
+    monkeypatch.setattr(official, "requirements", lambda track: needed)
+    results = submission / "results" / "baby"
+    files = {path: path.stat().st_mtime_ns for path in results.rglob("predictions.json")}
+    changed = official.predictions_file(results, "blimp")
+    wanted = changed.read_text()
+    changed.write_text(wanted[: len(wanted) // 2])  # interrupted by a full disk
+    assert submit.main(arguments(babylm_run, eval_data, submission)) == 0
+    assert changed.read_text() == wanted
+    remade = [path for path, time in files.items() if path.stat().st_mtime_ns != time]
+    assert remade == [changed]
+    assert ", 1 to do" in caplog.text
+
+
+def test_missing_data_are_listed_with_their_command(
+    babylm_run, eval_data, needed, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(official, "requirements", lambda track: needed)
+    partial = tmp_path / "evaluation_data"
+    for name in ("blimp_filtered", "comps"):
+        shutil.copytree(eval_data / "full_eval" / name, partial / "full_eval" / name)
+    command = arguments(babylm_run, partial, tmp_path / "out", "--only", "zero_shot")
+    assert submit.main(command) == 0
+    assert "ewok_filtered; in babylm-eval/strict: python -m evaluation_pipeline.ewok" in caplog.text
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert {name for name, column in scores["columns"].items() if column} == {"blimp", "comps"}
+
+
+def test_a_dry_run_writes_nothing(babylm_run, eval_data, needed, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(official, "requirements", lambda track: needed)
+    assert submit.main(arguments(babylm_run, eval_data, tmp_path / "out", "--dry-run")) == 0
+    assert not (tmp_path / "out").exists()
+    assert "zero_shot: main comps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere", "--eval-data", ".", "--output", "o"], "nowhere is no finished run"),
+        (["nowhere"], "submit.py needs RUN, --eval-data DIR and --output DIR"),
+        (
+            ["r", "--eval-data", ".", "--output", "o", "--skip", "blimp"],
+            "--skip blimp: not a stage",
+        ),
+        (["--check", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(flags) == 2
+    (line,) = errors_of(capsys)
+    assert message in line
+
+
+def test_a_run_without_the_rules_of_babylm_is_refused(finished, eval_data, tmp_path, capsys):
+    assert submit.main(arguments(finished[1], eval_data, tmp_path / "out")) == 2
+    assert "without a babylm section" in errors_of(capsys)[0]
+
+
+def test_check_finds_the_wrong_sizes_of_a_tiny_file(submission, capsys):
+    file = official.collated_file(submission / "results" / "baby")
+    assert submit.main(["--check", str(file)]) == 2
+    output = capsys.readouterr().out
+    assert "blimp adjunct_island: 4 predictions, expected 928" in output
+    assert "chck_100M is missing" in output
+
+
+def test_check_accepts_what_submit_has_written_but_for_glue(submission, needed):
+    problems = collate.check(collated_of(submission), needed)
+    assert [line for line in problems if not line.startswith("glue")] == []
