@@ -110,7 +110,10 @@ def test_the_form_is_filled_in_from_the_run(submission, babylm_run):
     form = json.loads((submission / "form.json").read_text())
     run = json.loads((babylm_run / "training_metrics.json").read_text())
     assert form["words_seen"] == run["babylm"]["words_seen"]
-    assert (form["layers"], form["vocabulary_size"], form["track"]) == (2, 400, "strict-small")
+    tokenizer = json.loads((babylm_run / "tokenizer.json").read_text())
+    vocabulary = len(tokenizer["model"]["vocab"])
+    assert (form["layers"], form["vocabulary_size"]) == (2, vocabulary)
+    assert form["track"] == "strict-small"
     assert form["unknown"] == [
         name for name, value in form.items() if value is None and name != "unknown"
     ]
