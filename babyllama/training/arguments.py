@@ -78,7 +78,14 @@ def training_arguments(
         # Trainer writes this into config.json; our forward passes turn the cache off themselves
         use_cache=True,
     )
+    return keep_one_gpu(arguments)
+
+
+def keep_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """Return the arguments, changed so that one process uses one GPU.
+
+    Trainer would split each batch over all GPUs, and batch_size would change its meaning.
+    """
     if arguments.n_gpu > 1:
-        # Trainer would split each batch over all GPUs, and batch_size would change its meaning
         arguments._n_gpu = 1
     return arguments
