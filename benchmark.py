@@ -8,7 +8,8 @@ pairs, multiple choice and BabyLM's zero-shot tasks. Nothing is trained or downl
     python benchmark.py models/A/chck_* --benchmark-config blimp.yaml --output learning.json
     python benchmark.py models/A --benchmark-config custom_benchmarks.yaml --tasks blimp,ewok
 
-If there are several models, each is compared with the first. Next to the JSON file the script
+If there are several models, each is compared with the first. Runs that differ only in the seed are
+also compared as a group, by their mean and standard deviation. Next to the JSON file the script
 writes a bar chart (.png) and a page (.html) with the same name. For BabyLM's tasks it also writes
 results/.../predictions.json, in the layout that BabyLM's pipeline expects. If the models are the
 checkpoints of a run, the page shows their learning curve, and there is a picture with one curve for
@@ -47,6 +48,7 @@ from babyllama import cli
 from babyllama.evaluation import grading, metrics
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.model_names import in_training_order, prediction_folders, short_names
+from babyllama.evaluation.seed_groups import seed_groups
 from babyllama.evaluation.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -382,6 +384,7 @@ def add_model(
         document["comparison"]["reference"] = next(iter(document["results"]))
     document["results"][name] = results
     document["models"][name] = facts
+    document["seed_groups"] = seed_groups(document)
 
 
 def compare_with_first(
@@ -408,7 +411,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import context_length
     from babyllama.files import weights_sha256
-    from babyllama.training.run_dir import training_scores
+    from babyllama.training.run_dir import seed_and_config, training_scores
 
     return {
         "path": str(suite.model_path),
@@ -420,6 +423,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
         "training": training_scores(suite.model_path),
+        "run": seed_and_config(suite.model_path),
     }
 
 

@@ -46,6 +46,10 @@ LABELS = {
     "self_paced_reading_percent": "% explained",
 }
 PICTURES = {"training_curves.png": "training", "evaluation_plots.png": "held-out text"}
+SEED_NOTE = (
+    "mean \N{PLUS-MINUS SIGN} standard deviation; ~ marks a difference below twice the spread, "
+    "the pooled standard deviation of both groups"
+)
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 CHART = {"width": 680, "height": 300, "left": 50, "right": 190, "top": 12, "bottom": 40}
 
@@ -186,8 +190,37 @@ def text_report(document: dict) -> str:
         lines.append(f"overall score of {model}: {overall_text(results)}")
         if "babylm_2026" in results:
             lines.append(f"BabyLM 2026, {model}: {overall_2026_text(results['babylm_2026'])}")
+    lines += seed_lines(document)
     lines += [f"note: {note}" for note in document["notes"]]
     return "\n".join(lines)
+
+
+def seed_lines(document: dict) -> list[str]:
+    """Return a line for each figure of each group of runs that differ only in the seed."""
+    groups = document.get("seed_groups", [])  # older files have none
+    lines = []
+    for group in groups:
+        for figure, score in group["scores"].items():
+            line = f"{group['name']}, {figure}: {seed_text(score)}"
+            gap = seed_difference_text(score)
+            lines.append(f"{line}; minus {groups[0]['name']}: {gap}" if gap else line)
+    return ["", f"over seeds ({SEED_NOTE}):", *lines] if lines else []
+
+
+def seed_text(score: dict) -> str:
+    """Format a mean over seeds with its standard deviation."""
+    if score["standard_deviation"] is None:
+        return f"{score['mean']:.4f} (1 run)"
+    deviation = f"{score['standard_deviation']:.4f}"
+    return f"{score['mean']:.4f} \N{PLUS-MINUS SIGN} {deviation} (n = {score['n']})"
+
+
+def seed_difference_text(score: dict) -> str:
+    """Format the difference from the first group; `~` marks possible noise."""
+    if "difference" not in score:
+        return ""
+    mark = " ~" if score["noise"] else ""
+    return f"{score['difference']:+.4f} (spread {score['spread']:.4f}){mark}"
 
 
 # ---- learning curves ----------------------------------------------------------------------------
@@ -291,6 +324,9 @@ def page(document: dict) -> str:
         curves=score_curves(document),
         pictures=pictures(document),
         baseline_text=baseline_text,
+        seed_text=seed_text,
+        seed_difference_text=seed_difference_text,
+        seed_note=SEED_NOTE,
     )
 
 

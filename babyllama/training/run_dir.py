@@ -15,6 +15,7 @@ start, resume or replace another one. Nothing here trains, scores or imports tor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -391,6 +392,24 @@ def training_scores(folder: str | Path) -> dict[str, float | None] | None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
+    """Return the `seed` of a finished run and a hash of the rest of its `config` and text.
+
+    Two runs with the same hash differ only in the seed: the name of the model and the logging
+    section do not count. Return None if the run is not finished or was written by an older version.
+    """
+    try:
+        metrics = json.loads(Path(folder, METRICS_FILE).read_text(encoding="utf-8"))
+        config = metrics["config"]
+        del config["logging"], config["model"]["name"]
+        seed = int(config["training"].pop("seed"))
+        facts = [config, metrics["data"]["train"]["key"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    text = json.dumps(facts, sort_keys=True).encode()
+    return {"seed": seed, "config": hashlib.sha256(text).hexdigest()}
 
 
 def check_teacher_exists(folder: str) -> None:
