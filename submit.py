@@ -3,17 +3,20 @@
     python submit.py models/babylm-strict-small --eval-data evaluation_data --output submission
     python submit.py models/babylm-strict-small --eval-data evaluation_data --output submission \\
         --skip glue --dry-run
+    python submit.py models/babylm-strict-small --eval-data evaluation_data --output submission \\
+        --push me/my-model
     python submit.py --check all_full_preds_and_fast_scores_causal.json
 
 It runs what BabyLM 2026 asks of the tracks strict and strict-small, in stages: `zero_shot` scores
-the final model on the full tasks, `fast` every checkpoint chck_<N>M on the fast tasks, and `aoa`
-compares when the model and children learn words. The same command resumes an interrupted
-submission: a file is only remade if the weights or the data have changed.
+the final model on the full tasks, `fast` every checkpoint chck_<N>M on the fast tasks, `aoa`
+compares when the model and children learn words, and `glue` fine-tunes the final model on seven
+tasks. The same command resumes an interrupted submission: a file is only remade if the weights or
+the data have changed.
 
 The output folder gets results/MODEL/ in the layout of BabyLM's pipeline, with the file to submit,
 all_full_preds_and_fast_scores_causal.json; scores.json, form.json and index.html. Nothing is
 downloaded: if data are missing, the script lists the commands that fetch them, and goes on without
-them. It trains no language model and changes nothing in RUN.
+them. Nothing is uploaded without --push. RUN stays as it is.
 """
 
 from __future__ import annotations
@@ -27,17 +30,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama import cli
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
 from babyllama.files import exclusive_folder, is_model, sha256, weights_sha256, write_json
 from babyllama.submission import official
+from babyllama.submission.glue_tasks import GLUE_TASKS
 from babyllama.submission.official import Requirements
 
 log = logging.getLogger(__name__)
-STAGES = ("zero_shot", "fast", "aoa")
+STAGES = ("zero_shot", "fast", "aoa", "glue")
 MADE_FILE = "made_from.json"  # what each output was made from, so that a rerun can keep it
 
 
@@ -53,7 +57,6 @@ class Job:
     weights: str  # hash
     cost: float  # relative time
     run: Callable[[], None]
-    made_from: dict[str, str] = field(default_factory=dict)
 
 
 # ---- jobs ---------------------------------------------------------------------------------------
@@ -68,6 +71,9 @@ def plan_jobs(
     for stage in args.stages:
         if stage == "aoa":
             jobs.append(acquisition_job(args, results, checkpoints))
+            continue
+        if stage == "glue":
+            jobs += [glue_job(args, results, name) for name in needed.glue_sizes]
             continue
         models = [run_dir] if stage == "zero_shot" else checkpoints
         for model in models:
@@ -135,6 +141,32 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
     return Job("aoa", "age of acquisition", outputs, data, DOWNLOAD, weights, cost, run)
 
 
+def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
+    run_dir = Path(args.run)
+    data_dir = Path(args.eval_data, "full_eval", official.GLUE_DATA)
+    data = [data_dir / f"{name}.{split}.jsonl" for split in ("train", "valid")]
+    predictions = official.glue_file(results, name)
+    outputs = [predictions, predictions.with_name("fine_tuning.json")]
+
+    def run() -> None:
+        from babyllama.submission.finetuning import fine_tune
+
+        result = fine_tune(
+            run_dir,
+            name,
+            data_dir,
+            predictions.parent,
+            seed=args.seed,
+            device=args.device,
+            progress=lambda line: log.info("  %s", line),
+        )
+        write_json(outputs[1], result)
+
+    # a backward pass costs two forward passes
+    cost = GLUE_TASKS[name].epochs * (3 * size_of(data[0]) + size_of(data[1]))
+    return Job("glue", name, outputs, data, DOWNLOAD, weights_hash(run_dir), cost, run)
+
+
 @functools.lru_cache(maxsize=1)
 def open_model(path: Path, device: str):
     from babyllama.evaluation.loading import load_model
@@ -166,8 +198,11 @@ def data_hash(data: Path) -> str:
 # ---- running ------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> None:
-    """Run the jobs whose outputs are missing or were made from something else."""
+def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> int:
+    """Run the jobs whose outputs are missing or were made from something else.
+
+    A job that fails does not stop the others. Return the number of those that failed.
+    """
     made_file = output / MADE_FILE
     try:
         made = json.loads(made_file.read_text(encoding="utf-8"))
@@ -198,8 +233,9 @@ def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> None:
     if dry_run:
         for job in todo:
             log.info("  %s: %s", job.stage, job.name)
-        return
+        return 0
 
+    failed = 0
     started = time.monotonic()
     finished = 0.0
     total = sum(job.cost for job in todo)
@@ -209,10 +245,16 @@ def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> None:
             seconds = (time.monotonic() - started) * (total - finished) / finished
             left = f", about {cli.duration(seconds)} left"
         log.info("[%d/%d%s] %s: %s", number, len(todo), left, job.stage, job.name)
-        job.run()
+        finished += job.cost
+        try:
+            job.run()
+        except ValueError as error:
+            cli.print_error(ValueError(f"{job.stage}: {job.name}: {error}"))
+            failed += 1
+            continue
         made[str(job.outputs[-1].relative_to(output))] = facts(job)
         write_json(made_file, made)
-        finished += job.cost
+    return failed
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -239,7 +281,7 @@ def write_results(
         "git_hash": describe_environment(args.device)["git_hash"],
     }
     write_json(output / "scores.json", scores)
-    write_json(output / "form.json", form.form_answers(Path(args.run), run))
+    write_json(output / "form.json", form.form_answers(Path(args.run), run, args.push))
     document = page.fast_document(results, Path(args.run), eval_data, needed)
     write_text(output / "index.html", page.page(results.name, scores, problems, document))
 
@@ -281,9 +323,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag("only", nargs="+", metavar="STAGE", help=f"run only these stages ({stages})")
     add_flag("skip", nargs="+", metavar="STAGE", default=[], help="run all stages but these")
     add_flag("dry-run", action="store_true", help="list what would be done")
+    add_flag("push", metavar="USER/NAME", help="upload the model and its checkpoints to the Hub")
+    add_flag("private", action="store_true", help="with --push, make the repository private")
+    add_flag("license", metavar="NAME", help="with --push, the licence on the model card")
+    add_flag("hub-cache", metavar="DIR", help="lay the model out as an offline cache of the Hub")
     add_flag("check", metavar="FILE", help="check a collated file; needs no RUN")
     add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    add_flag("seed", type=int, default=42, help="seed of the choice between ties (default 42)")
+    add_flag("seed", type=int, default=42, help="seed of fine-tuning and ties (default 42)")
     return parser
 
 
@@ -307,6 +353,10 @@ def main(argv: list[str] | None = None) -> int:
         if None in (args.run, args.eval_data, args.output):
             raise ValueError("submit.py needs RUN, --eval-data DIR and --output DIR (or --check)")
         args.stages = select_stages(args)
+        if args.push:
+            from babyllama.submission.hub import check_repo_id
+
+            check_repo_id(args.push)
         return submit(args)
 
     return cli.run_script(body, interrupted="interrupted; the same command continues")
@@ -335,14 +385,36 @@ def submit(args: argparse.Namespace) -> int:
     jobs = plan_jobs(args, results, checkpoints, needed)
     if args.dry_run:
         run_jobs(jobs, output, dry_run=True)
+        if args.push:
+            publish(args)
         return 0
     with exclusive_folder(output, "name another --output"):
-        run_jobs(jobs, output, dry_run=False)
+        failed = run_jobs(jobs, output, dry_run=False)
         problems = write_results(args, run, results, output, needed)
     for problem in problems:
         log.warning("%s", problem)
     print(f"submit {official.collated_file(results)}; see {output / 'index.html'}")
-    return 0
+    if args.hub_cache:
+        lay_out_cache(args)
+    if args.push:
+        publish(args)
+    return cli.EXIT_BAD_INPUT if failed else 0
+
+
+def lay_out_cache(args: argparse.Namespace) -> None:
+    from babyllama.submission.hub import lay_out_hub_cache
+
+    name = args.push or f"local/{Path(args.run).resolve().stem}"
+    lay_out_hub_cache(Path(args.run), Path(args.hub_cache), name)
+    print(f"HF_HUB_CACHE={args.hub_cache} HF_HUB_OFFLINE=1 makes {name} load, with revisions")
+
+
+def publish(args: argparse.Namespace) -> None:
+    from babyllama.submission.hub import push
+
+    push(
+        Path(args.run), args.push, private=args.private, license=args.license, dry_run=args.dry_run
+    )
 
 
 if __name__ == "__main__":

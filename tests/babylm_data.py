@@ -59,7 +59,7 @@ def write_data(folder: Path, needed: Requirements, sentences: list[str], seed: i
 
     full = folder / "full_eval"
     for name, size in needed.glue_sizes.items():
-        for split, n in (("train", 2 * size), ("valid", size)):
+        for split, n in (("train", size + 30), ("valid", size)):
             rows = []
             for i in range(n):
                 label = rng.randrange(3 if name == "mnli" else 2)

@@ -195,6 +195,43 @@ def test_check_finds_the_wrong_sizes_of_a_tiny_file(submission, capsys):
     assert "chck_100M is missing" in output
 
 
-def test_check_accepts_what_submit_has_written_but_for_glue(submission, needed):
-    problems = collate.check(collated_of(submission), needed)
-    assert [line for line in problems if not line.startswith("glue")] == []
+def test_check_accepts_what_submit_has_written(submission, needed):
+    assert collate.check(collated_of(submission), needed) == []
+
+
+def test_check_finds_what_was_damaged(submission, needed):
+    collated = collated_of(submission)
+    predictions = collated["comps"]["base"]["predictions"]
+    predictions[1]["id"] = "base_7"
+    predictions[2]["pred"] = 3
+    collated["reading"]["reading"]["predictions"][0]["pred"] = float("nan")
+    collated["glue"]["rte"]["predictions"][0]["pred"] = True
+    collated["aoa_surprisals"]["results"][0]["surprisal"] = float("nan")
+    del collated["ewok"]["agent-properties"]
+    collated["fast_eval_results"]["blimp"][1] = None
+    problems = collate.check(collated, needed)
+    assert len(problems) == 7
+    for message in (
+        "comps base: id 'base_7', expected 'base_1'",
+        "comps base: prediction 2 is 3, expected a text",
+        "reading: prediction 0 is nan",
+        "glue rte: prediction 0 is True, expected a label from 0 to 1",
+        "aoa_surprisals chck_1M: 1 surprisals are no numbers",
+        "ewok: agent-properties is missing",
+        "fast_eval_results blimp: chck_2M is missing",
+    ):
+        assert any(message in problem for problem in problems), message
+
+
+def test_a_cache_of_the_hub_has_every_revision_and_a_dry_push_sends_nothing(
+    submission, babylm_run, eval_data, needed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(official, "requirements", lambda track: needed)
+    cache = tmp_path / "hub"
+    command = arguments(babylm_run, eval_data, submission, "--hub-cache", str(cache))
+    assert submit.main(command) == 0
+    revisions = {path.name for path in (cache / "models--local--baby" / "refs").iterdir()}
+    assert revisions == {*needed.checkpoints, "main"}
+    command = arguments(babylm_run, eval_data, submission, "--push", "me/baby", "--dry-run")
+    assert submit.main(command) == 0
+    assert "chck_2M" in capsys.readouterr().out

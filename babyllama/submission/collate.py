@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 
 from babyllama.evaluation import grading, metrics
-from babyllama.evaluation.tasks import TASKS, Item, read_items, read_rows
+from babyllama.evaluation.tasks import TASKS, Item, read_items
 from babyllama.submission import official
+from babyllama.submission.glue_tasks import GLUE_TASKS, read_examples
 from babyllama.submission.official import OfficialTask, Requirements, Sizes
 
-N_LABELS = {"mnli": 3}  # the other tasks of GLUE have two
-RESAMPLES = 2000  # of the interval of an F1
 FAST = "fast_eval_results"
 Part = tuple[float, float, float]  # a value and the ends of its interval
 
@@ -269,7 +268,7 @@ def _glue_problems(content: Any, sizes: Sizes) -> list[str]:
         return [f"glue: {_short(content)} is not an object of tasks"]
     problems = [*_subset_problems("glue", set(content), set(sizes))]
     for name in sizes.keys() & content.keys():
-        labels = range(N_LABELS.get(name, 2))
+        labels = range(GLUE_TASKS[name].labels)
         problems += _row_problems(
             f"glue {name}",
             content[name],
@@ -349,6 +348,8 @@ def score(
     treats its parts as independent. `acquisition` is the result of acquisition_score: without it
     the column aoa has no interval.
     """
+    from babyllama.submission.finetuning import summarize
+
     parts: dict[str, list[Part]] = defaultdict(list)
     results: dict[str, Any] = {}
     for name, task in official.ZERO_SHOT.items():
@@ -369,12 +370,13 @@ def score(
         labels_file = eval_data / "full_eval" / official.GLUE_DATA / f"{name}.valid.jsonl"
         if name not in glue or not labels_file.exists():
             continue
-        labels = np.array([row["label"] for row in read_rows(labels_file)])
+        labels = np.array([label for _, label in read_examples(labels_file, name)])
         predicted = np.array([row["pred"] for row in glue[name]["predictions"]])
-        results[name] = glue_result(name, predicted, labels)
-        metric = results[name]["metric"]
-        ends = results[name][f"{metric}_ci95"]
-        parts["glue"].append(tuple(100 * number for number in (results[name][metric], *ends)))
+        if len(predicted) != len(labels):
+            raise ValueError(f"{labels_file}: {len(labels)} labels, {len(predicted)} predictions")
+        results[name] = summarize(labels, predicted, GLUE_TASKS[name], seed=0)
+        figures = (results[name]["score"], *results[name]["score_ci95"])
+        parts["glue"].append(tuple(100 * figure for figure in figures))
 
     columns = {name: _mean(column_parts) for name, column_parts in parts.items()}
     if len(parts["glue"]) < len(official.GLUE_SIZES):  # a missing task counts 0
@@ -416,30 +418,3 @@ def _correlation_interval(acquisition: dict | None) -> list[float]:
     middle = math.atanh(min(max(acquisition["r"], -0.999999), 0.999999))
     margin = metrics.Z95 / math.sqrt(acquisition["n_words"] - 3)
     return [100 * math.tanh(middle - margin), 100 * math.tanh(middle + margin)]
-
-
-def glue_result(name: str, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Return accuracy, and F1 of label 1 for mrpc and qqp, with intervals, as fractions."""
-    if len(predicted) != len(labels):
-        raise ValueError(f"glue {name}: {len(predicted)} predictions, but {len(labels)} labels")
-    n = len(labels)
-    accuracy = float((predicted == labels).mean())
-    result = {
-        "metric": "accuracy",
-        "accuracy": accuracy,
-        "accuracy_ci95": metrics.wilson(accuracy, n),
-        "n": n,
-    }
-    if name in official.GLUE_F1:
-        hits = int(((predicted == 1) & (labels == 1)).sum())
-        errors = int((predicted != labels).sum())
-        counts = np.array([hits, errors, n - hits - errors])
-        draws = np.random.default_rng(0).multinomial(n, counts / n, size=RESAMPLES)
-        ends = np.percentile(_f1(draws[:, 0], draws[:, 1]), [2.5, 97.5])
-        result |= {"metric": "f1", "f1": float(_f1(*counts[:2])), "f1_ci95": ends.tolist()}
-    return result
-
-
-def _f1(hits, errors):
-    """Return F1 from the numbers of true positives and of errors of both kinds."""
-    return 2 * hits / np.maximum(1, 2 * hits + errors)

@@ -148,7 +148,6 @@ GLUE_SIZES = {
     "rte": 139,
     "wsc": 52,
 }
-GLUE_F1 = ("mrpc", "qqp")  # scored by F1, the others by accuracy
 AOA_CONTEXTS = "aoa/cdi_childes.json"  # below full_eval
 AOA_AGES = "aoa/cdi_human.csv"
 AOA_SIZE = 8005  # contexts, at every checkpoint
