@@ -5,7 +5,8 @@
         for document in read_documents(path):
             text = "".join(document)
 
-Reads .train, .dev, .test, .txt and .jsonl files, gzipped or not. Files, documents and lines may be
+Reads .train, .dev, .test, .txt and .jsonl files, gzipped or not, and the `text` column of .parquet
+files and of the .arrow files that `datasets` saves. Files, documents and lines may be
 larger than memory: a document is an iterator over parts of its text, and a very long line is read
 in pieces. Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning
 is left to the caller, who can pass a function from cleaners.py.
@@ -28,19 +29,52 @@ from pathlib import Path
 from babyllama.files import sha256
 
 # It is part of cache keys: increase it when documents start or texts are cut at other places.
-READER_VERSION = 1
+READER_VERSION = 2
 BLOCK = 1 << 18  # characters that are read at a time
 LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
+ROWS = 256  # of a table that are read at a time
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
+TABLES = (".parquet", ".arrow")
+# how files start that are not text, whatever their names say
+MAGIC = {
+    b"PAR1": "a Parquet file; its name must end in .parquet",
+    b"ARROW1": "an Arrow file; its name must end in .arrow",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it with: unzstd",
+    b"\x1f\x8b": "compressed with gzip; its name must end in .gz",
+    b"BZh": "compressed with bzip2; decompress it with: bunzip2",
+    b"\xfd7zXZ": "compressed with xz; decompress it with: unxz",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"%PDF": "a PDF; convert it to text",
+}
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 
+_NAME = re.compile(
+    r"(?P<domain>.+?)(?:-\d+-of-\d+)?(?:\.(?P<split>train|dev|test))?"
+    r"(?:\.(?:txt|jsonl|parquet|arrow))?(?:\.gz)?"
+)
+
+
 def domain_of(path: str | os.PathLike) -> str:
-    """Return the domain in a file's name: "open_subtitles" for data/Open_Subtitles.train.gz."""
-    return re.sub(r"(?:\.(?:train|dev|test|txt|jsonl))?(?:\.gz)?$", "", Path(path).name.lower())
+    """Return the domain in a file's name: "childes" for data/CHILDES.train.txt.gz.
+
+    BabyLM's files were called childes.train until 2025 and childes.train.txt in 2026.
+    """
+    return _NAME.fullmatch(Path(path).name.lower())["domain"]
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split in a file's name or, for a table, in its folder's; None if it has none."""
+    name = path.name.lower()
+    split = _NAME.fullmatch(name)["split"]
+    if split is None and name.endswith(TABLES):
+        for word in (name.split("-")[0], path.parent.name.lower()):
+            if word in ("train", "dev", "test", "validation"):
+                return word.replace("validation", "dev")
+    return split
 
 
 def source_of(path: Path, name: str = "") -> dict:
@@ -51,23 +85,25 @@ def source_of(path: Path, name: str = "") -> dict:
 def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     """Return the input files of a split in sorted order; `data_dir` is a folder or a single file.
 
-    A folder is searched with its subfolders. Files of the split end in its suffix (.train for
-    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), in .txt or in .jsonl,
-    with or without .gz. Raise FileNotFoundError if there are none.
+    A folder is searched with its subfolders. Files of the split have its suffix (.train for
+    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), maybe before .txt or
+    .jsonl, with or without .gz. Other .txt and .jsonl files and tables belong to every split. Raise
+    FileNotFoundError if there are none.
     """
     root = Path(data_dir)
     if root.is_file():
         return [root]
     candidates = list(_walk(root))
+    any_text = (".txt", ".jsonl", *TABLES)
+    endings = (".train", ".dev", ".test", *any_text)
+    files_of: dict[str | None, list[Path]] = {}
+    for path in candidates:
+        name = path.name.lower().removesuffix(".gz")
+        if name.endswith(endings):
+            files_of.setdefault(_split_of(path), []).append(path)
 
-    def ending_in(*suffixes: str) -> list[Path]:
-        return [
-            path for path in candidates if path.name.lower().removesuffix(".gz").endswith(suffixes)
-        ]
-
-    suffixes = [".dev", ".test"] if split in ("dev", "validation") else [f".{split}"]
-    files_by_suffix = [ending_in(suffix) for suffix in suffixes]
-    files = next(filter(None, files_by_suffix), []) + ending_in(".txt", ".jsonl")
+    splits = ["dev", "test"] if split in ("dev", "validation") else [split]
+    files = next(filter(None, map(files_of.get, splits)), []) + files_of.get(None, [])
     if files:
         return sorted(files)
     if root.is_dir():
@@ -75,7 +111,7 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
         content = f"the folder has {', '.join(names[:8]) or 'no files'}"
     else:
         content = "there is no such file or folder"
-    expected = ", ".join([*suffixes, ".txt", ".jsonl"])
+    expected = ", ".join([*(f".{name}" for name in splits), *any_text])
     raise FileNotFoundError(
         f"{root}: no {split} text; expected a file ending in {expected}, or these and .gz; "
         f"{content}"
@@ -139,6 +175,25 @@ def _repair(block: str, path: Path, lines_before: int, report: dict) -> str:
     return text.replace("\0", "")
 
 
+def _check_is_text(path: Path, block: str) -> None:
+    """Raise ValueError if the first block of a file shows that it is not UTF-8 text."""
+    start = block[:8].encode("utf-8", "surrogateescape")
+    for magic, meaning in MAGIC.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is not text but {meaning}")
+    if len(block) < 64:  # too short to judge
+        return
+    nulls = block.count("\0") / len(block)
+    invalid = len(_SURROGATE.findall(block)) / len(block)
+    if nulls > 0.3:
+        raise ValueError(f"{path} is not UTF-8; every other byte is NUL, as in UTF-16: convert it")
+    if invalid > 0.3 or nulls > 0.05:
+        raise ValueError(
+            f"{path} is mostly not UTF-8; it may be binary, or text in an old encoding such as "
+            "Latin-1 or cp1251: convert it with iconv"
+        )
+
+
 def _read_lines(path: Path, report: dict) -> Iterator[str]:
     """Yield the repaired lines of a file, each with a newline at its end.
 
@@ -158,6 +213,9 @@ def _read_lines(path: Path, report: dict) -> Iterator[str]:
                 raise ValueError(f"{path} is UTF-16 text; convert it to UTF-8")
             report["bom_removed"] += head.startswith("\ufeff")
             blocks = iter(partial(file.read, BLOCK), "")
+            first_block = next(blocks, "")
+            _check_is_text(path, head + first_block)
+            blocks = itertools.chain([first_block], blocks)
             for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
                 report["bytes_on_disk"] = bytes_before + raw.tell()
                 text = _repair(block, path, lines_before, report)
@@ -253,6 +311,41 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
+    return _repair_record(text, report)
+
+
+def _number_rows(path: Path, report: dict) -> Iterator[tuple[int, str]]:
+    """Yield the lines of the texts in a .parquet or .arrow file, with the number of their row."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    report["bytes_on_disk"] += path.stat().st_size
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = parquet.ParquetFile(path)
+            names = table.schema_arrow.names
+            batches = table.iter_batches(ROWS, columns=["text"])
+        else:
+            batches = ipc.open_stream(pyarrow.memory_map(str(path)))
+            names = batches.schema.names
+        if "text" not in names:
+            raise ValueError(f"{path} has no column text; its columns are {', '.join(names)}")
+        number = 0
+        for batch in batches:
+            for value in batch.column("text"):
+                number += 1
+                text = value.as_py()
+                if not isinstance(text, str):
+                    raise ValueError(f"{path}: row {number} has no text, but {text!r}")
+                text = _repair_record(text, report)
+                for text_line in io.StringIO(text, newline="\n"):
+                    yield number, _count(text_line, report)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _repair_record(text: str, report: dict) -> str:
+    """Return the text of a record without what no tokenizer accepts; count the repairs."""
     text, surrogates = replace_surrogates(text)
     report["surrogates_replaced"] += surrogates
     report["nul_removed"] += text.count("\0")
@@ -266,7 +359,8 @@ def read_documents(
 
     Nothing is kept in memory, so read a document before you ask for the next one. In a text file a
     new document starts after two empty lines, at a title (= = = T = = =; in wiki domains also = T =
-    and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document.
+    and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document, and in a
+    table each row.
 
     A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
     what was read, before cleaning, are added to `report` (see new_report). Raise ValueError if the
@@ -276,12 +370,14 @@ def read_documents(
     report = new_report() if report is None else report
     documents_before = report["documents"]
     report["files"] += 1
-    lines = _read_lines(path, report)
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        numbered_lines = _number_json_lines(lines, path, report)
+    name = path.name.lower()
+    if name.endswith(TABLES):
+        numbered_lines = _number_rows(path, report)
+    elif name.removesuffix(".gz").endswith(".jsonl"):
+        numbered_lines = _number_json_lines(_read_lines(path, report), path, report)
     else:
         is_wiki = domain_of(path) in WIKI_DOMAINS
-        numbered_lines = _number_lines(lines, is_wiki, report)
+        numbered_lines = _number_lines(_read_lines(path, report), is_wiki, report)
     for _, document in itertools.groupby(numbered_lines, key=itemgetter(0)):
         report["documents"] += 1
         parts = text_parts(map(itemgetter(1), document))

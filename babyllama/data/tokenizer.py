@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -38,7 +39,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     FileNotFoundError if there is no such file and ValueError if it cannot be read.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -56,13 +56,25 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         for name, token in SPECIAL_TOKENS.items()
         if backend.token_to_id(token) is not None
     }
-    return PreTrainedTokenizerFast(
+    return _tokenizer_class()(
         tokenizer_object=backend,
         padding_side="right",
         clean_up_tokenization_spaces=False,
         unk_token=None,
         **present,
     )
+
+
+@functools.cache
+def _tokenizer_class() -> type[PreTrainedTokenizerFast]:
+    """Return PreTrainedTokenizerFast, under the name that every release of transformers knows.
+
+    A saved tokenizer names its class. Transformers 5 calls this one TokenizersBackend, and BabyLM's
+    pipeline, which uses 4.51.3, cannot load a tokenizer of that name.
+    """
+    import transformers
+
+    return type("PreTrainedTokenizerFast", (transformers.PreTrainedTokenizerFast,), {})
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:

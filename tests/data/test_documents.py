@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED, sentences, write_file
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -316,3 +317,83 @@ def test_a_word_longer_than_a_long_line_counts_once(tmp_path, monkeypatch):
     report = documents.new_report()
     read = "".join("".join(document) for document in documents.read_documents(path, report))
     assert report["words"] == len(text.split()) == len(read.split()) == 5
+
+
+# ---- BabyLM's names, tables and files that are not text -------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "childes.train", "childes.train.txt", "CHILDES.dev.txt", "childes.test", "childes.train.jsonl",
+    "childes.train.txt.gz", "childes.txt", "childes.jsonl.gz", "childes.train.parquet",
+    "childes-00000-of-00003.parquet",
+])  # fmt: skip
+def test_every_name_of_babylm_has_its_domain(name):
+    assert domain_of(Path("some.dir", name)) == "childes"
+
+
+def test_a_split_in_the_name_keeps_a_txt_file_out_of_the_other_split(tmp_path):
+    for name in ("a.train.txt", "a.dev.txt", "b.txt", "c.test.jsonl"):
+        write_file(tmp_path, name, "text")
+    names = {split: [p.name for p in find_files(tmp_path, split)] for split in ("train", "dev")}
+    assert names == {"train": ["a.train.txt", "b.txt"], "dev": ["a.dev.txt", "b.txt"]}
+
+
+def test_wiki_articles_are_found_under_the_name_of_2026(tmp_path):
+    path = write_file(tmp_path, "simple_wiki.train.txt", "= One =\na b\n= Two =\nc\n")
+    assert len(read_texts(path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
+def test_a_table_has_a_document_in_each_row(kind, tmp_path):
+    texts = ["One.\nTwo words.", "", "naïve\r\nend", "x" * 70_000]
+    dataset = Dataset.from_dict({"id": [1, 2, 3, 4], "text": texts})
+    if kind == "parquet":
+        dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    else:
+        dataset.save_to_disk(tmp_path / "train")
+    (path,) = find_files(tmp_path, "train")
+    report = new_report()
+    documents = ["".join(document) for document in read_documents(path, report)]
+    assert documents == ["One.\nTwo words.", "naïve\nend", "x" * 70_000]
+    assert report["words"] == 6
+    assert report["bytes"] == sum(len(text.encode()) for text in documents)
+    with pytest.raises(FileNotFoundError):
+        find_files(tmp_path, "dev")
+
+
+def test_a_table_without_text_is_a_one_line_error(tmp_path):
+    Dataset.from_dict({"sentence": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"a\.parquet has no column text; its columns are sentence"
+    ):
+        read_texts(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
+        read_texts(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"PAR1" + bytes(range(256)), "Parquet"),
+        (b"\x28\xb5\x2f\xfd" + bytes(range(256)), "zstd"),
+        (gzip.compress(b"some text"), "gzip"),
+        (b"PK\x03\x04" + bytes(64), "zip archive"),
+        (bytes(range(256)) * 4, "mostly not UTF-8"),
+        (("Привет, мир! " * 50).encode("cp1251"), "Latin-1 or cp1251"),
+        (("hello world " * 50).encode("utf-16-le"), "UTF-16"),
+    ],
+)
+def test_a_file_that_is_not_text_is_named(content, problem, tmp_path):
+    path = tmp_path / "book.train"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"book\.train is .*{problem}"):
+        read_texts(path)
+
+
+def test_latin_1_in_english_text_is_still_repaired_and_counted(tmp_path):
+    path = tmp_path / "book.train"
+    path.write_bytes(("He ordered a caf\xe9 au lait and left the room. " * 20).encode("latin-1"))
+    report = new_report()
+    list(map(list, read_documents(path, report)))
+    assert report["invalid_bytes"] == 20

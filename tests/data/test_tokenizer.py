@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import pytest
-from conftest import write_file
+import torch
+from conftest import build_tiny_model, write_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from babyllama.data.tokenizer import byte_lengths, load_tokenizer
+
+OLD_PYTHON = os.environ.get("BABYLLAMA_OLD_TRANSFORMERS")
 
 
 def test_load_tokenizer_sets_the_special_tokens_of_the_file(tokenizer_file, tmp_path):
@@ -66,3 +71,39 @@ def test_byte_lengths_refuses_a_tokenizer_that_is_not_byte_level():
     word_level = Tokenizer(models.WordLevel({"naïve cat": 0, "x": 1}, unk_token="x"))
     with pytest.raises(ValueError, match="byte-level"):
         byte_lengths(PreTrainedTokenizerFast(tokenizer_object=word_level))
+
+
+def test_every_directory_of_a_run_names_a_class_that_transformers_4_knows(finished):
+    _, run_dir = finished
+    configs = list(run_dir.rglob("tokenizer_config.json"))
+    assert len(configs) == 3, "the model and two checkpoints"
+    for path in configs:
+        assert json.loads(path.read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.skipif(not OLD_PYTHON, reason="BABYLLAMA_OLD_TRANSFORMERS is not set")
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_models_compute_the_same_in_the_release_of_babylm_s_pipeline(
+    kind, tokenizer_file, tmp_path
+):
+    """BABYLLAMA_OLD_TRANSFORMERS names a Python that has transformers 4.51.3."""
+    text = "The cat, naïve as ever,\n sat  on it. <s> 42"
+    tokenizer = load_tokenizer(tokenizer_file)
+    model = build_tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "import json, sys\n"
+        "from transformers import AutoModelForCausalLM, AutoProcessor\n"
+        "tokenizer = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer(sys.argv[2], return_tensors='pt')['input_ids']\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(json.dumps([ids[0].tolist(), model(ids).logits[0, -1].tolist()]))"
+    )
+    done = subprocess.run(
+        [OLD_PYTHON, "-c", code, str(tmp_path), text], capture_output=True, text=True, check=True
+    )
+    ids, logits = json.loads(done.stdout.splitlines()[-1])
+    assert ids == tokenizer(text)["input_ids"]
+    expected = model(torch.tensor([ids])).logits[0, -1]
+    assert torch.allclose(torch.tensor(logits), expected, atol=1e-5)
