@@ -69,6 +69,8 @@ def plan_jobs(
     jobs = []
     run_dir = Path(args.run)
     for stage in args.stages:
+        if stage == "aoa" and not checkpoints:
+            continue
         if stage == "aoa":
             jobs.append(acquisition_job(args, results, checkpoints))
             continue
@@ -198,7 +200,7 @@ def data_hash(data: Path) -> str:
 # ---- running ------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> int:
+def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool) -> int:
     """Run the jobs whose outputs are missing or were made from something else.
 
     A job that fails does not stop the others. Return the number of those that failed.
@@ -211,7 +213,8 @@ def run_jobs(jobs: list[Job], output: Path, dry_run: bool) -> int:
 
     def facts(job: Job) -> dict[str, str]:
         outputs = {path.name: sha256(path) for path in job.outputs}
-        return {"weights": job.weights, "data": "".join(map(data_hash, job.data)), **outputs}
+        data = "".join(map(data_hash, job.data))
+        return {"weights": job.weights, "data": data, "seed": str(seed), **outputs}
 
     def is_done(job: Job) -> bool:
         if not all(path.is_file() for path in job.outputs):
@@ -384,12 +387,12 @@ def submit(args: argparse.Namespace) -> int:
     results = output / "results" / run_dir.resolve().stem
     jobs = plan_jobs(args, results, checkpoints, needed)
     if args.dry_run:
-        run_jobs(jobs, output, dry_run=True)
+        run_jobs(jobs, output, args.seed, dry_run=True)
         if args.push:
             publish(args)
         return 0
     with exclusive_folder(output, "name another --output"):
-        failed = run_jobs(jobs, output, dry_run=False)
+        failed = run_jobs(jobs, output, args.seed, dry_run=False)
         problems = write_results(args, run, results, output, needed)
     for problem in problems:
         log.warning("%s", problem)

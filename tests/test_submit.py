@@ -235,3 +235,9 @@ def test_a_cache_of_the_hub_has_every_revision_and_a_dry_push_sends_nothing(
     command = arguments(babylm_run, eval_data, submission, "--push", "me/baby", "--dry-run")
     assert submit.main(command) == 0
     assert "chck_2M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("track", ["strict-small", "strict"])
+def test_the_checkpoints_are_those_that_training_saves(track):
+    names = [run_dir.milestone_name(words) for words in babylm.checkpoint_words(track)]
+    assert official.checkpoint_names(track) == names
