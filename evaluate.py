@@ -3,9 +3,11 @@
     python evaluate.py models/quickstart
     python evaluate.py models/quickstart --num-samples 1000 --output-path results.json --device cpu
     python evaluate.py models/quickstart --custom-prompts prompts.txt --eval-data data/dev
+    python evaluate.py models/quickstart --surprisal sentences.txt
 
 The report has the perplexity, the probabilities of single tokens with their calibration, and the
-diversity of generated samples. To compare models or to run tasks, use benchmark.py.
+diversity of generated samples. With --surprisal the script writes a table with the surprisal of
+each word instead. To compare models or to run tasks, use benchmark.py.
 
 Every text is scored after BOS, so that its first token has a probability too; that is not possible
 if the tokenizer has neither BOS nor EOS. A text longer than the context is scored in windows that
@@ -34,6 +36,7 @@ from babyllama.files import (
     check_results_file,
     describe_environment,
     nan_to_null,
+    read_utf8,
     weights_sha256,
     write_json,
 )
@@ -60,6 +63,7 @@ class ModelEvaluator:
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
         from babyllama.evaluation.loading import can_start, load_model
 
+        self.model_path = Path(model_path)
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
         self.seed = seed
@@ -233,6 +237,29 @@ class ModelEvaluator:
             },
         }
 
+    def word_surprisal(self, texts: Sequence[str], batch_size: int = 8) -> list[dict[str, Any]]:
+        """Return a row for each word of each text, in order.
+
+        The keys are `sentence` (the number of the text, from 1), `word`, `position` (in the text,
+        from 1), `start` and `end` (text[start:end] is the word), `surprisal_bits` (the probability
+        of the white space after the word counts for it, not for the next word),
+        `uncorrected_bits` (the sum over its tokens), `entropy_bits` (of the prediction of its first
+        token), `tokens`, and `log2_frequency` (log2 of the share of the word in the training text,
+        counted once more than it occurs). The frequency is None if the model does not record its
+        training text, or if that is gone. The formula is in evaluation/word_surprisal.py.
+        """
+        from babyllama.evaluation.loading import training_text_of
+        from babyllama.evaluation.word_surprisal import log2_frequencies, word_surprisal
+
+        rows = word_surprisal(
+            self.model, self.tokenizer, texts, self._batch_tokens(texts, batch_size)
+        )
+        training_text = training_text_of(self.model_path, "train_path")
+        frequencies: dict[str, float] = {}
+        if training_text and training_text.exists():
+            frequencies = log2_frequencies({row["word"] for row in rows}, training_text)
+        return [{**row, "log2_frequency": frequencies.get(row["word"])} for row in rows]
+
     def plot_metrics(
         self, metrics: dict[str, Any], save_path: str | Path = "evaluation_plots.png"
     ) -> None:
@@ -247,17 +274,13 @@ class ModelEvaluator:
 
         Perplexity and token probabilities need the same scores, so the last result is cached.
         """
-        from babyllama.evaluation.loading import context_length
-        from babyllama.evaluation.scoring import GPU_BATCH_TOKENS, token_logprobs
+        from babyllama.evaluation.scoring import token_logprobs
 
-        _check_strings(texts, "texts")
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be 1 or more")
+        batch_tokens = self._batch_tokens(texts, batch_size)
         # torch counts the in-place changes of a tensor in _version, so weights that changed in the
         # meantime are scored again
         request = (list(texts), [parameter._version for parameter in self.model.parameters()])
         if self._cached_request != request:
-            batch_tokens = min(batch_size * context_length(self.model), GPU_BATCH_TOKENS)
             self._cached_scores = token_logprobs(
                 self.model,
                 self.tokenizer,
@@ -268,6 +291,16 @@ class ModelEvaluator:
             )
             self._cached_request = request
         return self._cached_scores
+
+    def _batch_tokens(self, texts: Sequence[str], batch_size: int) -> int:
+        """Check a request; return how many tokens a forward pass reads."""
+        from babyllama.evaluation.loading import context_length
+        from babyllama.evaluation.scoring import GPU_BATCH_TOKENS
+
+        _check_strings(texts, "texts")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be 1 or more")
+        return min(batch_size * context_length(self.model), GPU_BATCH_TOKENS)
 
 
 def _check_strings(texts: Sequence[str], name: str) -> None:
@@ -342,14 +375,7 @@ def passages(text: str) -> Iterator[str]:
 
 def read_prompts(path: Path) -> list[str]:
     """Return the lines of a file that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise ValueError(
-            f"{path}: {error.strerror}; --custom-prompts takes a file of prompts"
-        ) from None
+    text = read_utf8(path, "--custom-prompts takes a file of prompts")
     prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} contains no prompt: expected one per line")
@@ -502,7 +528,8 @@ def make_parser() -> argparse.ArgumentParser:
         parser,
         "output-path",
         metavar="FILE",
-        help="JSON file (default MODEL/evaluation_results.json); the plots are written next to it",
+        help="JSON file (default MODEL/evaluation_results.json), with the plots next to it; with "
+        "--surprisal a CSV file (default MODEL/word_surprisal.csv)",
     )
     add_flag(parser, "device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add_flag(
@@ -510,6 +537,13 @@ def make_parser() -> argparse.ArgumentParser:
         "custom-prompts",
         metavar="FILE",
         help="prompts, one per line (default: the first words of ten passages)",
+    )
+    add_flag(
+        parser,
+        "surprisal",
+        metavar="FILE",
+        help="only write a CSV row for each word of these sentences: one per line, or the column "
+        "text or sentence of a .csv or .tsv file",
     )
     add_flag(
         parser,
@@ -558,9 +592,12 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"no model at {args.model}: expected a directory with config.json and weights"
         )
-    output = Path(args.output_path or Path(args.model) / "evaluation_results.json")
+    default_name = "word_surprisal.csv" if args.surprisal else "evaluation_results.json"
+    output = Path(args.output_path or Path(args.model) / default_name)
     if output.is_dir():
         raise ValueError(f"--output-path {output} is a directory: name a file")
+    if args.surprisal:
+        return write_surprisal(args, output)
     check_results_file(output, "--output-path")
     report = evaluate(args)
 
@@ -571,6 +608,32 @@ def run(args: argparse.Namespace) -> int:
     plot_evaluation(report["results"], plots, args.model)
     print_report(report)
     print(f"\nresults in {output}, plots in {plots}")
+    return 0
+
+
+def write_surprisal(args: argparse.Namespace, output: Path) -> int:
+    """Write the CSV file of --surprisal and print a summary."""
+    from babyllama.evaluation.word_surprisal import holds_rows, read_sentences, write_rows
+
+    for name in ("custom_prompts", "eval_data"):
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} does not go with --surprisal, which scores only its FILE")
+    check_results_file(output, "--output-path", holds_rows)
+    sentences = read_sentences(Path(args.surprisal))
+    evaluator = ModelEvaluator(args.model, args.device)
+    rows = evaluator.word_surprisal(sentences, args.batch_size)
+    write_rows(output, rows)
+
+    bits = [row["surprisal_bits"] for row in rows if not math.isnan(row["surprisal_bits"])]
+    n_sentences = len({row["sentence"] for row in rows})
+    mean = f"{sum(bits) / len(bits):.3f}" if bits else "undefined"
+    print(f"{n_sentences:,} sentences, {len(rows):,} words, mean surprisal {mean} bits per word")
+    if len(bits) < len(rows):
+        print(f"note: {len(rows) - len(bits):,} words have no surprisal")
+    if rows[0]["log2_frequency"] is None:
+        print("note: no frequencies, because the model's training text is not recorded or not here")
+    print(f"rows in {output}")
     return 0
 
 

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         except OSError:
             if not (keep_existing and path.exists()):
                 raise
+
+
+def read_utf8(path: Path, advice: str) -> str:
+    """Return the text of a file; raise ValueError, with `advice`, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {advice}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,13 +119,14 @@ def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
         raise ValueError(f"{path} exists and was not written by this script; {remedy}")
 
 
-def check_results_file(file: Path, flag: str) -> None:
+def check_results_file(file: Path, flag: str, is_ours: Callable | None = None) -> None:
     """Raise ValueError if a results file cannot be written, before the work that produces it.
 
-    The file's folder is created if necessary. `flag` is the flag that names the file.
+    The file's folder is created if necessary. `flag` is the flag that names the file, and
+    is_ours(file) tells if a script wrote it (default: holds_results).
     """
     remedy = f"name another file with {flag}"
-    check_replaceable(file, holds_results(file), remedy)
+    check_replaceable(file, (is_ours or holds_results)(file), remedy)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()

@@ -37,6 +37,7 @@ class TokenScores:
     entropies: np.ndarray | None = None  # of the predicted distribution, in nats
     ranks: np.ndarray | None = None  # of the token; 1 is best, ties share their mean rank
     hits: np.ndarray | None = None  # 1 if the token has the highest logit, 1/k in a tie of k
+    set_logprobs: np.ndarray | None = None  # log p(any token of a given set | tokens before it)
 
 
 def token_logprobs(
@@ -59,6 +60,7 @@ def ids_logprobs(
     stride: int | None = None,
     batch_tokens: int | None = None,
     stats: bool = False,
+    token_set: np.ndarray | None = None,
 ) -> list[TokenScores]:
     """Score ids[i] given ids[:i] in each sequence, for every i from its start (default 1) on.
 
@@ -68,7 +70,8 @@ def ids_logprobs(
     window is as long as the others.
 
     `batch_tokens` limits the size of a forward pass and does not change the scores. `stats` fills
-    the optional arrays. Identical sequences are scored only once. Logits are computed in float32
+    the optional arrays except `set_logprobs`, which needs `token_set` too, a bool for each logit
+    (V,). Identical sequences are scored only once. Logits are computed in float32
     even if the weights are bfloat16, except for architectures whose head is not a single linear
     layer.
     """
@@ -93,14 +96,17 @@ def ids_logprobs(
 
     # score the longest windows first, so that a batch that does not fit into memory fails at once
     windows.sort(key=lambda window: -len(window.inputs))
-    scores = np.empty((5 if stats else 1, total))
+    rows = 1 if not stats else 5 if token_set is None else 6
+    scores = np.empty((rows, total))
+    if token_set is not None:
+        token_set = torch.as_tensor(token_set, device=model.device)
     if windows:
         limit = batch_tokens or default_batch_tokens(model)
         window_batches = list(batches(windows, lambda window: len(window.inputs), limit))
         with float32_inference(model):
             body, head = _split_model(model, windows[0].inputs[:16])
             for batch in tqdm(window_batches, desc="scoring", disable=None, delay=5):
-                batch_scores = _score_batch(model, body, head, batch, stats)
+                batch_scores = _score_batch(model, body, head, batch, stats, token_set)
                 for window, values in zip(batch, batch_scores, strict=True):
                     scores[:, window.offset : window.offset + len(window.targets)] = values
 
@@ -203,9 +209,17 @@ def _split_model(model, probe: np.ndarray) -> tuple[Callable, Callable]:
 
 
 def _score_batch(
-    model, body: Callable, head: Callable, batch: Sequence[_Window], stats: bool
+    model,
+    body: Callable,
+    head: Callable,
+    batch: Sequence[_Window],
+    stats: bool,
+    token_set: torch.Tensor | None,
 ) -> list[np.ndarray]:
-    """Return an array (1, n) of log-probabilities for each window, or (5, n) with statistics."""
+    """Return an array (1, n) of log-probabilities for each window.
+
+    It is (5, n) with statistics, and (6, n) with those and a token set.
+    """
     # pad on the right; no mask is needed, because a causal model never looks at later tokens
     width = len(batch[0].inputs)  # the longest
     inputs = np.full((len(batch), width), batch[0].inputs[0])  # (B, T)
@@ -221,13 +235,19 @@ def _score_batch(
     states = body(torch.as_tensor(inputs, device=model.device)).flatten(0, 1)[places]  # (N, D)
     rows = max(1, MAX_LOGITS // model.get_input_embeddings().weight.shape[0])
     slices = zip(states.split(rows), targets.split(rows), strict=True)
-    scores = torch.cat([_score_logits(head(part), ids, stats) for part, ids in slices], dim=1)
+    scores = [_score_logits(head(part), ids, stats, token_set) for part, ids in slices]
+    scores = torch.cat(scores, dim=1)
     ends = np.cumsum([len(window.targets) for window in batch])
     return np.split(scores.cpu().numpy(), ends[:-1], axis=1)
 
 
-def _score_logits(logits: torch.Tensor, targets: torch.Tensor, stats: bool) -> torch.Tensor:
-    """Return log-probabilities (1, N) of targets (N,) by logits (N, V); (5, N) with `stats`."""
+def _score_logits(
+    logits: torch.Tensor, targets: torch.Tensor, stats: bool, token_set: torch.Tensor | None
+) -> torch.Tensor:
+    """Return log-probabilities (1, N) of targets (N,) by logits (N, V).
+
+    The result is (5, N) with `stats`, and (6, N) with `stats` and a `token_set` (V,).
+    """
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     if not stats:
         return logprobs[None]
@@ -238,6 +258,10 @@ def _score_logits(logits: torch.Tensor, targets: torch.Tensor, stats: bool) -> t
     equal = (logits == target_logits).sum(1)  # the target included
     ranks = 1 + higher + (equal - 1) / 2
     hits = (higher == 0) / equal
-    scores = torch.stack([logprobs, probs.amax(1), entropies, ranks, hits])
+    scores = [logprobs, probs.amax(1), entropies, ranks, hits]
+    if token_set is not None:
+        in_set = logits.masked_fill(~token_set, -torch.inf)
+        scores.append(in_set.logsumexp(1) - logits.logsumexp(1))
+    scores = torch.stack(scores)
     # comparisons with NaN are False, so NaN logits would seem to have a good rank
     return torch.where(logprobs.isnan(), logprobs, scores)

@@ -64,6 +64,7 @@ RESULTS = (
 MEASURED = (
     "evaluation_results.json",
     "evaluation_plots.png",
+    "word_surprisal.csv",
     "benchmark.json",
     "benchmark.html",
     "benchmark.png",
