@@ -88,6 +88,18 @@ class SeenWords:
         step = int(np.searchsorted(self.after, words))
         return step if step < len(self.after) else None
 
+    def words_per_epoch(self, step: int) -> int | float:
+        """Return the mean number of words in the chunks of the epochs that were begun by a step.
+
+        With data.random_offset each epoch cuts the text elsewhere, and leaves out other words.
+        """
+        begun = max(1, int((self.epoch_ends[:-1] < step).sum()))
+        offsets = Counter(self.offset(epoch) for epoch in range(begun))
+        words = sum(
+            times * int(self.counts.per_chunk(offset).sum()) for offset, times in offsets.items()
+        )
+        return words // begun if words % begun == 0 else words / begun
+
     def by_domain(self, step: int) -> dict[str, int]:
         """Return the number of words of each domain that were seen after a step."""
         words: Counter[str] = Counter()
@@ -203,7 +215,7 @@ class BabyLMCallback(TrainerCallback):
             **self.budget,
             "word": "characters between white space, counted in the chunk in which they begin",
             "text": self.config["data"]["train_path"],
-            "words_left_out": self.budget["words"] - int(self.counts.per_chunk().sum()),
+            "words_left_out": self.budget["words"] - self.seen.words_per_epoch(last_step),
             "epochs": self.trainer.state.epoch,
             "words_seen": self.words_seen(last_step),
             "words_seen_by_domain": self.seen.by_domain(last_step),

@@ -460,3 +460,12 @@ def test_a_tokenizer_that_changes_words_is_an_error(shop, capsys):
     assert train.main([*RUN, "--num-epochs", "1", "--overwrite"]) == 0
     metrics = json.loads(Path("models/tiny/training_metrics.json").read_text())
     assert 0 < metrics["results"]["words_trained"] < metrics["data"]["train"]["words"]
+
+
+def test_words_left_out_are_those_of_the_epochs_that_were_cut_elsewhere(shop):
+    """With data.random_offset each epoch loses other words at its start and end."""
+    assert train.main([*RUN, "--set", "data.random_offset=true"]) == 0
+    facts = json.loads(Path("models/tiny/compliance.json").read_text())
+    lost = 3 * facts["words"] - facts["words_seen"]
+    assert lost > 0
+    assert facts["words_left_out"] == pytest.approx(lost / 3)
