@@ -35,7 +35,14 @@ from pathlib import Path
 
 from babyllama import cli
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
-from babyllama.files import exclusive_folder, is_model, sha256, weights_sha256, write_json
+from babyllama.files import (
+    exclusive_folder,
+    is_model,
+    model_sha256,
+    sha256,
+    weights_sha256,
+    write_json,
+)
 from babyllama.submission import official
 from babyllama.submission.glue_tasks import GLUE_TASKS
 from babyllama.submission.official import Requirements
@@ -127,7 +134,7 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
         )
 
         surprisals = measure_surprisals(
-            [(path.name, path, float(path.name[5:-1])) for path in checkpoints],
+            [(path.name, path, millions_of_words(path)) for path in checkpoints],
             read_contexts(contexts_file),
             outputs[0],
             model_name=results.name,
@@ -141,6 +148,11 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
     data = [contexts_file, ages_file]
     cost = size_of(contexts_file) * len(checkpoints)
     return Job("aoa", "age of acquisition", outputs, data, DOWNLOAD, weights, cost, run)
+
+
+def millions_of_words(checkpoint: Path) -> float:
+    """Return the words that a checkpoint had seen, from its name chck_<N>M."""
+    return float(checkpoint.name.removeprefix("chck_").removesuffix("M"))
 
 
 def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
@@ -171,18 +183,17 @@ def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
 
 @functools.lru_cache(maxsize=1)
 def open_model(path: Path, device: str):
+    """Load a model; the tasks of one model follow one another, so the last one is kept."""
     from babyllama.evaluation.loading import load_model
 
     return load_model(path, device)
 
 
-@functools.cache
-def weights_hash(folder: Path) -> str:
-    """Return one hash of what a prediction depends on: the weights and the tokenizer."""
-    return weights_sha256(folder) + sha256(folder / "tokenizer.json")
+weights_hash = functools.cache(model_sha256)  # hashing large weights takes seconds
 
 
 def files_of(data: Path) -> list[Path]:
+    """Return a file, or the files of a folder in order."""
     return sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
 
 
@@ -194,6 +205,7 @@ def size_of(data: Path) -> int:
 
 @functools.cache
 def data_hash(data: Path) -> str:
+    """Return one hash of the content of a file or a folder."""
     return hashlib.sha256("".join(map(sha256, files_of(data))).encode()).hexdigest()
 
 
@@ -329,6 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag("push", metavar="USER/NAME", help="upload the model and its checkpoints to the Hub")
     add_flag("private", action="store_true", help="with --push, make the repository private")
     add_flag("license", metavar="NAME", help="with --push, the licence on the model card")
+    add_flag("language", metavar="CODE", help="with --push, the language on the model card")
     add_flag("hub-cache", metavar="DIR", help="lay the model out as an offline cache of the Hub")
     add_flag("check", metavar="FILE", help="check a collated file; needs no RUN")
     add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
@@ -337,6 +350,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def select_stages(args: argparse.Namespace) -> list[str]:
+    """Return the stages that --only and --skip leave, in order."""
     for flag in ("only", "skip"):
         for name in getattr(args, flag) or ():
             if name not in STAGES:
@@ -366,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
+    """Run what is missing, write the results and publish the model; return the exit code."""
     from babyllama.submission.form import read_run
 
     run_dir = Path(args.run)
@@ -405,6 +420,7 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def lay_out_cache(args: argparse.Namespace) -> None:
+    """Lay the run out as a cache of the Hub, and say how to use it."""
     from babyllama.submission.hub import lay_out_hub_cache
 
     name = args.push or f"local/{Path(args.run).resolve().stem}"
@@ -413,10 +429,16 @@ def lay_out_cache(args: argparse.Namespace) -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
+    """Upload the run to the Hub, or list what would be uploaded."""
     from babyllama.submission.hub import push
 
     push(
-        Path(args.run), args.push, private=args.private, license=args.license, dry_run=args.dry_run
+        Path(args.run),
+        args.push,
+        private=args.private,
+        license=args.license,
+        language=args.language,
+        dry_run=args.dry_run,
     )
 
 

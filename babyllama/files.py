@@ -224,6 +224,12 @@ def weights_sha256(folder: str | Path) -> str:
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
+def model_sha256(folder: str | Path) -> str:
+    """Return one hash of what a score depends on: the weights and, if any, the tokenizer."""
+    tokenizer = Path(folder, "tokenizer.json")
+    return weights_sha256(folder) + (sha256(tokenizer) if tokenizer.is_file() else "")
+
+
 def describe_environment(device: str | None = None) -> dict[str, str | None]:
     """Describe the software and the machine behind a result: versions, device, git commit.
 

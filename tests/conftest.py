@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
@@ -317,6 +318,22 @@ def finished_copy(finished, tmp_path, monkeypatch) -> tuple[Path, Path]:
         yaml.safe_dump(check_config(config), sort_keys=False)
     )
     return tmp_path / "copy" / "tiny.yaml", moved
+
+
+@contextlib.contextmanager
+def added_callback(callback):
+    """Give every trainer that is made inside the block one more callback."""
+    from babyllama.training.trainer import LMTrainer
+
+    original = LMTrainer.__init__
+
+    def with_callback(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LMTrainer, "__init__", with_callback)
+        yield
 
 
 def errors_of(capsys) -> list[str]:

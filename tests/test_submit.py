@@ -12,7 +12,7 @@ from conftest import errors_of, sentences, tiny_config
 import submit
 import train
 from babyllama.submission import collate, official
-from babyllama.training import babylm, run_dir
+from babyllama.training import run_dir
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,6 @@ def babylm_run(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
         patch.setattr(run_dir, "MILLION", 1000)
-        patch.setattr(babylm, "MILLION", 1000)
         assert train.main(["--config", str(root / "c.yaml")]) == 0
     return root / "models" / "baby"
 
@@ -235,9 +234,3 @@ def test_a_cache_of_the_hub_has_every_revision_and_a_dry_push_sends_nothing(
     command = arguments(babylm_run, eval_data, submission, "--push", "me/baby", "--dry-run")
     assert submit.main(command) == 0
     assert "chck_2M" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("track", ["strict-small", "strict"])
-def test_the_checkpoints_are_those_that_training_saves(track):
-    names = [run_dir.milestone_name(words) for words in babylm.checkpoint_words(track)]
-    assert official.checkpoint_names(track) == names

@@ -6,10 +6,10 @@
             text = "".join(document)
 
 Reads .train, .dev, .test, .txt and .jsonl files, gzipped or not, and the `text` column of .parquet
-files and of the .arrow files that `datasets` saves. Files, documents and lines may be
-larger than memory: a document is an iterator over parts of its text, and a very long line is read
-in pieces. Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning
-is left to the caller, who can pass a function from cleaners.py.
+files and of the .arrow files that `datasets` saves. Files, documents and lines may be larger than
+memory: a document is an iterator over parts of its text, and a very long line is read in pieces.
+Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning is left to
+the caller, who can pass a function from cleaners.py.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     """Return the input files of a split in sorted order; `data_dir` is a folder or a single file.
 
     A folder is searched with its subfolders. Files of the split have its suffix (.train for
-    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), maybe before .txt or
+    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), perhaps before .txt or
     .jsonl, with or without .gz. Other .txt and .jsonl files and tables belong to every split. Raise
     FileNotFoundError if there are none.
     """
@@ -186,7 +186,7 @@ def _check_is_text(path: Path, block: str) -> None:
     nulls = block.count("\0") / len(block)
     invalid = len(_SURROGATE.findall(block)) / len(block)
     if nulls > 0.3:
-        raise ValueError(f"{path} is not UTF-8; every other byte is NUL, as in UTF-16: convert it")
+        raise ValueError(f"{path} is not UTF-8; many bytes are NUL, as in UTF-16: convert it")
     if invalid > 0.3 or nulls > 0.05:
         raise ValueError(
             f"{path} is mostly not UTF-8; it may be binary, or text in an old encoding such as "

@@ -71,9 +71,8 @@ def ids_logprobs(
 
     `batch_tokens` limits the size of a forward pass and does not change the scores. `stats` fills
     the optional arrays except `set_logprobs`, which needs `token_set` too, a bool for each logit
-    (V,). Identical sequences are scored only once. Logits are computed in float32
-    even if the weights are bfloat16, except for architectures whose head is not a single linear
-    layer.
+    (V,). Identical sequences are scored only once. Logits are computed in float32 even if the
+    weights are bfloat16, except for architectures whose head is not a single linear layer.
     """
     context = context_length(model) if context is None else context
     stride = max(1, context // 2) if stride is None else stride

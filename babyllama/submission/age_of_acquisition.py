@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from babyllama.cli import duration
-from babyllama.files import check_replaceable, holds_results, sha256, weights_sha256, write_json
+from babyllama.files import check_replaceable, holds_results, model_sha256, write_json
 from babyllama.training.run_dir import MILLION
 
 AGES = range(16, 31)  # months; the columns of cdi_human.csv
@@ -75,7 +75,7 @@ def measure_surprisals(
     a number.
     """
     check_replaceable(output, holds_results(output), "name another folder")
-    hashes = {name: _checkpoint_sha256(Path(folder)) for name, folder, _ in checkpoints}
+    hashes = {name: model_sha256(folder) for name, folder, _ in checkpoints}
     rows_of = _finished_rows(output, contexts, hashes)
     n_contexts = sum(map(len, contexts.values()))
     missing = [checkpoint for checkpoint in checkpoints if checkpoint[0] not in rows_of]
@@ -131,12 +131,6 @@ def _surprisal_file(
         },
         "results": rows,
     }
-
-
-def _checkpoint_sha256(folder: Path) -> str:
-    """Return one hash of what a surprisal depends on: the weights and the tokenizer."""
-    tokenizer = folder / "tokenizer.json"
-    return weights_sha256(folder) + (sha256(tokenizer) if tokenizer.is_file() else "")
 
 
 def _finished_rows(

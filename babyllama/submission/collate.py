@@ -237,20 +237,26 @@ def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool)
         sizes = dict.fromkeys(content, 1)
     else:
         problems += _subset_problems(task.key, set(content), set(sizes))
-    is_reading = TASKS[name].metric != "accuracy"
-    for subset, value in content.items():
-        if subset not in sizes:
-            continue
-        problems += _row_problems(
-            task.key if is_reading else f"{task.key} {subset}",
-            value,
-            sizes[subset],
-            (lambda number: number)
-            if is_reading
-            else (lambda number, subset=subset: f"{subset}_{number}"),
-            _is_reading_row if is_reading else _is_text_row,
-            "numbers under pred and prev_pred" if is_reading else "a text",
-        )
+    for subset in sizes.keys() & content.keys():
+        rows = content[subset]
+        if TASKS[name].metric == "accuracy":
+            problems += _row_problems(
+                f"{task.key} {subset}",
+                rows,
+                sizes[subset],
+                lambda number, subset=subset: f"{subset}_{number}",
+                _is_text_row,
+                "a text",
+            )
+        else:
+            problems += _row_problems(
+                task.key,
+                rows,
+                sizes[subset],
+                lambda number: number,
+                _is_reading_row,
+                "numbers under pred and prev_pred",
+            )
     return problems
 
 
@@ -378,13 +384,9 @@ def score(
         figures = (results[name]["score"], *results[name]["score_ci95"])
         parts["glue"].append(tuple(100 * figure for figure in figures))
 
-    columns = {name: _mean(column_parts) for name, column_parts in parts.items()}
-    if len(parts["glue"]) < len(official.GLUE_SIZES):  # a missing task counts 0
-        missing = len(official.GLUE_SIZES) - len(parts["glue"])
-        if parts["glue"]:
-            columns["glue"] = _mean([*parts["glue"], *[(0.0, 0.0, 0.0)] * missing])
-        else:
-            columns.pop("glue", None)
+    if parts["glue"]:  # F1 for MRPC and QQP, accuracy for the others; a missing task counts 0
+        parts["glue"] += [(0.0, 0.0, 0.0)] * (len(official.GLUE_SIZES) - len(parts["glue"]))
+    columns = {name: _mean(column_parts) for name, column_parts in parts.items() if column_parts}
     if collated.get("aoa"):
         value = 100 * collated["aoa"]["aoa"]
         columns["aoa"] = (value, *_correlation_interval(acquisition))

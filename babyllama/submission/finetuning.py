@@ -38,17 +38,8 @@ from babyllama.device import fast_dtype, pick_device
 from babyllama.evaluation import metrics
 from babyllama.evaluation.loading import check_ids, context_length, load_model
 from babyllama.files import write_json
-from babyllama.submission.glue_tasks import (
-    GLUE_TASKS,
-    GlueTask,
-    glue_score,
-    glue_task,
-    predictions_file,
-    read_examples,
-)
+from babyllama.submission.glue_tasks import GlueTask, glue_task, predictions_file, read_examples
 from babyllama.training.arguments import keep_one_gpu
-
-__all__ = ["GLUE_TASKS", "fine_tune", "glue_score"]
 
 
 def fine_tune(

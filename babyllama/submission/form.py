@@ -1,6 +1,6 @@
 """Fill in what the form of BabyLM's leaderboard asks, from what a run directory knows.
 
-answers = form_answers(Path("models/my-model"))
+answers = form_answers(run_dir, read_run(run_dir))
 answers["unknown"]  # the questions that only the team can answer
 """
 

@@ -8,7 +8,6 @@ BabyLM's pipeline (July 2026).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +90,3 @@ def predictions_file(name: str, predictions: list[int]) -> dict:
     """Return the content of a task's predictions.json in the format of BabyLM's pipeline."""
     rows = [{"id": f"{name}_{index}", "pred": label} for index, label in enumerate(predictions)]
     return {name: {"predictions": rows}}
-
-
-def glue_score(results: dict[str, dict]) -> float:
-    """Return the leaderboard's (Super)GLUE column, in percent, from the results of `fine_tune`.
-
-    It is the mean of the seven tasks: F1 for MRPC and QQP, and accuracy for the others. A task that
-    is missing counts 0. The pipeline's own `calculate_results_from_pred.py` instead prints the mean
-    accuracy of the tasks that are present.
-    """
-    scores = [results[name]["score"] for name in GLUE_TASKS if name in results]
-    return 100 * math.fsum(scores) / len(GLUE_TASKS)

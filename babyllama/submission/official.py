@@ -15,6 +15,7 @@ from pathlib import Path
 
 from babyllama.evaluation.tasks import TASKS
 from babyllama.schema import TRACKS
+from babyllama.training.run_dir import checkpoint_words, milestone_name
 
 Sizes = dict[str, int]  # the number of predictions of each subset
 
@@ -157,10 +158,7 @@ def checkpoint_names(track: str) -> list[str]:
     """Return the names of the checkpoints that BabyLM asks of a track, in order."""
     if track not in TRACKS:
         raise ValueError(f"track {track!r} is unknown; the tracks are {', '.join(TRACKS)}")
-    millions = [*range(1, 10), *range(10, 101, 10)]
-    if track == "strict":
-        millions += range(200, 1001, 100)
-    return [f"chck_{n}M" for n in millions]
+    return [milestone_name(words) for words in checkpoint_words(track)]
 
 
 # ---- the folder of results ----------------------------------------------------------------------

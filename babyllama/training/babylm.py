@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -31,21 +32,14 @@ from babyllama.data.words import WordCounts
 from babyllama.files import atomic_write
 from babyllama.schema import MAX_EPOCHS, TRACKS
 from babyllama.training import distributed
-from babyllama.training.run_dir import DATA_REPORT_FILE, MILLION, milestone_name, seal_checkpoint
+from babyllama.training.run_dir import (
+    DATA_REPORT_FILE,
+    checkpoint_words,
+    milestone_name,
+    seal_checkpoint,
+)
 
 log = logging.getLogger(__name__)
-
-
-def checkpoint_words(track: str) -> list[int]:
-    """Return the numbers of words at which BabyLM asks for a checkpoint.
-
-    BabyLM wants one at every million words up to 10 million, then at every ten million up to 100
-    million and, on the strict track, at every hundred million up to 1,000 million.
-    """
-    millions = [*range(1, 10), *range(10, 101, 10)]
-    if track == "strict":
-        millions += range(200, 1001, 100)
-    return [n * MILLION for n in millions]
 
 
 # ---- words seen ---------------------------------------------------------------------------------
@@ -175,7 +169,9 @@ class BabyLMCallback(TrainerCallback):
         if state.global_step + 1 in self.due:
             control.should_log = True
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            return  # this row says why the run ends; nothing is saved
         folders = self.due.pop(state.global_step, ())
         for folder in folders:
             # only one process writes, but all of them must help to gather a sharded model's weights

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 from babyllama.evaluation import grading
 from babyllama.evaluation.benchmark_config import BenchmarkTask
 from babyllama.evaluation.loading import can_start
-from babyllama.evaluation.minimal_pairs import score_candidates, score_choices, scored_spans
-from babyllama.evaluation.tasks import TASKS
+from babyllama.evaluation.minimal_pairs import score_task, scored_spans
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 
@@ -53,18 +52,19 @@ class TrainingBenchmark:
         self.model.load_state_dict(model.state_dict(), assign=True)
         scores = {}
         for name, task in self.tasks.items():
-            only_best = TASKS[task.type].metric == "accuracy"
-            score = score_choices if only_best else score_candidates
-            task_scores = score(self.model, self.tokenizer, task.items, self.bos)[0]
+            task_scores, _, _ = score_task(
+                self.model, self.tokenizer, task.type, task.items, self.bos
+            )
             result = grading.score_items(task.type, task.items, task_scores)
             scores[BENCHMARK_PREFIX + name] = result[result["metric"]]
         return {**scores, "benchmark_seconds": time.perf_counter() - started}
 
     def cost(self, plan: dict[str, Any], times: int) -> dict[str, Any]:
-        """Return the numbers of items, tokens and times, and roughly how long each time takes.
+        """Return the numbers of items, tokens and times, and how long each time takes at least.
 
         The time is that of one forward pass over all tokens at the measured speed of matrix
-        products. One process scores, and a forward pass is a third of a training step.
+        products. A small model spends much more, on tokenizing and in Python. One process scores,
+        and a forward pass is a third of a training step.
         """
         flops_per_second = plan["matmul_flops"] / plan["processes"]
         return {

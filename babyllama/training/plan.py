@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
-from babyllama.training.babylm import checkpoint_words
+from babyllama.training.run_dir import checkpoint_words
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,8 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
     if benchmark := plan["benchmark"]:
         items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
         rows["benchmark"] = (
-            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, very "
-            f"roughly {duration(benchmark['expected_seconds'])} each, not included in the time"
+            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, at "
+            f"least {duration(benchmark['expected_seconds'])} each, not included in the time"
         )
     rows["time"] = f"about {time} ({speed}, {work})"
     rows["example"] = repr(example)

@@ -173,6 +173,18 @@ def milestones(run_dir: Path) -> list[Path]:
     return _numbered_folders(run_dir, r"chck_(\d+)M")
 
 
+def checkpoint_words(track: str) -> list[int]:
+    """Return the numbers of words at which BabyLM asks for a checkpoint.
+
+    BabyLM wants one at every million words up to 10 million, then at every ten million up to 100
+    million and, on the strict track, at every hundred million up to 1,000 million.
+    """
+    millions = [*range(1, 10), *range(10, 101, 10)]
+    if track == "strict":
+        millions += range(200, 1001, 100)
+    return [n * MILLION for n in millions]
+
+
 def milestone_name(words: int) -> str:
     """Return the name of BabyLM's checkpoint at this many words, in millions, rounded down."""
     return f"chck_{words // MILLION}M"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, errors_of, rows_of, timeless
+from conftest import ROOT, added_callback, errors_of, rows_of, timeless
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -29,7 +29,6 @@ from babyllama.training.run_dir import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from babyllama.training.trainer import LMTrainer
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 
@@ -234,14 +233,7 @@ def test_resume_is_exact_with_workers_and_dropout(stop, config_file, tmp_path):
             if state.global_step == stop:
                 raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        original = LMTrainer.__init__
-
-        def with_stop(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            self.add_callback(Stop())
-
-        patch.setattr(LMTrainer, "__init__", with_stop)
+    with added_callback(Stop()):
         assert train.main(["--config", str(path)]) == 130
     assert train.main(["--config", str(path), *AUTO]) == 0
     models = tmp_path / "models"
@@ -293,14 +285,7 @@ def test_a_checkpoint_with_a_nan_weight_is_never_saved(step, config_file, tmp_pa
                 with torch.no_grad():
                     next(model.parameters()).view(-1)[7] = float("nan")
 
-    with pytest.MonkeyPatch.context() as patch:
-        original = LMTrainer.__init__
-
-        def corrupted(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            self.add_callback(Corrupt())
-
-        patch.setattr(LMTrainer, "__init__", corrupted)
+    with added_callback(Corrupt()):
         assert train.main(["--config", str(path)]) == 2
     (line,) = errors_of(capsys)
     assert f"NaN or infinite at or before step {step}" in line

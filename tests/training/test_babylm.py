@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from accelerate.data_loader import SeedableRandomSampler
-from conftest import words_in_chunks
+from conftest import added_callback, words_in_chunks
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 import train
 import train_tokenizer
@@ -22,12 +23,13 @@ from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.data.words import WordCounts
 from babyllama.training import babylm, distributed, run_dir
-from babyllama.training.babylm import SeenWords, checkpoint_words, chunk_order
+from babyllama.training.babylm import SeenWords, chunk_order
 from babyllama.training.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
     checkpoint_error,
     checkpoint_step,
+    checkpoint_words,
     checkpoints,
     milestone_name,
     milestones,
@@ -46,7 +48,6 @@ def shop(tmp_path, corpus_dir, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_dir, "MILLION", 1000)
-    monkeypatch.setattr(babylm, "MILLION", 1000)
     assert (
         train_tokenizer.main(
             ["--data-dir", "train", "--vocab-size", "400", "--output", "tokenizer.json"]
@@ -469,3 +470,21 @@ def test_words_left_out_are_those_of_the_epochs_that_were_cut_elsewhere(shop):
     lost = 3 * facts["words"] - facts["words_seen"]
     assert lost > 0
     assert facts["words_left_out"] == pytest.approx(lost / 3)
+
+
+def test_no_milestone_is_saved_with_a_nan_weight(shop):
+    """The row of a NaN is logged, and milestones are saved with the row of their step."""
+
+    class Corrupt(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                return  # the first step is always logged
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[7] = float("nan")
+
+    with added_callback(Corrupt()):
+        # nothing but a milestone is due before step 5
+        assert train.main([*RUN, "--set", "training.logging_steps=1000"]) == 2
+    last = json.loads(Path("models/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    assert 1 < last["step"] < 5 and last["loss"] is None
+    assert not milestones(Path("models/tiny"))

@@ -12,6 +12,7 @@ from conftest import ROOT, build_tiny_model, errors_of, rows_of, sentences, time
 import train
 from babyllama import plots
 from babyllama.evaluation.benchmark_config import load_tasks
+from babyllama.evaluation.tasks import READING_FIELDS
 from babyllama.training.benchmark import TrainingBenchmark
 from benchmark import BenchmarkSuite
 
@@ -159,3 +160,42 @@ def test_the_shipped_default_benchmark_is_refused_for_its_generation_tasks(confi
     assert train.main(["--config", str(path)]) == 2
     lines = errors_of(capsys)
     assert any("tasks.speed: speed cannot be scored" in line for line in lines)
+
+
+def test_each_way_of_scoring_gives_the_figures_of_benchmark_py(model_dirs, tmp_path):
+    """GlobalPIQA compares means, and reading times have BabyLM's own tokens."""
+    from babyllama.evaluation.loading import load_model
+
+    texts = sentences(60, seed=3)
+    rows = [
+        {
+            "example_id": f"eng_{number}",
+            "prompt": texts[number],
+            "solution0": texts[number + 20],
+            "solution1": " ".join(texts[number + 40].split()[:2]),
+            "label": number % 2,
+        }
+        for number in range(20)
+    ]
+    (tmp_path / "eng_latn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = [*READING_FIELDS, "item", "word", "prev_item", "prev_word"]
+    lines = [",".join(columns)]
+    for number in range(40):
+        words = texts[number].split()
+        figures = [str((number * place) % 17 + 1) for place in range(1, len(READING_FIELDS) + 1)]
+        lines.append(",".join([*figures, words[0] + " " + words[1], words[2], words[0], words[1]]))
+    (tmp_path / "reading.csv").write_text("\n".join(lines) + "\n")
+    tasks = {
+        "global_piqa_nonparallel": {"path": str(tmp_path / "eng_latn.jsonl")},
+        "reading": {"path": str(tmp_path / "reading.csv")},
+    }
+    file = tmp_path / "tasks.yaml"
+    file.write_text(yaml.safe_dump({"tasks": tasks}))
+
+    declared = load_tasks(str(file))
+    model, tokenizer = load_model(model_dirs["Llama"], "cpu")
+    scores = TrainingBenchmark(declared, model, tokenizer).scores(model)
+    suite = BenchmarkSuite(model_dirs["Llama"], "cpu", declared)
+    for name, task in declared.items():
+        result = suite.run_items(task)
+        assert scores[f"benchmark/{name}"] == pytest.approx(result[result["metric"]], rel=1e-6)
