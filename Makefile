@@ -1,4 +1,4 @@
-# "make quickstart" trains and measures a small model, "make test" runs all tests, "make help" lists the rest.
+# "make quickstart" trains and measures a small model, "make test" runs the tests, "make help" lists the rest.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,10 +8,11 @@ RUN := models/quickstart
 REPORT := $(RUN)/report.html
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart report-path test lint clean
+.PHONY: help quickstart report-path test test-reliability lint clean
 help:
 	@echo "make quickstart   set up .venv, create text, train a tokenizer and a small Llama, measure the model"
-	@echo "make test         set up .venv and run all tests"
+	@echo "make test         set up .venv and run all tests but the slow ones"
+	@echo "make test-reliability   kill, damage and flood real runs, and report on fifteen promises"
 	@echo "make lint         check the style (ruff), and that the generated files are up to date"
 	@echo "make clean        remove .venv and the tools' caches, but keep data/ and models/"
 
@@ -38,6 +39,10 @@ $(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+# Includes the slow tests, which "make test" leaves out.
+test-reliability: $(INSTALLED)
+	$(PY) -m pytest -m "" tests/reliability
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

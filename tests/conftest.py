@@ -22,6 +22,8 @@ import yaml
 hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))
 hypothesis.settings.load_profile("suite")
 
+pytest_plugins = ["promises"]
+
 ROOT = Path(__file__).resolve().parent.parent
 # holds corpus/ and blimp/; tests that need them are skipped if it does not exist
 SHARED = Path(os.environ.get("BABYLLAMA_TEST_TEXT", ROOT.parent / "shared"))

@@ -53,6 +53,7 @@ def make_checkpoint(run_dir: Path, step: int, age: float = 0, sealed: bool = Tru
 # ---- rotation -------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("ages", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 0, 0, 0), (-9e4, 5, -1e5, 7)])
 def test_rotation_goes_by_step_whatever_the_clock_says(ages, tmp_path):
     for step, age in zip((5, 10, 95, 100), ages, strict=True):
@@ -69,6 +70,7 @@ def test_rotation_keeps_the_best_checkpoint_and_no_link_target(tmp_path):
     assert kept == [20, 15, 5]
 
 
+@pytest.mark.promise(15)
 def test_a_clock_that_was_set_back_does_not_end_a_run(config_file, tmp_path):
     path = config_file(training__save_steps=2)
     run_dir = tmp_path / "models" / "tiny"
@@ -80,6 +82,7 @@ def test_a_clock_that_was_set_back_does_not_end_a_run(config_file, tmp_path):
     assert [checkpoint_step(folder) for folder in checkpoints(run_dir)] == [8, 6]
 
 
+@pytest.mark.promise(1)
 def test_the_old_checkpoint_is_there_until_the_new_one_is_sealed(
     config_file, tmp_path, monkeypatch
 ):
@@ -121,6 +124,7 @@ def test_auto_starts_resumes_and_shows_a_run(config_file, tmp_path, capsys):
     assert "already trained" in capsys.readouterr().out
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize("flags", [[], AUTO])
 @pytest.mark.parametrize(
     "left", ["partial checkpoint", "report only", "draft of the configuration"]
@@ -154,6 +158,7 @@ def test_auto_refuses_to_replace_another_finished_run(finished_copy, capsys):
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.promise(2)
 def test_a_damaged_newer_checkpoint_is_renamed_not_deleted(finished_copy):
     config_path, run_dir = finished_copy
     unfinish(run_dir)
@@ -175,7 +180,10 @@ def final_state(run_dir: Path) -> tuple:
     return load_file(run_dir / "model.safetensors"), tensors, timeless(rows_of(run_dir))
 
 
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(config_file, tmp_path):
+@pytest.mark.promise(1)
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    config_file, tmp_path, figures
+):
     """Each child is killed before the n-th rename, removal or seal of its run directory."""
     path = config_file(
         model__type="GPT2",
@@ -214,8 +222,10 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(config_f
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(optimizer, expected_optimizer, strict=True))  # fmt: skip
     assert rows == expected_rows
+    figures.count("kills survived", kills, kills)
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resume_is_exact_with_workers_and_dropout(stop, config_file, tmp_path):
     """The workers' seeds must not come from the generator that draws the dropout masks."""
@@ -245,6 +255,7 @@ def test_resume_is_exact_with_workers_and_dropout(stop, config_file, tmp_path):
 # ---- a full disk -----------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize("limit", [10_000, 90_000, 200_000])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(limit, config_file, tmp_path):
     """A limit on the size of files stands in for a full disk: writing fails at that byte."""
@@ -274,6 +285,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(limit, config_file, tmp
 # ---- numbers that are no numbers -------------------------------------------------------------------
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_checkpoint_with_a_nan_weight_is_never_saved(step, config_file, tmp_path, capsys):
     path = config_file(training__save_steps=1, training__logging_steps=1)
@@ -295,6 +307,7 @@ def test_a_checkpoint_with_a_nan_weight_is_never_saved(step, config_file, tmp_pa
     assert train.main(["--config", str(path), *AUTO]) == 0
 
 
+@pytest.mark.promise(6)
 def test_a_nan_in_an_evaluation_is_named(config_file, monkeypatch, capsys):
     from babyllama.training import trainer
 
@@ -307,6 +320,7 @@ def test_a_nan_in_an_evaluation_is_named(config_file, monkeypatch, capsys):
     assert "the held-out loss became NaN or infinite at step" in line
 
 
+@pytest.mark.promise(13)
 def test_nothing_is_written_through_a_link(config_file, tmp_path, capsys):
     path = config_file(training__save_steps=2, training__num_epochs=1)
     (tmp_path / "other").mkdir()
