@@ -384,7 +384,7 @@ def test_the_last_two_checkpoints_are_kept_even_if_an_earlier_one_is_better(conf
         "training__adam_beta2": 0.5,
     }
     path = config_file(
-        **too_high, training__save_steps=7, training__eval_steps=7, training__num_epochs=40
+        **too_high, training__save_steps=7, training__eval_steps=7, training__num_epochs=16
     )
     assert train.main(["--config", str(path)]) == 0
     run_dir = tmp_path / "models" / "tiny"
