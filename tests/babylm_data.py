@@ -28,7 +28,7 @@ def tiny_requirements(checkpoints: list[str]) -> Requirements:
     tasks = {}
     for name, task in full.zero_shot.items():
         n_items = task.n_items and 5
-        sizes = dict.fromkeys(list(task.sizes)[:6], 4)
+        sizes = dict.fromkeys(list(task.sizes)[:7], 4)  # complex_np_island is the seventh
         fast_sizes = {subset: 3 for subset in sizes if subset in (task.fast_sizes or ())}
         if name == "reading":
             sizes = fast_sizes = {"reading": 150}
@@ -87,6 +87,8 @@ def _files(
 ) -> Iterator[tuple[str, list[dict]]]:
     if name in ("blimp", "supplement"):
         for subset, n in sizes.items():
+            # BLiMP's own spelling
+            subset = subset.replace("_np_", "_NP_").replace("principle_a_", "principle_A_")
             rows = []
             for _ in range(n):
                 good = next(texts)
@@ -96,10 +98,9 @@ def _files(
     elif name == "ewok":
         for subset, n in sizes.items():
             keys = ("Context1", "Context2", "Target1", "Target2")
-            yield (
-                subset,
-                [{key: next(texts) for key in keys} | {"Domain": subset} for _ in range(n)],
-            )
+            keys += ("ContextType", "ContextDiff", "TargetDiff")
+            rows = [{key: next(texts) for key in keys} | {"Domain": subset} for _ in range(n)]
+            yield subset, rows
     elif name == "entity_tracking":
         splits = {subset[: -len("_0_ops")] for subset in sizes}
         for split in sorted(splits):

@@ -230,14 +230,18 @@ def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool)
     if not isinstance(content, dict):
         return [f"{task.key}: {_short(content)} is not an object of subsets"]
     problems = []
-    sizes: Sizes = task.fast_sizes if fast else task.sizes
+    expected: Sizes = task.fast_sizes if fast else task.sizes
     if task.n_items is not None:  # every item is a subset
         if len(content) != task.n_items:
             problems.append(f"{task.key}: {len(content):,} examples, expected {task.n_items:,}")
         sizes = dict.fromkeys(content, 1)
     else:
-        problems += _subset_problems(task.key, set(content), set(sizes))
-    for subset in sizes.keys() & content.keys():
+        # BLiMP's own names have capitals, as in complex_NP_island; the sizes' names have none
+        problems += _subset_problems(
+            task.key, {subset.lower() for subset in content}, set(expected)
+        )
+        sizes = {name: expected[name.lower()] for name in content if name.lower() in expected}
+    for subset in sizes:
         rows = content[subset]
         if TASKS[name].metric == "accuracy":
             problems += _row_problems(
@@ -334,7 +338,7 @@ def _fast_problems(content: Any, needed: Requirements) -> list[str]:
         for checkpoint, row in zip(needed.checkpoints, scores, strict=True):
             if row is None:
                 problems.append(f"{label}: {checkpoint} is missing")
-            elif not isinstance(row, dict) or set(row) != subsets:
+            elif not isinstance(row, dict) or {subset.lower() for subset in row} != subsets:
                 problems.append(f"{label}: {checkpoint} does not have the subsets of this task")
             elif not all(_is_number(value) and value <= 1 for value in row.values()):
                 problems.append(f"{label}: {checkpoint} has a score that is no number up to 1")
