@@ -47,7 +47,13 @@ from babyllama.data.documents import (
     source_of,
     text_parts,
 )
-from babyllama.data.tokenizer import byte_lengths, load_tokenizer
+from babyllama.data.tokenizer import (
+    adds_prefix_space,
+    byte_lengths,
+    document_parts,
+    load_tokenizer,
+    part_backend,
+)
 from babyllama.files import atomic_write, default_cache_dir, write_json
 
 if TYPE_CHECKING:
@@ -78,8 +84,6 @@ class DataProcessor:
         self, tokenizer: PreTrainedTokenizerFast, cache_dir: str | os.PathLike | None = None
     ):
         """Take a fast tokenizer with BOS and EOS; cache in $BABYLLAMA_CACHE or data/cache."""
-        from tokenizers import Tokenizer
-
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: use load_tokenizer(path)"
@@ -91,11 +95,8 @@ class DataProcessor:
         self.reports: dict[str, dict] = {}
         self._dtype = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
 
-        # a copy, so that the caller's tokenizer keeps its settings
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # "</s>" in a text is text, not the token
+        self._backend = part_backend(tokenizer)
+        self._prefix_space = adds_prefix_space(tokenizer.backend_tokenizer)
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
         """Return the documents of a split as they are, with columns text and source (file name)."""
@@ -174,6 +175,8 @@ class DataProcessor:
         special_ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         files = [[source["file"], source["sha256"]] for source in sources]
         parts = [self._backend.to_str(), *versions, PART, max_length, clean, *special_ids, *files]
+        if self._prefix_space:
+            parts.append("prefix space")
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     def _write_chunks(
@@ -231,7 +234,8 @@ class DataProcessor:
         """Yield lists of about BATCH characters: the id of BOS, the parts of a document, EOS."""
         batch: list[str | int] = []
         n_chars = 0
-        for parts in documents:
+        for document in documents:
+            parts = document_parts(document, self._prefix_space)
             for item in itertools.chain(
                 [self.tokenizer.bos_token_id], parts, [self.tokenizer.eos_token_id]
             ):

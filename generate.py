@@ -25,7 +25,7 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
     `options` are max_new_tokens, temperature, top_p and seed. Joined, the pieces of `stream_number`
     i are the i-th text that evaluation.generation.generate returns for this prompt alone.
     """
-    from babyllama.evaluation.generation import decode, generate_steps, stop_ids
+    from babyllama.evaluation.generation import decode_continuation, generate_steps, stop_ids
     from babyllama.evaluation.loading import encode
 
     ids = []
@@ -35,11 +35,11 @@ def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) 
     for (token,) in generate_steps(model, prompts, streams=[stream_number], stop=stop, **options):
         if token is not None:
             ids.append(token)
-            text = decode(tokenizer, ids)
+            text = decode_continuation(tokenizer, prompts[0], ids)
             if not text.endswith("\ufffd"):  # the rest of the last character may still follow
                 yield text[len(printed) :]
                 printed = text
-    yield decode(tokenizer, ids)[len(printed) :]
+    yield decode_continuation(tokenizer, prompts[0], ids)[len(printed) :]
 
 
 def read_prompts() -> Iterator[str]:

@@ -27,15 +27,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import domain_of, find_files, new_report, read_documents, read_parts
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents
 from babyllama.data.overlap import NGRAM, Overlap
-from babyllama.data.tokenizer import load_tokenizer
+from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tokenizer, part_backend
 from babyllama.files import check_replaceable, exclusive_folder, sha256, write_json
 from babyllama.schema import TRACKS
 from train_tokenizer import check_request, summary_text, train_on_files
@@ -89,6 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=Path("./models/tokenizer.json"),
         metavar="FILE",
         help="default ./models/tokenizer.json",
+    )
+    add_flag(
+        parser,
+        "tokenizer-prefix-space",
+        action="store_true",
+        help="put a space before the first word of a text",
     )
     cleaning = parser.add_mutually_exclusive_group()
     add_flag(
@@ -399,7 +405,9 @@ def train_tokenizer(args: argparse.Namespace, train: dict, folder: Path) -> None
         source = args.babylm_10m or args.babylm_100m
         raise ValueError(f"{source} has no text, or cleaning left none")
     files = [folder / Path(record["file"]).name for record in train["files"].values()]
-    summary = train_on_files(files, args.tokenizer_vocab, args.tokenizer_output)
+    summary = train_on_files(
+        files, args.tokenizer_vocab, args.tokenizer_output, args.tokenizer_prefix_space
+    )
     print(summary_text(summary, args.tokenizer_vocab))
 
 
@@ -407,21 +415,23 @@ def count_tokens(path: Path, splits: dict[str, dict], folders: dict[str, Path]) 
     """Add the tokens of each file to its record; return facts about the tokenizer, if it exists."""
     if not path.exists():
         return None
-    backend = load_tokenizer(path).backend_tokenizer
-    backend.encode_special_tokens = True  # read "</s>" in a text as text, not as the token
+    tokenizer = load_tokenizer(path)
+    backend = part_backend(tokenizer)
+    prefix_space = adds_prefix_space(tokenizer.backend_tokenizer)
     digest = sha256(path)
     for split, entry in splits.items():
         entry["tokenizer_sha256"] = digest
         for record in entry["files"].values():
             file = folders[split] / Path(record["file"]).name
-            record["tokens"] = tokens_in(file, backend)
+            record["tokens"] = tokens_in(file, backend, prefix_space)
     return {"path": str(path), "sha256": digest, "vocab_size": backend.get_vocab_size()}
 
 
-def tokens_in(path: Path, backend: Tokenizer) -> int:
+def tokens_in(path: Path, backend: Tokenizer, prefix_space: bool) -> int:
     """Return the tokens of the text of a prepared file, without <s> and </s>."""
     tokens = 0
-    parts = read_parts(path)
+    documents = read_documents(path)
+    parts = chain.from_iterable(document_parts(parts, prefix_space) for parts in documents)
     while batch := list(islice(parts, BATCH_PARTS)):
         tokens += sum(map(len, backend.encode_batch_fast(batch, add_special_tokens=False)))
     return tokens

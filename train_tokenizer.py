@@ -8,6 +8,9 @@ one tokenizer.json. All 256 bytes are in the alphabet and nothing is normalized,
 exactly the text that was encoded. <pad>, <s> and </s> have the ids 0, 1 and 2. <s> is added at the
 start of every text, and </s> is never added. The same text gives the same file, byte for byte.
 
+With --prefix-space a text that does not start with a space gets one, so that its first word has the
+token that it has inside a sentence. The vocabulary is the same; decoding returns the space too.
+
 BabyLM counts the words that a tokenizer was trained on, so <name>.source.json records the files and
 their words. If the output is called tokenizer.json, a tokenizer_config.json next to it names the
 special tokens. AutoTokenizer, PreTrainedTokenizerFast and GPT2TokenizerFast then load the same
@@ -29,7 +32,12 @@ from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
 from babyllama.data.documents import find_files, new_report, read_parts, source_of
-from babyllama.data.tokenizer import SPECIAL_TOKENS, tokenizer_record_path, tokenizer_sources
+from babyllama.data.tokenizer import (
+    SPECIAL_TOKENS,
+    adds_prefix_space,
+    tokenizer_record_path,
+    tokenizer_sources,
+)
 from babyllama.files import check_replaceable, sha256, write_json, write_text
 
 if TYPE_CHECKING:
@@ -63,6 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag(
         parser, "output", type=Path, default=Path("./models/tokenizer.json"), help="file to write"
     )
+    add_flag(
+        parser,
+        "prefix-space",
+        action="store_true",
+        help="put a space before the first word of a text",
+    )
     return parser
 
 
@@ -75,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 def train_and_print(args: argparse.Namespace) -> int:
     """Train the tokenizer, print a summary, and return the exit code."""
     files = find_files(args.data_dir, "train")
-    summary = train_on_files(files, args.vocab_size, args.output)
+    summary = train_on_files(files, args.vocab_size, args.output, args.prefix_space)
     print(summary_text(summary, args.vocab_size))
     print(f"wrote {args.output}")
     return 0
@@ -103,7 +117,9 @@ def _check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str, float]:
+def train_on_files(
+    files: list[Path], vocab_size: int, output: Path, prefix_space: bool = False
+) -> dict[str, float]:
     """Train on the documents of `files`, write `output` and its record, and return a summary.
 
     The summary has files, bytes (of the text in UTF-8), vocab_size, bytes_per_token (measured on
@@ -114,7 +130,7 @@ def train_on_files(files: list[Path], vocab_size: int, output: Path) -> dict[str
     started = time.monotonic()
     reports: list[dict] = []
     sample: list[str] = []
-    tokenizer = train_bpe_tokenizer(_read_texts(files, reports, sample), vocab_size)
+    tokenizer = train_bpe_tokenizer(_read_texts(files, reports, sample), vocab_size, prefix_space)
     n_bytes = sum(report["bytes"] for report in reports)
     if not n_bytes:
         raise ValueError(f"no text to train on: all files in {files[0].parent} are empty")
@@ -164,12 +180,16 @@ def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> It
         bar.set_description("merging")
 
 
-def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe_tokenizer(
+    texts: Iterable[str], vocab_size: int, prefix_space: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, the special ones included.
 
     The result does not depend on the order of `texts` or on the number of threads, because merges
     with the same count are sorted by token id. A merge needs a pair that occurs twice, so a small
-    text can give fewer tokens than `vocab_size`. Raise ValueError if `vocab_size` is below 259.
+    text can give fewer tokens than `vocab_size`. With `prefix_space` it puts a space before a text
+    that does not start with one; the vocabulary is the same. Raise ValueError if `vocab_size` is
+    below 259.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -186,6 +206,8 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # only now, because the training texts are parts of documents, which need no space
+    tokenizer.pre_tokenizer.add_prefix_space = prefix_space
     bos = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
@@ -200,12 +222,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
     transformers only looks for the config next to a file of that name. `unk_token` is null because
     every byte has a token, and because GPT2TokenizerFast would otherwise add "<|endoftext|>".
+    Transformers 4 resets `add_prefix_space` in the tokenizer file to the value in this one.
     """
     write_text(path, tokenizer.to_str())
     if path.name == "tokenizer.json":
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **SPECIAL_TOKENS,
+            "add_prefix_space": adds_prefix_space(tokenizer),
             "unk_token": None,
             "clean_up_tokenization_spaces": False,
             "padding_side": "right",

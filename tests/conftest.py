@@ -124,6 +124,17 @@ def tokenizer(tokenizer_file):
 
 
 @pytest.fixture(scope="session")
+def spaced_tokenizer(tmp_path_factory):
+    """Return the same tokenizer, trained with prefix_space."""
+    from babyllama.data.tokenizer import load_tokenizer
+    from train_tokenizer import train_bpe_tokenizer
+
+    path = tmp_path_factory.mktemp("spaced") / "tokenizer.json"
+    train_bpe_tokenizer(sentences(500), vocab_size=400, prefix_space=True).save(str(path))
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
     """Return a folder with train/toy.train and dev/toy.dev: documents of ten sentences."""
     root = tmp_path_factory.mktemp("corpus")

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SHARED, sentences, write_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from babyllama.data import documents
@@ -25,8 +26,10 @@ from train_tokenizer import train_bpe_tokenizer
 def encode_texts(processor: DataProcessor, texts: list[str]) -> list[int]:
     """Return BOS, the ids of a text that is encoded at once, and EOS, for each text."""
     token_ids: list[int] = []
+    backend = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
     for text in texts:
-        token_ids += [1, *processor._backend.encode(text, add_special_tokens=False).ids, 2]
+        token_ids += [1, *backend.encode(text, add_special_tokens=False).ids, 2]
     return token_ids
 
 
@@ -39,12 +42,12 @@ def split_into_chunks(token_ids: list[int], length: int) -> list[list[int]]:
 # ---- one text -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def newline_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "prefix space"])
+def newline_tokenizer(request) -> PreTrainedTokenizerFast:
     """Return a tokenizer that merges newlines and blanks too, which reveals a wrong cut."""
     pairs = zip(sentences(300), sentences(300, seed=1), strict=True)
     texts = [f"{first}\n\n\n{second}  \n\n{first}\n \n{second}\n\n" for first, second in pairs]
-    backend = train_bpe_tokenizer(texts, vocab_size=500)
+    backend = train_bpe_tokenizer(texts, vocab_size=500, prefix_space=request.param)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
 
@@ -112,10 +115,13 @@ def test_load_text_files_returns_a_row_per_document(tokenizer, tmp_path):
 # ---- data sets ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize(
+    ("fixture", "clean"), [("tokenizer", False), ("tokenizer", True), ("spaced_tokenizer", False)]
+)
 def test_prepare_dataset_equals_tokenizing_one_document_at_a_time(
-    tokenizer, corpus_dir, tmp_path, monkeypatch, clean
+    request, corpus_dir, tmp_path, monkeypatch, fixture, clean
 ):
+    tokenizer = request.getfixturevalue(fixture)
     monkeypatch.setattr(documents, "PART", 200)  # a document has many parts
     train = tmp_path / "train"
     train.mkdir()

@@ -27,7 +27,9 @@ def test_the_stream_is_the_text_of_generate(loaded, temperature):
     assert (len(set(texts)) == 1) == (temperature == 0)
 
 
-def test_streamed_pieces_hold_complete_characters(tiny_model, tokenizer):
+@pytest.mark.parametrize("fixture", ["tokenizer", "spaced_tokenizer"])
+def test_streamed_pieces_hold_complete_characters(tiny_model, fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
     text = "naïve 🙂 世界 done"
     text_ids = encode(tokenizer, [text])[0] + [tokenizer.eos_token_id]
     model = tiny_model("Llama").train()  # overfit this one text
@@ -42,6 +44,7 @@ def test_streamed_pieces_hold_complete_characters(tiny_model, tokenizer):
         )
     )
     assert "".join(pieces) == text
+    assert generate_texts(model, tokenizer, [""], temperature=0)[0][0] == text
     assert len(text_ids) > len(text) + 5  # characters of several bytes are several tokens here
     assert not any("\ufffd" in piece for piece in pieces)
     assert max(map(len, pieces)) < 8  # it came as it was made

@@ -19,6 +19,7 @@ import create_synthetic_data
 import train
 from babyllama.cli import EXIT_INTERRUPTED
 from babyllama.config import check_config, unusual_values
+from babyllama.data.tokenizer import byte_lengths
 from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
 from babyllama.training.chunks import collate_chunks
@@ -27,6 +28,7 @@ from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_dir import METRICS_FILE, checkpoints
 from babyllama.training.trainer import LMTrainer, TrainingError
+from data_utils import DataProcessor
 
 SHIPPED = {
     path.stem: path
@@ -192,6 +194,27 @@ def test_evaluation_is_exact_for_any_batch_size(kind):
         count = sum(int(n_bytes[t]) for row in rows for t in row["input_ids"][1:])
         assert scores["bytes"] == count
         assert scores["bits_per_byte"] == pytest.approx(expected / math.log(2) / count, rel=1e-6)
+
+
+def test_held_out_bytes_are_those_of_the_text_without_the_added_spaces(
+    spaced_tokenizer, corpus_dir, tmp_path
+):
+    processor = DataProcessor(spaced_tokenizer, tmp_path)
+    folders = (str(corpus_dir / "train"), str(corpus_dir / "dev"))
+    rows = processor.prepare_dataset(*folders, max_length=7, clean=False)["validation"]
+    lengths = torch.as_tensor(byte_lengths(spaced_tokenizer))
+    scores = evaluate_chunks(build_tiny_model("Llama"), rows.with_format("numpy"), lengths, 64)
+
+    # count in the decoded text, in which <s> stands before the added space
+    first_tokens = [row[0] for row in rows["input_ids"]]
+    token_ids = np.concatenate(rows["input_ids"])
+    text = spaced_tokenizer.decode(token_ids).replace("<s> ", "").replace("</s>", "")
+    expected = len(text.encode())
+    for previous, token_id in zip([2, *token_ids[6::7]], first_tokens, strict=False):
+        token = spaced_tokenizer.decode([token_id], skip_special_tokens=True)
+        expected -= len(token.encode()) - (previous == 1)
+    assert scores["bytes"] == expected
+    assert 1 in first_tokens and 1 in token_ids[6::7], "a chunk starts and one ends with <s>"
 
 
 def make_trainer(tmp_path, model, rows, loss=None, **training) -> LMTrainer:

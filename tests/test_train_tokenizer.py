@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import create_synthetic_data
 import prepare_data
 import train_tokenizer
-from babyllama.data.tokenizer import load_tokenizer
+from babyllama.data.tokenizer import adds_prefix_space, load_tokenizer
 from babyllama.files import sha256
 from train_tokenizer import main, train_bpe_tokenizer
 
@@ -193,8 +193,8 @@ def facts(tokenizer) -> tuple:
     )
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=[(), ("--prefix-space",)], ids=["plain", "prefix space"])
+def written(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     (folder / "toy.train").write_text("\n".join(sentences(500)), encoding="utf-8")
     assert (
@@ -206,6 +206,7 @@ def written(tmp_path_factory) -> Path:
                 "350",
                 "--output",
                 str(folder / "m" / "tokenizer.json"),
+                *request.param,
             ]
         )
         == 0
@@ -217,7 +218,12 @@ def test_every_way_of_loading_gives_the_same_ids(written, tmp_path):
     from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
     expected = facts(load_tokenizer(written))
-    assert expected[2] == SAMPLES
+    if adds_prefix_space(load_tokenizer(written).backend_tokenizer):
+        # the special token divides a text into two, of which the second starts with a space already
+        with_space = [f" {text}" if text and text[0] not in " <" else text for text in SAMPLES]
+        assert expected[2] == with_space
+    else:
+        assert expected[2] == SAMPLES
     assert expected[3] == ("<s>", "</s>", "<pad>", None)
     assert expected[4] == (1, 2, 0, 350)
     load_tokenizer(written).save_pretrained(tmp_path / "saved")
@@ -231,6 +237,19 @@ def test_every_way_of_loading_gives_the_same_ids(written, tmp_path):
                 kind.__name__,
                 folder.name,
             )
+
+
+def test_with_a_prefix_space_the_first_word_has_its_token_inside_a_text():
+    texts = sentences(500)
+    plain = train_bpe_tokenizer(texts, 400)
+    spaced = train_bpe_tokenizer(texts, 400, prefix_space=True)
+    assert spaced.get_vocab() == plain.get_vocab()
+    (inside,) = plain.encode(" cat", add_special_tokens=False).ids
+    assert plain.encode("cat", add_special_tokens=False).ids != [inside]
+    assert spaced.encode("cat", add_special_tokens=False).ids == [inside]
+    assert spaced.encode(" cat", add_special_tokens=False).ids == [inside]
+    assert spaced.encode("cat cat").ids == [1, inside, inside]
+    assert spaced.encode("").ids == [1]
 
 
 def test_a_model_directory_of_each_architecture_loads_the_same_tokenizer(model_dirs, tokenizer):

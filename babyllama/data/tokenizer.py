@@ -1,10 +1,11 @@
-"""Load the tokenizers that train_tokenizer.py trains."""
+"""Load the tokenizers that train_tokenizer.py trains, and encode the parts of documents."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from babyllama.files import sha256
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
@@ -60,6 +62,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         padding_side="right",
         clean_up_tokenization_spaces=False,
+        add_prefix_space=adds_prefix_space(backend),
         unk_token=None,
         **present,
     )
@@ -75,6 +78,35 @@ def _tokenizer_class() -> type[PreTrainedTokenizerFast]:
     import transformers
 
     return type("PreTrainedTokenizerFast", (transformers.PreTrainedTokenizerFast,), {})
+
+
+def adds_prefix_space(backend: Tokenizer | None) -> bool:
+    """Return True if a byte-level tokenizer puts a space before a text that has none there."""
+    return getattr(getattr(backend, "pre_tokenizer", None), "add_prefix_space", False)
+
+
+def part_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of the tokenizer's backend that encodes parts of documents as they are.
+
+    It truncates and pads nothing, reads "</s>" as text, and adds no space before a part. See
+    document_parts for the space before a document.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    if adds_prefix_space(backend):
+        backend.pre_tokenizer.add_prefix_space = False
+    return backend
+
+
+def document_parts(parts: Iterable[str], prefix_space: bool) -> Iterator[str]:
+    """Yield the parts of a document; with `prefix_space` the first one starts with a space."""
+    for number, part in enumerate(parts):
+        adds_space = prefix_space and number == 0 and not part.startswith(" ")
+        yield " " + part if adds_space else part
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -107,12 +139,16 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Return how many bytes of text each token id stands for: int64 (V,), 0 for special tokens.
 
-    The lengths of a text's tokens add up to its length in UTF-8. Raise ValueError for a tokenizer
-    that is not byte-level.
+    The lengths of a text's tokens, BOS included, add up to its length in UTF-8. So BOS has length
+    -1 if the tokenizer adds a space after it. (A text that starts with a space has the same tokens
+    as without; that space is not counted.) Raise ValueError for a tokenizer that is not byte-level.
     """
     import numpy as np
 
-    return np.array([len(text) for text in token_bytes(tokenizer)], dtype=np.int64)
+    lengths = np.array([len(text) for text in token_bytes(tokenizer)], dtype=np.int64)
+    if adds_prefix_space(tokenizer.backend_tokenizer) and tokenizer.bos_token_id is not None:
+        lengths[tokenizer.bos_token_id] = -1
+    return lengths
 
 
 def vocabulary_difference(

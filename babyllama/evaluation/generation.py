@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import StaticCache
 
 from babyllama.architectures import MODEL_TYPES
+from babyllama.data.tokenizer import adds_prefix_space
 from babyllama.evaluation.loading import check_ids, context_length, encode
 from babyllama.evaluation.scoring import float32_inference
 
@@ -47,8 +48,9 @@ def generate(
     """Return `num_return_sequences` continuations of each prompt, without the prompt.
 
     A text ends at EOS, after `max_new_tokens`, or when the context is full. An empty prompt starts
-    from BOS. Temperature 0 always takes the most likely token. Each text has a random stream to
-    itself, so the result depends on `seed` but not on `batch_size`.
+    from BOS, and a space that the tokenizer would put there is removed. Temperature 0 always takes
+    the most likely token. Each text has a random stream to itself, so the result depends on `seed`
+    but not on `batch_size`.
     """
     for name, value in {
         "num_return_sequences": num_return_sequences,
@@ -78,7 +80,8 @@ def generate(
                 stop=stop_ids(model, tokenizer),
             )
             for row, tokens in zip(batch, zip(*steps, strict=True), strict=True):
-                texts[row] = decode(tokenizer, [token for token in tokens if token is not None])
+                new_ids = [token for token in tokens if token is not None]
+                texts[row] = decode_continuation(tokenizer, rows[row], new_ids)
     starts = range(0, len(texts), num_return_sequences)
     return [texts[start : start + num_return_sequences] for start in starts]
 
@@ -86,6 +89,18 @@ def generate(
 def decode(tokenizer, ids: Sequence[int]) -> str:
     """Return the text of token ids, without special tokens and with its spaces unchanged."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def decode_continuation(tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text of token ids that continue a prompt.
+
+    After nothing but BOS, the space that the tokenizer puts before a text is removed.
+    """
+    text = decode(tokenizer, ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if adds_prefix_space(backend) and list(prompt_ids) == [tokenizer.bos_token_id]:
+        return text.removeprefix(" ")
+    return text
 
 
 def stop_ids(model, tokenizer) -> set[int]:

@@ -31,8 +31,8 @@ def evaluate_chunks(
     """Return the loss of a model on full chunks.
 
     Every token of a chunk except the first is predicted from the tokens before it, or only from
-    those of its document if `document_bos_id` is the id of BOS. `byte_lengths` (V,) holds the
-    number of UTF-8 bytes of each token. With `across_ranks` the processes share the work, and all
+    those of its document if `document_bos_id` is the id of BOS. `byte_lengths` (V,) is that of
+    data/tokenizer.py. With `across_ranks` the processes share the work, and all
     of them return the same result.
 
 
@@ -63,7 +63,9 @@ def evaluate_chunks(
         input_ids = batch["input_ids"]
         nll += loss(model, input_ids.to(model.device)).item()
         tokens += input_ids[:, 1:].numel()
-        n_bytes += byte_lengths[input_ids[:, 1:]].sum().item()
+        # the -1 of a BOS corrects the token after it
+        n_bytes += byte_lengths[input_ids[:, 1:]].clamp(min=0).sum().item()
+        n_bytes += byte_lengths[input_ids[:, :-1]].clamp(max=0).sum().item()
     model.train(was_training)
     if across_ranks:
         # float64 counts exactly up to 2**53

@@ -67,6 +67,15 @@ def test_byte_lengths_sum_to_the_bytes_of_a_text(tokenizer, text):
         assert lengths[ids].sum() == len(text.encode())
 
 
+@given(text=st.text())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_byte_lengths_count_no_space_that_the_tokenizer_adds(spaced_tokenizer, text):
+    lengths = byte_lengths(spaced_tokenizer)
+    ids = spaced_tokenizer.backend_tokenizer.encode(text).ids
+    if text and not any(token in text for token in ("<s>", "</s>", "<pad>")):
+        assert lengths[ids].sum() == len(text.removeprefix(" ").encode())
+
+
 def test_byte_lengths_refuses_a_tokenizer_that_is_not_byte_level():
     word_level = Tokenizer(models.WordLevel({"naïve cat": 0, "x": 1}, unk_token="x"))
     with pytest.raises(ValueError, match="byte-level"):
@@ -82,13 +91,21 @@ def test_every_directory_of_a_run_names_a_class_that_transformers_4_knows(finish
 
 
 @pytest.mark.skipif(not OLD_PYTHON, reason="BABYLLAMA_OLD_TRANSFORMERS is not set")
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+@pytest.mark.parametrize(
+    ("kind", "fixture"),
+    [
+        ("Llama", "tokenizer"),
+        ("GPT2", "tokenizer"),
+        ("GPTJ", "tokenizer"),
+        ("Llama", "spaced_tokenizer"),
+    ],
+)
 def test_models_compute_the_same_in_the_release_of_babylm_s_pipeline(
-    kind, tokenizer_file, tmp_path
+    kind, fixture, request, tmp_path
 ):
     """BABYLLAMA_OLD_TRANSFORMERS names a Python that has transformers 4.51.3."""
     text = "The cat, naïve as ever,\n sat  on it. <s> 42"
-    tokenizer = load_tokenizer(tokenizer_file)
+    tokenizer = request.getfixturevalue(fixture)
     model = build_tiny_model(kind)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -58,14 +58,15 @@ def test_words_of_every_chunk(tmp_path_factory, monkeypatch, tokenizer, texts, l
         assert counts.per_chunk(offset).tolist() == expected
 
 
-@pytest.mark.parametrize("normalizer", [None, "NFC"])
-def test_the_words_of_a_report_are_those_of_the_tokens(tmp_path, tokenizer, normalizer):
+@pytest.mark.parametrize("change", [None, "NFC", "prefix space"])
+def test_the_words_of_a_report_are_those_of_the_tokens(tmp_path, tokenizer, change):
     """Of each file and in total: NFC changes the text, but not its words."""
     from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
 
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    if normalizer:
+    backend.pre_tokenizer.add_prefix_space = change == "prefix space"
+    if change == "NFC":
         backend.normalizer = normalizers.NFC()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"

@@ -9,8 +9,10 @@ from conftest import build_tiny_model
 
 from babyllama.evaluation import fast_choices
 from babyllama.evaluation.fast_choices import fast_sums, relative_scores, skip_shared_tokens
+from babyllama.evaluation.minimal_pairs import score_candidates
 from babyllama.evaluation.prefix_tree import build_trees, tree_inputs
 from babyllama.evaluation.scoring import ids_logprobs
+from babyllama.evaluation.tasks import Item
 
 
 def make_items(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
@@ -92,6 +94,16 @@ def test_a_row_of_a_prefix_tree_worked_by_hand():
         [1, 1, 0, 1, 0],
         [0, 0, 0, 0, 1],
     ]
+
+
+def test_a_prefix_space_scores_a_reading_word_like_a_word_in_a_sentence(spaced_tokenizer):
+    model = build_tiny_model("Llama")
+    words = [Item("reading", ("The", "The cat"), ("cat", "sees"))]
+    with_space = [Item("reading", ("The", "The cat"), (" cat", " sees"))]
+    assert len(spaced_tokenizer.encode("cat", add_special_tokens=False)) == 1
+    official, _ = score_candidates(model, spaced_tokenizer, words, scoring="word")
+    expected, _ = score_candidates(model, spaced_tokenizer, with_space)
+    assert official == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("tile", [fast_choices.CPU_HEAD_TILE, (7, 33)])

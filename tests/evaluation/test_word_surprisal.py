@@ -72,7 +72,9 @@ def naive_rows(model, tokenizer, text: str) -> list[tuple[str, float, float, int
     return rows
 
 
-def test_surprisal_equals_an_enumeration_of_the_vocabulary(model, tokenizer):
+@pytest.mark.parametrize("fixture", ["tokenizer", "spaced_tokenizer"])
+def test_surprisal_equals_an_enumeration_of_the_vocabulary(model, fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
     rows = word_surprisal(model, tokenizer, TEXTS)
     for number, text in enumerate(TEXTS, 1):
         expected = naive_rows(model, tokenizer, text)
