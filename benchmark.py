@@ -33,6 +33,7 @@ import argparse
 import datetime
 import functools
 import gc
+import json
 import logging
 import re
 import statistics
@@ -320,7 +321,9 @@ def run(
             suite = BenchmarkSuite(path, args.device, tasks, args.seed)
             results = suite.run_all_benchmarks()
             facts = model_facts(suite)
-            write_predictions(suite, output.parent / "results" / folders[path])
+            prediction_folder = output.parent / "results" / folders[path]
+            if write_predictions(suite, prediction_folder):
+                log.info("  predictions: %s", prediction_folder)
             scores[name] = suite.scores
             add_model(document, name, results, facts, compare_with_first(tasks, scores, args.seed))
         except Exception as error:  # whatever is wrong with this model, keep the other results
@@ -427,10 +430,11 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     }
 
 
-def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
-    """Write predictions.json of each BabyLM task into the folder of the model."""
+def write_predictions(suite: BenchmarkSuite, folder: Path) -> int:
+    """Write predictions.json of each BabyLM task into the folder of the model; return how many."""
     from babyllama.files import write_json
 
+    written = 0
     for name, task in suite.tasks.items():
         official = TASKS[task.type].official if task.type in TASKS else ""
         if not official or "path" not in task.options:
@@ -442,6 +446,26 @@ def write_predictions(suite: BenchmarkSuite, folder: Path) -> None:
             task.type, task.items, suite.scores[name], suite.seed
         )
         write_json(task_folder / "predictions.json", predictions)
+        written += 1
+    return written
+
+
+def check_nothing_is_lost(output: Path, models: list[str], tasks: dict[str, BenchmarkTask]) -> None:
+    """Raise ValueError if the file holds results of models or tasks that this run does not measure.
+
+    Results cannot be added to the file, because a comparison needs the scores of all items.
+    """
+    if not output.is_file() or not output.stat().st_size:
+        return
+    earlier = json.loads(output.read_bytes())
+    lost = [task for task in earlier.get("configs", ()) if task not in tasks]
+    if isinstance(earlier["results"], dict):
+        lost += [model for model in earlier["results"] if model not in models]
+    if lost:
+        raise ValueError(
+            f"{output} has results that this run would delete ({', '.join(lost)}); name another "
+            "file with --output, or add --overwrite"
+        )
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -471,6 +495,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag("tasks", nargs="+", metavar="TASK", help="run only these of the declared tasks")
     add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add_flag("seed", type=int, default=0, help="seed of samples and intervals (default 0)")
+    add_flag(
+        "overwrite",
+        action="store_true",
+        help="replace a file that has results of other tasks or models",
+    )
     return parser
 
 
@@ -509,13 +538,15 @@ def main(argv: list[str] | None = None) -> int:
                 f"--output {output} is not a .json file; the page and the chart get its name"
             )
         args.models = in_training_order(args.models)
-        short_names(args.models)  # raises ValueError if a model is named twice
+        names = short_names(args.models)  # raises ValueError if a model is named twice
 
         from babyllama.device import pick_device
         from babyllama.evaluation.report import text_report
         from babyllama.files import check_results_file
 
         check_results_file(output, "--output")
+        if not args.overwrite:
+            check_nothing_is_lost(output, names, tasks)
         pick_device(args.device)
 
         document, written = run(args, tasks, output)

@@ -33,6 +33,7 @@ from typing import Any
 from babyllama.cli import add_flag, check_at_least, run_script
 from babyllama.data.documents import find_files, new_report, read_documents
 from babyllama.files import (
+    check_model_exists,
     check_results_file,
     describe_environment,
     nan_to_null,
@@ -588,10 +589,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Check the request, evaluate, write the JSON file and the plots, and print the report."""
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0})
-    if not Path(args.model, "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {args.model}: expected a directory with config.json and weights"
-        )
+    check_model_exists(Path(args.model))
     default_name = "word_surprisal.csv" if args.surprisal else "evaluation_results.json"
     output = Path(args.output_path or Path(args.model) / default_name)
     if output.is_dir():

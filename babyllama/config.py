@@ -39,12 +39,21 @@ class ConfigError(ValueError):
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "did you mean X?" with the nearest known word, or a list of all known words."""
+    """Return "did you mean X?" with the nearest known word, or a list of all known words.
+
+    A known word that has the initials of `word` is near too: learning_rate means lr.
+    """
     known = list(known)
-    nearest = difflib.get_close_matches(word, known, n=1)
+    initials = "".join(part[:1] for part in word.split("_"))
+    nearest = difflib.get_close_matches(word, known, n=1) or [w for w in known if w == initials]
     if nearest:
         return f"did you mean {prefix}{nearest[0]}?"
     return f"known: {', '.join(prefix + name for name in known)}"
+
+
+def seen_from(path: str | Path) -> str:
+    """Return " in <working directory>" for a relative path, to say where it was looked for."""
+    return "" if os.path.isabs(path) else f" in {os.getcwd()}"
 
 
 # ---- reading YAML -------------------------------------------------------------------------------
@@ -103,16 +112,19 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError([f"{position}not valid YAML: {problem}"], source) from None
 
 
-def read_yaml_file(path: str | Path) -> Any:
+def read_yaml_file(path: str | Path, holds_tasks: bool = False) -> Any:
     """Return the content of a YAML file.
 
-    If it does not exist, raise FileNotFoundError that suggests one of the shipped configurations.
+    If it does not exist, raise FileNotFoundError that suggests one of the shipped files: a
+    benchmark if `holds_tasks`, else a configuration.
     """
     path = Path(path)
     if not path.is_file():
-        shipped = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
-        problem = "is a directory" if path.is_dir() else "no such configuration file"
-        raise FileNotFoundError(f"{path}: {problem}; {suggest(path.name, shipped, 'config/')}")
+        problem = "is a directory" if path.is_dir() else f"no such file{seen_from(path)}"
+        files = sorted((ROOT / "config").glob("*.yaml"))
+        shipped = [p.name for p in files if p.name.startswith("benchmark") == holds_tasks]
+        folder = os.path.relpath(ROOT / "config")
+        raise FileNotFoundError(f"{path}: {problem}; {suggest(path.name, shipped, f'{folder}/')}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         problem = f"larger than {MAX_CONFIG_BYTES:,} bytes: not a configuration"
         raise ConfigError([problem], str(path))

@@ -7,6 +7,7 @@ the environment that a result came from.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -216,6 +217,18 @@ def sha256(path: Path) -> str:
 def is_model(folder: str | Path) -> bool:
     """Return True if a directory holds a model that can be loaded: a config.json and weights."""
     return Path(folder, "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
+
+
+def check_model_exists(path: Path) -> None:
+    """Raise FileNotFoundError, with the nearest name beside it, if `path` is no model directory."""
+    if (path / "config.json").is_file():
+        return
+    models = [file.parent.name for file in path.parent.glob("*/config.json")]
+    nearest = difflib.get_close_matches(path.name, models, n=1)
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    raise FileNotFoundError(
+        f"no model at {path}: expected a directory with config.json, weights, tokenizer.json{hint}"
+    )
 
 
 def weights_sha256(folder: str | Path) -> str:

@@ -485,6 +485,7 @@ def test_a_single_model_gets_its_results_in_its_directory(
     assert (model / "benchmark.html").is_file()
     folder = model / "results/run/chck_2M/zero_shot/causal/blimp/blimp_fast"
     assert (folder / "predictions.json").is_file()
+    assert f"predictions: {folder.parents[3]}\n" in capsys.readouterr().err
 
 
 TASKS_OF_2026 = {
@@ -557,7 +558,8 @@ def test_two_models_with_the_same_weights_get_a_note(model_dirs, blimp_flags, tm
             ["--tasks", "completon"],
             "--tasks completon: not declared; declared: completion, consistency",
         ),
-        (["--benchmark-config", "no.yaml"], "no such configuration file"),
+        (["--benchmark-config", "no.yaml"], "no.yaml: no such file in "),
+        (["--benchmark-config", "bnchmark.yaml"], "config/benchmark.yaml?"),
         (["MODEL"], "this model is named twice"),
         (["--output", "x.txt"], "is not a .json file"),
         (["--output", "folder.json"], "is not a .json file"),
@@ -583,6 +585,26 @@ def test_a_mistake_gets_only_error_lines(
     assert message in err
     assert all(line.startswith("error: ") for line in err.splitlines())
     assert not (model_dirs["Llama"] / "benchmark.json").exists()
+
+
+def test_results_of_other_tasks_or_models_are_not_deleted_unasked(
+    model_dirs, blimp_flags, tmp_path, capsys
+):
+    output = tmp_path / "b.json"
+    flags = ["--output", str(output), "--device", "cpu"]
+    llama = str(model_dirs["Llama"])
+    assert benchmark.main([llama, *blimp_flags, *flags]) == 0
+    assert benchmark.main([llama, *blimp_flags, *flags]) == 0  # the same tasks are measured again
+    before = output.read_bytes()
+    capsys.readouterr()
+    repetition = ["--tasks", "repetition"]
+    assert benchmark.main([llama, *repetition, *flags]) == 2
+    assert "has results that this run would delete (blimp); name" in capsys.readouterr().err
+    assert benchmark.main([str(model_dirs["GPT2"]), *blimp_flags, *flags]) == 2
+    assert "has results that this run would delete (Llama); name" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert benchmark.main([llama, *repetition, *flags, "--overwrite"]) == 0
+    assert "repetition" in json.loads(output.read_text())["results"]["Llama"]
 
 
 def test_earlier_results_stay_if_every_model_fails(tmp_path, capsys):

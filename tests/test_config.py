@@ -1,6 +1,8 @@
 """The schema and its errors: every shipped YAML, every rule, every kind of wrong value."""
 
 import json
+import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +168,19 @@ def test_yaml_errors_name_line_and_column(config_file, text, expected):
 def test_a_missing_file_suggests_the_nearest_config():
     with pytest.raises(FileNotFoundError, match=r"did you mean config/llama-10M\.yaml\?"):
         load_config("config/llama10M.yaml")
+
+
+def test_a_missing_file_is_looked_for_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = os.path.relpath(ROOT / "config" / "llama-10M.yaml")
+    message = f"config/llama-10M.yaml: no such file in {tmp_path}; did you mean {shipped}?"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        load_config("config/llama-10M.yaml")
+
+
+def test_initials_are_understood():
+    with pytest.raises(ConfigError, match=r"unknown key; did you mean training\.lr\?"):
+        check_config(raw(training__learning_rate=1e-3))
 
 
 def test_the_command_line_beats_the_file(config_file):

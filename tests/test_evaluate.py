@@ -429,10 +429,7 @@ def test_the_flags_reach_the_results(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["nowhere"],
-            "error: no model at nowhere: expected a directory with config.json and weights",
-        ),
+        (["nowhere"], "error: no model at nowhere: expected a directory with config.json, weights"),
         (["RUN", "--eval-data", "nowhere"], "error: no held-out text at nowhere"),
         (["RUN", "--num-samples", "0"], "error: --num-samples 0 must be 1 or more"),
         (

@@ -120,7 +120,7 @@ def load_tasks(config: str | Path | dict | None = None) -> dict[str, BenchmarkTa
         raw = config
     else:
         source = str(config or BUILT_IN)
-        raw = read_yaml_file(source)
+        raw = read_yaml_file(source, holds_tasks=True)
     declared = raw.get("tasks") if isinstance(raw, dict) and set(raw) == {"tasks"} else None
     if not isinstance(declared, dict) or not declared:
         raise ConfigError(

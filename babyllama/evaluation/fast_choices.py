@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from babyllama.device import fast_dtype
 from babyllama.evaluation.loading import check_ids, context_length
@@ -167,7 +168,10 @@ def fast_sums(
 
     trees = build_trees([text[:-1] for text in ids], context_length(model))
     with float32_inference(model), _eager_attention_on_a_cpu(model):
-        for batch in batches(trees, lambda tree: len(tree.tokens), default_batch_tokens(model)):
+        tree_batches = list(
+            batches(trees, lambda tree: len(tree.tokens), default_batch_tokens(model))
+        )
+        for batch in tqdm(tree_batches, desc="scoring", disable=None, delay=5):
             states = _tree_states(model, body_weights, batch)  # (B*T, D)
 
             # the state at the place of a token predicts the next token of its text

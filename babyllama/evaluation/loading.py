@@ -18,7 +18,7 @@ import torch
 
 from babyllama.config import read_yaml_file
 from babyllama.device import keep_freed_memory, pick_device
-from babyllama.files import ROOT
+from babyllama.files import ROOT, check_model_exists
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,7 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
 def _check_model_dir(path: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is unknown: use {", ".join(DTYPES)}')
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {path}: expected a directory with config.json, weights, tokenizer.json"
-        )
+    check_model_exists(path)
     if not any(path.glob("*.safetensors")):
         raise FileNotFoundError(
             f"{path} has no .safetensors weights (pickled .bin files are not opened)"

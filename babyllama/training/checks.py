@@ -11,7 +11,7 @@ import hashlib
 import logging
 from pathlib import Path
 
-from babyllama.config import ConfigError
+from babyllama.config import ConfigError, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.training import distributed
@@ -32,15 +32,15 @@ def check_inputs(config: dict) -> dict | None:
         if not Path(data[key]).exists():
             size = "100m" if config.get("babylm", {}).get("track") == "strict" else "10m"
             raise FileNotFoundError(
-                f"{data[key]} not found (data.{key}): prepare the text first: "
-                f"python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
+                f"{data[key]} not found{seen_from(data[key])} (data.{key}): prepare the text "
+                f"first: python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
                 f"--output-dir {Path(data['train_path']).parent} --tokenizer-output {tokenizer}, "
                 "or python create_synthetic_data.py"
             )
     if not Path(tokenizer).exists():
         raise FileNotFoundError(
-            f"{tokenizer} not found (data.tokenizer_path): train a tokenizer first: "
-            f"python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
+            f"{tokenizer} not found{seen_from(tokenizer)} (data.tokenizer_path): train a tokenizer "
+            f"first: python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
         )
     distillation = config.get("distillation")
     # with a cache the teachers may have been deleted after they filled it

@@ -42,6 +42,11 @@ def test_loading_prints_nothing(model_dirs):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_missing_model_suggests_the_nearest_one(model_dirs):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json; did you mean .*/Llama\?"):
+        load_model(model_dirs["Llama"].with_name("LLama"))
+
+
 def test_load_model_names_the_missing_file(model_dirs, tmp_path):
     message = r"no model at .*gpt2: expected a directory with config\.json"
     with pytest.raises(FileNotFoundError, match=message):

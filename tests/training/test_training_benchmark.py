@@ -139,7 +139,7 @@ def test_a_benchmark_that_cannot_be_scored_is_an_error_before_training(
         assert message in line
     (tmp_path / "tasks.yaml").unlink()
     assert train.main(["--config", str(path)]) == 2
-    assert "no such configuration file" in errors_of(capsys)[0]
+    assert "no such file; known: config/benchmark" in errors_of(capsys)[0]
     assert not (tmp_path / "models").exists()
 
 
