@@ -101,6 +101,18 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), ["N"])
 
 
+class _Dumper(yaml.SafeDumper):
+    """Write YAML that _Loader reads back: the text `1e5` gets quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def format_yaml(value: Any) -> str:
+    """Return a value as YAML that parse_yaml turns into the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Return the value of a YAML text; raise ConfigError with the line of a syntax error."""
     try:

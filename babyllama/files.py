@@ -74,6 +74,14 @@ def read_utf8(path: Path, advice: str) -> str:
         raise ValueError(f"{path}: {error.strerror}; {advice}") from None
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raise ValueError if it is not valid JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: brackets are nested too deeply") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8 with Unix line endings, and flush it to disk."""
     with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
@@ -138,8 +146,7 @@ def check_results_file(file: Path, flag: str, is_ours: Callable | None = None) -
 def holds_results(file: Path) -> bool:
     """Return True if a script may have written this file: it is empty, or has the key "results"."""
     try:
-        content = file.read_bytes()
-        return not content or "results" in json.loads(content)
+        return not file.stat().st_size or "results" in read_json(file)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -169,6 +176,7 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
     except OSError as error:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s): start one process only", folder, error.strerror)
     try:
+        (folder / OWNER_FILE).unlink(missing_ok=True)  # it might be a link
         (folder / OWNER_FILE).write_text(f"{platform.node()} {os.getpid()}\n", encoding="utf-8")
         yield
     finally:

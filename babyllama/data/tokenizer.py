@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.files import sha256
+from babyllama.files import read_json, sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +22,7 @@ def tokenizer_sources(path: str | Path) -> list[dict] | None:
     """Return the files that a tokenizer was trained on, or None if there is no matching record."""
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
-        record = json.loads(tokenizer_record_path(file).read_text(encoding="utf-8"))
+        record = read_json(tokenizer_record_path(file))
         return record["sources"] if record["tokenizer_sha256"] == sha256(file) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -49,23 +48,30 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"{file}: no such tokenizer; train one with: {command}")
     try:
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except (KeyboardInterrupt, SystemExit):
+        ids = backend.get_vocab().values()
+        present = {
+            name: token
+            for name, token in SPECIAL_TOKENS.items()
+            if backend.token_to_id(token) is not None
+        }
+        tokenizer = _tokenizer_class()(
+            tokenizer_object=backend,
+            padding_side="right",
+            clean_up_tokenization_spaces=False,
+            add_prefix_space=adds_prefix_space(backend),
+            unk_token=None,
+            **present,
+        )
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in the Rust code is not an Exception
         raise ValueError(f"{file}: not a valid tokenizer.json ({error})") from None
-    present = {
-        name: token
-        for name, token in SPECIAL_TOKENS.items()
-        if backend.token_to_id(token) is not None
-    }
-    return _tokenizer_class()(
-        tokenizer_object=backend,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        add_prefix_space=adds_prefix_space(backend),
-        unk_token=None,
-        **present,
-    )
+    if max(ids, default=0) >= len(tokenizer):
+        raise ValueError(
+            f"{file}: token id {max(ids)} is outside 0..{len(tokenizer) - 1}, the ids of its "
+            f"{len(tokenizer)} tokens"
+        )
+    return tokenizer
 
 
 @functools.cache

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_CONTEXT = 2048  # for a model whose config states no limit
+MAX_CONSTANTS = 1 << 28  # numbers that a model computes from its config.json: 1 GB in float32
 
 
 def training_text_of(model_path: str | Path, key: str) -> Path | None:
@@ -53,7 +54,7 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     missing. Raise ValueError if they cannot be read, if the weights do not fit config.json, or if
     the model is not causal.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(path)
     _check_model_dir(path, dtype)
@@ -64,16 +65,16 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet_transformers():
+            _check_sizes(path, AutoConfig.from_pretrained(path, **local))
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, in one line
                 output_loading_info=True,
                 **local,
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **local)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, SizeError):
         raise
     except BaseException as error:  # a Rust panic (corrupted tokenizer.json) is not an Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -96,6 +97,10 @@ def _check_model_dir(path: Path, dtype: str) -> None:
         raise FileNotFoundError(f"{path} has no tokenizer.json; copy it next to the weights")
 
 
+class SizeError(ValueError):
+    """The weights of a model do not have the sizes in its config.json."""
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide progress bars, and the table of all weights that would precede our one-line error."""
@@ -113,12 +118,37 @@ def _quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _check_loaded_weights(path: Path, info: dict) -> None:
-    if info["mismatched_keys"]:
-        name, shape, expected = min(info["mismatched_keys"])
-        raise ValueError(
-            f"{path}: weights {name} have shape {list(shape)}, config.json expects {list(expected)}"
+def _check_sizes(path: Path, config) -> None:
+    """Raise SizeError if config.json does not fit the weights, before any memory is allocated.
+
+    Only the headers of the weights are read, and the model is built without memory (device meta).
+    """
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    shapes = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.offset_keys()}
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > len(shapes):
+        raise SizeError(
+            f"{path}: config.json has {layers:,} layers, the weights only {len(shapes)} tensors"
         )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, weight in sorted(model.state_dict().items()):
+        expected = list(weight.shape)
+        if shapes.get(name, expected) != expected:
+            raise SizeError(
+                f"{path}: weights {name} have shape {shapes[name]}, config.json expects {expected}"
+            )
+    n_constants = sum(buffer.numel() for buffer in model.buffers())  # such as GPT-J's positions
+    if n_constants > MAX_CONSTANTS:
+        raise SizeError(f"{path}: config.json needs {n_constants:,} constants; it is damaged")
+
+
+def _check_loaded_weights(path: Path, info: dict) -> None:
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{path} lacks weights that config.json expects: {names}")

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from babyllama.device import peak_memory_gb, reset_peak_memory
+from babyllama.files import write_text
 from babyllama.training import distributed
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
@@ -71,8 +72,8 @@ class RunLog(TrainerCallback):
         if state.global_step and self.path.is_file():
             rows = _read_rows(self.path)
             self.rows = [row for row in rows if row["step"] <= state.global_step]
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+        rows = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
+        write_text(self.path, "".join(rows))  # a new file, even if a link had this name
 
         # continue the clock from the last row. Every checkpoint has a row, so the steps up to it
         # are all timed, unless somebody truncated or deleted the log
@@ -178,13 +179,15 @@ class RunLog(TrainerCallback):
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a log, up to the first one that was not written completely."""
+    """Yield the rows of a log, up to the first one that is not complete."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except ValueError:
+                row = json.loads(line)
+                float(row["step"] + row["tokens"] + row["seconds"])
+            except (ValueError, LookupError, TypeError, RecursionError):
                 return
+            yield row
 
 
 # ---- Ctrl-C -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ draw samples, and write the metrics, the curves and the model card. Nothing here
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -34,9 +35,12 @@ def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
     Raise ValueError if the log is empty, because without it there is no speed and no curve to
     report. That happens if a finished run is resumed after somebody deleted its log.
     """
-    model.save_pretrained(run_dir)
-    make_weights_readable(run_dir)
-    tokenizer.save_pretrained(run_dir)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".model.") as draft:
+        model.save_pretrained(draft)
+        make_weights_readable(Path(draft))
+        tokenizer.save_pretrained(draft)
+        for file in Path(draft).iterdir():  # a move never leaves half a file, nor follows a link
+            file.replace(run_dir / file.name)
     if not run_log.rows:
         raise ValueError(
             f"{run_log.path} is missing, and there is no step left to train that would write it: "

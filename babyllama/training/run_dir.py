@@ -25,14 +25,14 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from babyllama.config import format_yaml, read_yaml_file
 from babyllama.files import (
     LOCK_FILE,
     OWNER_FILE,
     ROOT,
     check_replaceable,
     is_model,
+    read_json,
     sha256,
     write_json,
     write_text,
@@ -135,10 +135,12 @@ def checkpoint_error(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"saving it did not finish (no {MANIFEST})"
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        files = read_json(manifest)["files"]
         expected = [(folder / name, file["bytes"], file["sha256"]) for name, file in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not expected:
+        return f"{MANIFEST} lists no files"
     for path, size, digest in expected:
         if not path.is_file():
             return f"{path.name} is missing"
@@ -235,12 +237,11 @@ def find_checkpoint(name: str, run_dir: Path) -> Path:
 def _read_run_file(path: Path) -> dict:
     """Read a YAML or JSON file of a run; raise ValueError if it is corrupted."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        content = read_yaml_file(path) if path.suffix == ".yaml" else read_json(path)
         sections = {CONFIG_FILE: content.values(), METRICS_FILE: [content.get("results")]}
         if all(isinstance(section, dict) for section in sections.get(path.name, ())):
             return content
-    except (ValueError, AttributeError, OSError, yaml.YAMLError):
+    except (ValueError, AttributeError, OSError):
         pass
     raise ValueError(f"{path} is corrupted; restore it, or {RETRAIN}")
 
@@ -373,10 +374,11 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
             _set_aside(folder)
         else:
             shutil.rmtree(folder)
-    for draft in run_dir.glob(f".{CONFIG_FILE}.*"):  # of a process that was killed
-        shutil.rmtree(draft, ignore_errors=True)
+    for draft in run_dir.glob(".*.*"):  # of a process that was killed
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
     # the configuration first: it marks the directory as that of a run
-    write_text(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    write_text(run_dir / CONFIG_FILE, format_yaml(config))
     write_json(run_dir / DATA_REPORT_FILE, report)
 
 
@@ -395,7 +397,7 @@ def _set_aside(folder: Path) -> None:
 def training_scores(folder: str | Path) -> dict[str, float | None] | None:
     """Return the held-out scores of a run and the words it has seen; None if it is not finished."""
     try:
-        results = json.loads(Path(folder, METRICS_FILE).read_text(encoding="utf-8"))["results"]
+        results = read_json(Path(folder, METRICS_FILE))["results"]
         return {
             "eval_loss": float(results["eval_loss"]),
             "eval_perplexity": float(results["eval_perplexity"]),
@@ -414,7 +416,7 @@ def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
     section do not count. Return None if the run is not finished or was written by an older version.
     """
     try:
-        metrics = json.loads(Path(folder, METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = read_json(Path(folder, METRICS_FILE))
         config = metrics["config"]
         del config["logging"], config["model"]["name"]
         seed = int(config["training"].pop("seed"))

@@ -10,10 +10,12 @@ configuration is train.py's job.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
+from babyllama.device import is_out_of_memory
 from babyllama.evaluation.generation import generate
 from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
@@ -40,7 +45,7 @@ from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
-from babyllama.training.run_dir import checkpoints, rotate_checkpoints, seal_checkpoint
+from babyllama.training.run_dir import RETRAIN, checkpoints, rotate_checkpoints, seal_checkpoint
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
 # parts of the messages of safetensors and torch.save if a disk is full
@@ -340,8 +345,19 @@ class LMTrainer(Trainer):
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_average(resume_from_checkpoint)
+        with _named_if_unreadable(resume_from_checkpoint):
+            # Trainer reads its state itself, but would end with a traceback
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_average(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _named_if_unreadable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _named_if_unreadable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -351,6 +367,24 @@ class LMTrainer(Trainer):
         if self.average:
             load_model(self.average.module, Path(folder) / AVERAGE_FILE)
             self.average.begun = True  # otherwise the next update would overwrite it
+
+
+@contextlib.contextmanager
+def _named_if_unreadable(checkpoint: str | None) -> Iterator[None]:
+    """Turn whatever a file of a checkpoint makes torch raise into one line.
+
+    The manifest shows that no file has changed since it was saved, so such a file was made by other
+    means. torch's own advice, to unpickle it without weights_only, would run the code in it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | MemoryError) or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: a file in it is damaged, or was not written by this "
+            f"program ({type(error).__name__}); resume from another checkpoint, or {RETRAIN}"
+        ) from error
 
 
 def _disk_full(folder: Path, saved: list[Path]) -> OSError:
