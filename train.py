@@ -35,7 +35,7 @@ from babyllama.config import (
     unusual_values,
     with_defaults,
 )
-from babyllama.files import describe_environment, exclusive_folder
+from babyllama.files import describe_environment, exclusive_folder, weights_sha256
 from babyllama.schema import SECTIONS
 from babyllama.training import distributed
 from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
@@ -404,6 +404,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
         "samples": draw_samples(model, run.data.tokenizer, run.config),
         "data": run.data.report,
         "config": run.config,
+        "weights_sha256": weights_sha256(run.run_dir),
         "environment": describe_environment(),
     }
     write_documents(run.run_dir, metrics, run_log.rows)

@@ -245,6 +245,20 @@ def weights_sha256(folder: str | Path) -> str:
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raise ValueError if a finished run's model is not what its training_metrics.json records."""
+    try:
+        recorded = read_json(Path(folder, "training_metrics.json"))["weights_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # not a run, or one of an older version
+    if not is_model(folder) or weights_sha256(folder) != recorded:
+        raise ValueError(
+            f"{folder}: the weights or config.json have changed since they were trained. Restore "
+            "them, or retrain with --overwrite; if you changed them yourself, move them to another "
+            "directory, without training_metrics.json"
+        )
+
+
 def model_sha256(folder: str | Path) -> str:
     """Return one hash of what a score depends on: the weights and, if any, the tokenizer."""
     tokenizer = Path(folder, "tokenizer.json")

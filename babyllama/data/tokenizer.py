@@ -49,12 +49,14 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     try:
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         ids = backend.get_vocab().values()
+        if max(ids) >= len(ids):  # the library would take memory or time for all ids between
+            raise ValueError(f"it has {len(ids)} tokens, but one with the id {max(ids)}")
         present = {
             name: token
             for name, token in SPECIAL_TOKENS.items()
             if backend.token_to_id(token) is not None
         }
-        tokenizer = _tokenizer_class()(
+        return _tokenizer_class()(
             tokenizer_object=backend,
             padding_side="right",
             clean_up_tokenization_spaces=False,
@@ -66,12 +68,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise
     except BaseException as error:  # a panic in the Rust code is not an Exception
         raise ValueError(f"{file}: not a valid tokenizer.json ({error})") from None
-    if max(ids, default=0) >= len(tokenizer):
-        raise ValueError(
-            f"{file}: token id {max(ids)} is outside 0..{len(tokenizer) - 1}, the ids of its "
-            f"{len(tokenizer)} tokens"
-        )
-    return tokenizer
 
 
 @functools.cache

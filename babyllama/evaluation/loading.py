@@ -18,7 +18,7 @@ import torch
 
 from babyllama.config import read_yaml_file
 from babyllama.device import keep_freed_memory, pick_device
-from babyllama.files import ROOT, check_model_exists
+from babyllama.files import ROOT, check_model_exists, check_weights
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,14 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     """Load (model in eval mode, tokenizer) from a local Hugging Face model directory.
 
     Raise FileNotFoundError if the directory, its .safetensors weights or its tokenizer are
-    missing. Raise ValueError if they cannot be read, if the weights do not fit config.json, or if
-    the model is not causal.
+    missing. Raise ValueError if they cannot be read, if the weights do not fit config.json or have
+    changed since train.py saved them, or if the model is not causal.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(path)
     _check_model_dir(path, dtype)
+    check_weights(path)
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()

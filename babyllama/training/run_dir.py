@@ -31,6 +31,7 @@ from babyllama.files import (
     OWNER_FILE,
     ROOT,
     check_replaceable,
+    check_weights,
     is_model,
     read_json,
     sha256,
@@ -280,9 +281,13 @@ def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
 
 
 def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
-    """Return the metrics if this configuration has been trained on this text already, else None."""
+    """Return the metrics if this configuration has been trained on this text already, else None.
+
+    Raise ValueError if its weights have changed since then.
+    """
     if not (run_dir / METRICS_FILE).is_file() or config_diff(run_dir, config, report):
         return None
+    check_weights(run_dir)
     return _read_run_file(run_dir / METRICS_FILE)
 
 

@@ -32,7 +32,8 @@ def test_load_tokenizer_sets_the_special_tokens_of_the_file(tokenizer_file, tmp_
     content["post_processor"] = None
     special_tokens = content["added_tokens"]
     content["added_tokens"] = [token for token in special_tokens if token["content"] != "<pad>"]
-    del content["model"]["vocab"]["<pad>"]
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<unused>"] = vocabulary.pop("<pad>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.pad_token is None
