@@ -28,10 +28,10 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from babyllama.cli import add_flag, check_at_least, run_script
-from babyllama.data.documents import find_files, new_report, read_documents
+from babyllama.data.documents import domain_of, find_files, new_report, read_documents
 from babyllama.files import (
     check_model_exists,
     check_results_file,
@@ -49,6 +49,7 @@ PASSAGE_CHARS = 2000
 SAMPLE_TOKENS = 40  # tokens of one text whose surprisal is plotted
 DEFAULT_PROMPTS = 10
 PROMPT_WORDS = 4
+MAX_DOMAINS = 12  # that are printed
 FEW_DOCUMENTS = 30  # with fewer of any of these, a note in the report warns about it
 FEW_TOKENS = 1000
 FEW_PROMPTS = 30
@@ -73,7 +74,11 @@ class ModelEvaluator:
         self._cached_scores: list = []
 
     def calculate_perplexity(
-        self, texts: Sequence[str], batch_size: int = 8, documents: Sequence[int] | None = None
+        self,
+        texts: Sequence[str],
+        batch_size: int = 8,
+        documents: Sequence[int] | None = None,
+        domains: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Return perplexity per token and word, nats per token and bits per byte, with intervals.
 
@@ -81,6 +86,8 @@ class ModelEvaluator:
         Intervals resample documents, because texts of one document are alike. `std_loss`,
         `min_loss` and `max_loss` describe the mean losses of the texts, in nats per token. Words
         are separated by white space. A forward pass reads at most `batch_size` full contexts.
+        `domains` names the domain that each text is from; if there are several, `by_domain` holds
+        the figures of each.
         """
         import numpy as np
 
@@ -89,32 +96,41 @@ class ModelEvaluator:
 
         # count nats, tokens, bytes and words of each text that has a scored token
         documents = range(len(texts)) if documents is None else documents
+        domains = [""] * len(texts) if domains is None else domains
         rows = []
         row_documents = []
+        row_domains = []
         scores_of_texts = self._score(texts, batch_size)
-        for text, scores, document in zip(texts, scores_of_texts, documents, strict=True):
+        for text, scores, document, domain in zip(
+            texts, scores_of_texts, documents, domains, strict=True
+        ):
             if len(scores.ids):
                 if not self.bos:  # the first token has no score, so do not count its bytes
                     text = decode(self.tokenizer, scores.ids)
                 nats = -scores.logprobs.sum()
                 rows.append([nats, len(scores.ids), len(text.encode()), len(text.split())])
                 row_documents.append(document)
+                row_domains.append(domain)
         rows = np.array(rows).reshape(-1, 4)
 
-        rates = metrics.perplexity_metrics(rows, row_documents, self.seed)
+        figures = metrics.perplexity_metrics(rows, row_documents, self.seed)
+        by_domain = {}
+        for domain in sorted(set(row_domains)):
+            inside = [number for number, name in enumerate(row_domains) if name == domain]
+            domain_documents = [row_documents[number] for number in inside]
+            by_domain[domain] = metrics.perplexity_metrics(
+                rows[inside], domain_documents, self.seed
+            )
         losses = rows[:, 0] / rows[:, 1]
         return {
-            **rates,
-            "average_loss": rates["nats_per_token"],
+            **figures,
+            "average_loss": figures["nats_per_token"],
             "std_loss": float(losses.std()) if len(losses) else math.nan,
             "min_loss": float(losses.min()) if len(losses) else math.nan,
             "max_loss": float(losses.max()) if len(losses) else math.nan,
             "num_sequences": len(rows),
-            "num_documents": len(set(row_documents)),
             "num_empty": len(texts) - len(rows),
-            "total_tokens": int(rows[:, 1].sum()),
-            "total_bytes": int(rows[:, 2].sum()),
-            "total_words": int(rows[:, 3].sum()),
+            **({"by_domain": by_domain} if len(by_domain) > 1 else {}),
         }
 
     def evaluate_generation_quality(
@@ -315,12 +331,19 @@ def _check_strings(texts: Sequence[str], name: str) -> None:
 # ---- texts and prompts --------------------------------------------------------------------------
 
 
-def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[int], int]:
+class DrawnPassages(NamedTuple):
+    """Passages in the order of the text, with the document and the domain of each."""
+
+    texts: list[str]
+    documents: list[int]  # the number of the document, from 1
+    domains: list[str]
+    total: int  # the number of passages in the complete text
+
+
+def draw_passages(path: Path, count: int, seed: int) -> DrawnPassages:
     """Draw `count` passages at random from the held-out text at `path`.
 
-    Returns (passages in the order of the text, the number of the document of each, the number of
-    passages in the text). Reservoir sampling gives every passage the same chance without holding
-    the text in memory.
+    Reservoir sampling gives every passage the same chance without holding the text in memory.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -328,13 +351,13 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
         )
     rng = random.Random(seed)
     report = new_report()
-    reservoir: list[tuple[int, str, int]] = []
+    reservoir: list[tuple[int, str, int, str]] = []
     total = 0
-    for document, text in _document_texts(path, report):
+    for document, domain, text in _document_texts(path, report):
         for passage in passages(text):
             place = len(reservoir) if len(reservoir) < count else rng.randrange(total + 1)
             if place < count:
-                reservoir[place : place + 1] = [(total, passage, document)]
+                reservoir[place : place + 1] = [(total, passage, document, domain)]
             total += 1
     if not total:
         raise ValueError(f"{path} contains no text")
@@ -345,18 +368,19 @@ def draw_passages(path: Path, count: int, seed: int) -> tuple[list[str], list[in
             report["first_invalid"],
         )
     reservoir.sort()
-    texts = [passage for _, passage, _ in reservoir]
-    return texts, [document for _, _, document in reservoir], total
+    _, texts, documents, domains = map(list, zip(*reservoir, strict=True))
+    return DrawnPassages(texts, documents, domains, total)
 
 
-def _document_texts(path: Path, report: dict) -> Iterator[tuple[int, str]]:
-    """Yield the held-out text in parts, each with the number of its document, from 1."""
+def _document_texts(path: Path, report: dict) -> Iterator[tuple[int, str, str]]:
+    """Yield the held-out text in parts, each with the number and the domain of its document."""
     document = 0
     for file in find_files(path, "dev"):
+        domain = domain_of(file)
         for parts in read_documents(file, report):
             document += 1
             for text in parts:
-                yield document, text
+                yield document, domain, text
 
 
 def passages(text: str) -> Iterator[str]:
@@ -404,19 +428,22 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             f"{model_path} does not record its held-out text: name text with --eval-data"
         )
     prompts = read_prompts(Path(args.custom_prompts)) if args.custom_prompts else None
-    texts, documents, num_passages = draw_passages(source, args.num_samples, args.seed)
+    drawn = draw_passages(source, args.num_samples, args.seed)
+    texts = drawn.texts
     prompts = prompts or first_words(texts)
 
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {
-        "perplexity": evaluator.calculate_perplexity(texts, args.batch_size, documents),
+        "perplexity": evaluator.calculate_perplexity(
+            texts, args.batch_size, drawn.documents, drawn.domains
+        ),
         "token_probabilities": evaluator.evaluate_token_probabilities(texts, args.batch_size),
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
 
     undefined: list[str] = []
     environment = describe_environment(args.device)
-    passage_counts = {"original": num_passages, "effective": len(texts)}
+    passage_counts = {"original": drawn.total, "effective": len(texts)}
     return {
         "results": nan_to_null(results, "", undefined),
         "config": {
@@ -492,16 +519,27 @@ def print_report(report: dict) -> None:
         f" {results['perplexity']['num_documents']:,} documents\n"
     )
     print(f"{'':32}{'value':>10}   95 % interval")
+    by_domain = results["perplexity"].get("by_domain", {})
     for group, key, label in TABLE:
-        value = results[group][key]
-        number = "undefined" if value is None else f"{value:.4f}"
-        low, high = results[group].get(f"{key}_ci95") or (None, None)
-        interval = "" if low is None or high is None else f"   {low:.4f} .. {high:.4f}"
-        print(f"{label:32}{number:>10}{interval}")
+        _print_figure(label, results[group], key)
+        if key == "bits_per_byte":
+            for domain in list(by_domain)[:MAX_DOMAINS]:
+                _print_figure(f"  {domain}", by_domain[domain], key)
+    if len(by_domain) > MAX_DOMAINS:
+        print(f"\n{len(by_domain) - MAX_DOMAINS} more domains are in the results file")
     for sample in results["generation"]["generation_samples"][:3]:
         print(f"\n> {_printable(sample['prompt'] + '|' + sample['generations'][0])}")
     for note in report["notes"]:
         print(f"\nnote: {note}")
+
+
+def _print_figure(label: str, figures: dict, key: str) -> None:
+    """Print a figure and its interval, which may be missing or unknown (None)."""
+    value = figures[key]
+    number = "undefined" if value is None else f"{value:.4f}"
+    low, high = figures.get(f"{key}_ci95") or (None, None)
+    interval = "" if low is None or high is None else f"   {low:.4f} .. {high:.4f}"
+    print(f"{label:32}{number:>10}{interval}")
 
 
 def _printable(text: str) -> str:

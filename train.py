@@ -52,8 +52,11 @@ from babyllama.training.run_dir import (
 from babyllama.training.sweep import run_sweep
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from datasets import Dataset
+
+    from babyllama.training.held_out import TokenDomains
 
 log = logging.getLogger("train")
 
@@ -175,6 +178,7 @@ class Data:
     byte_lengths: Any  # (V,) number of UTF-8 bytes of each token
     train: Dataset  # full chunks: column input_ids, seq_length integers in each row
     held_out: Dataset
+    held_out_domains: TokenDomains
     report: dict  # what data_report.json will contain
     entropy_floor: float | None  # of the grammar behind the held-out text, in bits per byte
 
@@ -192,8 +196,6 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
 
 def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
     """Return the same datasets, and for each split what DataProcessor counted while reading it."""
-    import numpy as np
-
     from babyllama.training.chunks import ShiftedChunks
     from data_utils import DataProcessor
 
@@ -208,17 +210,26 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
         train = ShiftedChunks(train, seed)
 
     held_out = splits["validation"]
-    if len(held_out) > data["eval_samples"]:
-        # the generator's seed is fixed, so that all models and seeds are scored on the same chunks
-        rng = np.random.default_rng(0)
-        chosen = rng.choice(len(held_out), data["eval_samples"], replace=False)
-        held_out = held_out.select(sorted(chosen.tolist()))
+    held_out = held_out.select(held_out_chunks(len(held_out), data["eval_samples"]))
     return train, held_out.with_format("numpy"), processor.reports
+
+
+def held_out_chunks(n_chunks: int, samples: int) -> np.ndarray:
+    """Choose up to `samples` of the held-out chunks: their numbers, sorted.
+
+    The generator's seed is fixed, so that all models and seeds are scored on the same chunks.
+    """
+    import numpy as np
+
+    if n_chunks <= samples:
+        return np.arange(n_chunks)
+    return np.sort(np.random.default_rng(0).choice(n_chunks, samples, replace=False))
 
 
 def load_data(config: dict) -> Data:
     """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text."""
     from babyllama.data.tokenizer import byte_lengths, load_tokenizer
+    from babyllama.training.held_out import TokenDomains
     from create_synthetic_data import grammar_floor
 
     # tokenizing may take long, so first do everything else that can fail
@@ -238,7 +249,9 @@ def load_data(config: dict) -> Data:
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}
     warn_about_leaks(report)
-    return Data(tokenizer, lengths, train, held_out, report, entropy_floor)
+    chunks = held_out_chunks(report["validation"]["chunks"], config["data"]["eval_samples"])
+    domains = TokenDomains(report["validation"]["sources"], chunks, config["data"]["seq_length"])
+    return Data(tokenizer, lengths, train, held_out, domains, report, entropy_floor)
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------
@@ -394,7 +407,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
     save_model(run.run_dir, model, run.data.tokenizer, run_log)
     metrics = {
         "results": {
-            **measure_model(trainer, model),
+            **measure_model(trainer, model, run.data.held_out_domains),
             "floor_bits_per_byte": run.data.entropy_floor,
             **measure_benchmark(trainer, model),
             **measure_training(trainer, run_log, word_counter, run.config["data"]["seq_length"]),

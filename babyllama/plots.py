@@ -19,6 +19,7 @@ RED = "#b3261e"
 TEAL = "#007b83"
 MODEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)  # in the order of the HTML page
 DPI = 120
+MAX_DOMAINS = 20  # in one panel: those with most text
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
@@ -120,7 +121,7 @@ def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
 
 
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
-    """Draw surprisal, its distribution, a reliability diagram and samples.
+    """Draw surprisal, its distribution, a reliability diagram, domains and samples.
 
     `metrics` is a dict of ModelEvaluator, several merged, a dict of them, or evaluate.py's report.
     Panels without figures are skipped; a perplexity alone is drawn with its intervals. ValueError
@@ -171,6 +172,26 @@ def _draw_perplexity(axis, metrics: dict) -> None:
     per_token = f"{metrics['perplexity']:,.2f} per token"
     per_word = f"{metrics['word_perplexity']:,.2f} per word"
     axis.set_title(f"perplexity {per_token}, {per_word}")
+
+
+def _draw_domains(axis, metrics: dict) -> None:
+    """Draw a horizontal bar for the bits per byte of each domain, with its interval."""
+    by_size = sorted(metrics["by_domain"].items(), key=lambda item: -item[1]["total_bytes"])
+    rows = [
+        (name, figures["bits_per_byte"], figures["bits_per_byte_ci95"])
+        for name, figures in by_size[:MAX_DOMAINS]
+    ]
+    rows = sorted((row for row in rows if row[1] is not None), key=lambda row: -row[1])
+    axis.barh([label(name) for name, _, _ in rows], [bits for _, bits, _ in rows], color=BLUE)
+    for height, (_, _, interval) in enumerate(rows):
+        if None not in interval:  # a domain of one document has no interval
+            axis.plot(interval, [height, height], color=DARK, lw=1.2)
+    if metrics.get("bits_per_byte") is not None:
+        total = metrics["bits_per_byte"]
+        axis.axvline(total, color=ORANGE, lw=1.5, label=f"all domains, {total:.3f}")
+        axis.legend(frameon=False)
+    axis.set(xlabel="bits per byte with 95 % interval", title="held-out text by domain")
+    axis.grid(False, axis="y")
 
 
 def _draw_surprisal(axis, metrics: dict) -> None:
@@ -271,6 +292,7 @@ EVALUATION_PANELS = {
     "surprisal_sample": _draw_surprisal,
     "surprisal_histogram_bits": _draw_distribution,
     "reliability": _draw_reliability,
+    "by_domain": _draw_domains,
     "generation_samples": _draw_samples,
 }
 

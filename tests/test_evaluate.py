@@ -77,6 +77,27 @@ def test_perplexity_equals_a_sum_over_tokens(evaluator, texts):
     assert low < result["perplexity"] < high
 
 
+def test_figures_by_domain_are_those_of_its_texts_alone(model_dirs, evaluator, texts):
+    domains = ["abc"[i % 3] for i in range(len(texts))]
+    documents = [i // 2 for i in range(len(texts))]
+    result = evaluator.calculate_perplexity(texts, 8, documents, domains)
+    by_domain = result["by_domain"]
+    assert list(by_domain) == ["a", "b", "c"]
+    for domain, figures in by_domain.items():
+        inside = [i for i, name in enumerate(domains) if name == domain]
+        domain_texts = [texts[i] for i in inside]
+        domain_documents = [documents[i] for i in inside]
+        alone = ModelEvaluator(model_dirs["GPT2"], "cpu").calculate_perplexity(
+            domain_texts, documents=domain_documents
+        )
+        assert figures == {key: pytest.approx(alone[key], rel=1e-5) for key in figures}
+    for rate, weight in (("bits_per_byte", "total_bytes"), ("nats_per_token", "total_tokens")):
+        assert result[weight] == sum(figures[weight] for figures in by_domain.values())
+        mean = sum(figures[rate] * figures[weight] for figures in by_domain.values())
+        assert result[rate] == pytest.approx(mean / result[weight], rel=1e-12)
+    assert "by_domain" not in evaluator.calculate_perplexity(texts, domains=["a"] * len(texts))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_figures_do_not_depend_on_batch_size_or_order(model_dirs, evaluator, texts, batch_size):
     expected = evaluator.calculate_perplexity(texts)
@@ -292,6 +313,9 @@ def test_any_subset_of_the_figures_can_be_plotted(evaluator, texts, tmp_path):
     samples = [{"prompt": r"$\frac{", "generations": ["_^$\n\x00 <b>"]}]
     generation = {"generation_samples": samples}
     without_interval = evaluator.calculate_perplexity(texts[:1])
+    domains = [r"$\frac{", *["b"] * 3, *["c"] * (len(texts) - 4)]  # one of one document
+    by_domain = evaluator.calculate_perplexity(texts, domains=domains)
+    assert len(by_domain["by_domain"]) == 3
     for i, metrics in enumerate(
         [
             probabilities,
@@ -299,6 +323,7 @@ def test_any_subset_of_the_figures_can_be_plotted(evaluator, texts, tmp_path):
             {"probabilities": probabilities, "generation": generation},
             {**probabilities, **perplexity},
             perplexity,
+            {**perplexity, **by_domain},
             {"results": {"perplexity": without_interval}},
         ]
     ):
@@ -328,18 +353,20 @@ def test_white_space_is_no_passage():
 
 
 def test_passages_are_drawn_evenly_and_by_seed(corpus_dir):
-    everything, documents, total = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
-    assert len(everything) == total == 12
-    assert documents == list(range(1, 13))
-    from_file, _, _ = evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)
-    assert from_file == everything
+    drawn = evaluate.draw_passages(corpus_dir / "dev", 10**6, seed=0)
+    everything = drawn.texts
+    assert len(everything) == drawn.total == 12
+    assert drawn.documents == list(range(1, 13))
+    assert drawn.domains == ["toy"] * 12
+    from_file = evaluate.draw_passages(corpus_dir / "dev" / "toy.dev", 10**6, seed=5)
+    assert from_file.texts == everything
 
     draws = [evaluate.draw_passages(corpus_dir / "dev", 3, seed) for seed in range(400)]
     assert draws[0] == evaluate.draw_passages(corpus_dir / "dev", 3, 0)
     counts = Counter()
-    for passages, _, _ in draws:
-        counts.update(passages)
-        assert passages == sorted(passages, key=everything.index)
+    for draw in draws:
+        counts.update(draw.texts)
+        assert draw.texts == sorted(draw.texts, key=everything.index)
     assert set(counts) == set(everything)
     assert min(counts.values()) > 60  # 100 each are expected
 
@@ -381,10 +408,32 @@ def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
 
     # the figures are those of the method
-    texts, _, _ = evaluate.draw_passages(run_dir.parent / "text", 500, 0)
+    texts = evaluate.draw_passages(run_dir.parent / "text", 500, 0).texts
     perplexity = ModelEvaluator(run_dir, "cpu").calculate_perplexity(texts)
     for key, value in report["results"]["perplexity"].items():
         assert value == pytest.approx(perplexity[key], rel=1e-5)
+
+
+def test_the_command_reports_each_domain(run_dir, capsys):
+    text = run_dir.parent / "text"
+    (text / "letters.dev").write_text("\n\n\n".join(sentences(5, seed=3)))
+    assert evaluate.main([str(run_dir), "--device", "cpu"]) == 0
+    report = json.loads((run_dir / "evaluation_results.json").read_text())
+    by_domain = report["results"]["perplexity"]["by_domain"]
+    assert {name: row["num_documents"] for name, row in by_domain.items()} == {
+        "letters": 5,
+        "toy": 12,
+    }
+    toy = evaluate.draw_passages(text / "toy.dev", 500, 0)
+    alone = ModelEvaluator(run_dir, "cpu").calculate_perplexity(toy.texts, 8, toy.documents)
+    assert by_domain["toy"]["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    place = lines.index(
+        next(line for line in lines if line[:4] == ["bits", "per", "UTF-8", "byte"])
+    )
+    for line, (name, figures) in zip(lines[place + 1 :], by_domain.items(), strict=False):
+        low, high = figures["bits_per_byte_ci95"]
+        assert line == [name, f"{figures['bits_per_byte']:.4f}", f"{low:.4f}", "..", f"{high:.4f}"]
 
 
 def test_a_checkpoint_is_evaluated_on_the_held_out_text_of_its_run(run_dir, capsys, caplog):

@@ -123,7 +123,7 @@ def mean_over_groups(name: str, scores: np.ndarray, seed: int) -> dict[str, Any]
 
 
 def perplexity_metrics(rows: np.ndarray, documents: Sequence, seed: int) -> dict[str, Any]:
-    """Return perplexities, nats per token and bits per byte, each with its interval.
+    """Return perplexities, nats per token and bits per byte, each with its interval, and totals.
 
     Rows (N, 4) hold the nats, tokens, bytes and words of each text, and `documents` (N,) names the
     document that each text is from. Texts from one document are alike, so the interval resamples
@@ -144,7 +144,14 @@ def perplexity_metrics(rows: np.ndarray, documents: Sequence, seed: int) -> dict
     figures = dict(zip(names, values, strict=True))
     for name, interval in zip(names, intervals, strict=True):
         figures[f"{name}_ci95"] = interval
-    return figures
+    _, tokens, size, words = totals.sum(axis=0)
+    return {
+        **figures,
+        "num_documents": len(totals),
+        "total_tokens": int(tokens),
+        "total_bytes": int(size),
+        "total_words": int(words),
+    }
 
 
 def sum_by_group(rows: np.ndarray, groups: Sequence) -> np.ndarray:

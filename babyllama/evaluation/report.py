@@ -223,6 +223,25 @@ def seed_difference_text(score: dict) -> str:
     return f"{score['difference']:+.4f} (spread {score['spread']:.4f}){mark}"
 
 
+# ---- held-out text ------------------------------------------------------------------------------
+
+
+def domain_bits(document: dict) -> dict[str, dict[str, float | None]]:
+    """Return the held-out bits per byte {domain: {model: value}} of the runs with several domains.
+
+    A model that was not measured on a domain has None.
+    """
+    scores = {}  # model -> domain -> scores
+    for model, facts in document["models"].items():
+        by_domain = (facts.get("training") or {}).get("eval_by_domain")  # older files have none
+        if by_domain:
+            scores[model] = by_domain
+    return {
+        domain: {model: scores[model].get(domain, {}).get("bits_per_byte") for model in scores}
+        for domain in sorted(set().union(*scores.values()))
+    }
+
+
 # ---- learning curves ----------------------------------------------------------------------------
 
 
@@ -321,6 +340,7 @@ def page(document: dict) -> str:
         TEMPLATE,
         document=document,
         rows=table_rows(document),
+        domain_bits=domain_bits(document),
         curves=score_curves(document),
         pictures=pictures(document),
         baseline_text=baseline_text,

@@ -1,4 +1,4 @@
-"""Measure the loss of a model on held-out chunks.
+"""Measure the loss of a model on held-out chunks, in total and by domain.
 
 Trainer's eval_loss is a mean of batch means, which changes with the batch size if the last batch is
 smaller. Here everything is a sum over tokens, divided once at the end.
@@ -14,9 +14,31 @@ from torch.utils.data import DataLoader
 
 from babyllama.training import distributed
 from babyllama.training.chunks import collate_chunks
-from babyllama.training.loss import NextTokenLoss
+from babyllama.training.loss import token_nlls
 
 MAX_LOGITS = 2**27  # in memory at a time: 0.5 GB in float32
+
+
+class TokenDomains:
+    """Tell which domain each token of some chunks of a prepared text is from.
+
+    A chunk can extend over several files, so it can have tokens of several domains. BOS and EOS
+    are from the domain of their document. `names` are the domains of the text, sorted.
+    """
+
+    def __init__(self, sources: list[dict], chunks: np.ndarray, length: int):
+        """Take the sources in the report of the text, and chunk numbers (N,) of `length` tokens."""
+        self.source_starts = np.cumsum([0] + [source["tokens"] for source in sources[:-1]])
+        self.names = sorted({source["domain"] for source in sources})
+        self.source_ids = np.array([self.names.index(source["domain"]) for source in sources])
+        self.first_tokens = chunks * length
+        self.length = length
+
+    def ids(self, rows: np.ndarray) -> np.ndarray:
+        """Return the index into `names` for each token of the chunks at `rows` (B,): (B, T)."""
+        positions = self.first_tokens[rows][:, None] + np.arange(self.length)
+        sources = np.searchsorted(self.source_starts, positions, side="right") - 1
+        return self.source_ids[sources]
 
 
 @torch.no_grad()
@@ -27,54 +49,67 @@ def evaluate_chunks(
     batch_size: int,
     document_bos_id: int | None = None,
     across_ranks: bool = False,
-) -> dict[str, float]:
+    domains: TokenDomains | None = None,
+) -> dict[str, float | dict]:
     """Return the loss of a model on full chunks.
 
     Every token of a chunk except the first is predicted from the tokens before it, or only from
     those of its document if `document_bos_id` is the id of BOS. `byte_lengths` (V,) is that of
-    data/tokenizer.py. With `across_ranks` the processes share the work, and all
-    of them return the same result.
-
+    data/tokenizer.py. With `across_ranks` the processes share the work, and all of them return the
+    same result.
 
     The keys are `loss` (nats per predicted token), `perplexity` (its exponential), `bits_per_byte`
-    (all nats, including those of </s>, over log 2 and `bytes`), and the number of predicted
-    `tokens` and of their UTF-8 `bytes`.
+    (all nats, including those of </s>, over log 2 and `bytes`; None without bytes), and the number
+    of predicted `tokens` and of their UTF-8 `bytes`. If predicted tokens are from two or more of
+    `domains`, `by_domain` holds the same for each of these.
     """
     was_training = model.training
     model.eval()
-    loss = NextTokenLoss(dtype=torch.float32, document_bos_id=document_bos_id)
 
     # split the chunks into batches whose logits fit into memory
     chunk_logits = len(chunks[0]["input_ids"]) * model.config.vocab_size
     batch_size = min(batch_size, max(1, MAX_LOGITS // chunk_logits))
-    batches = {"batch_size": batch_size}
+    rows = np.arange(len(chunks))
+    batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     across_ranks = across_ranks and 1 < distributed.world_size() <= len(chunks)
     if across_ranks:
         n_batches = distributed.batches_per_step(len(chunks), batch_size)
-        batches = {"batch_sampler": distributed.split_for_rank(np.arange(len(chunks)), n_batches)}
+        batches = distributed.split_for_rank(rows, n_batches)
     # DataLoader draws a seed even if it does not shuffle. From the global generator that would
     # change the dropout of all later training steps.
-    loader = DataLoader(chunks, collate_fn=collate_chunks, generator=torch.Generator(), **batches)
+    loader = DataLoader(
+        chunks, collate_fn=collate_chunks, generator=torch.Generator(), batch_sampler=batches
+    )
 
-    nll = 0.0
-    tokens = 0
-    n_bytes = 0
-    for batch in loader:
+    # sum over the tokens of each domain, in float64, which counts exactly up to 2**53
+    names = domains.names if domains else ["all"]
+    sums = np.zeros((len(names), 3))  # nats, tokens, bytes
+    for batch_rows, batch in zip(batches, loader, strict=True):
         input_ids = batch["input_ids"]
-        nll += loss(model, input_ids.to(model.device)).item()
-        tokens += input_ids[:, 1:].numel()
+        targets = input_ids[:, 1:]  # (B, T - 1)
+        nlls = token_nlls(model, input_ids.to(model.device), document_bos_id).cpu().numpy()
+        domain_ids = domains.ids(batch_rows)[:, 1:] if domains else np.zeros(targets.shape, int)
         # the -1 of a BOS corrects the token after it
-        n_bytes += byte_lengths[input_ids[:, 1:]].clamp(min=0).sum().item()
-        n_bytes += byte_lengths[input_ids[:, :-1]].clamp(max=0).sum().item()
+        n_bytes = byte_lengths[targets].clamp(min=0) + byte_lengths[input_ids[:, :-1]].clamp(max=0)
+        columns = (nlls, np.ones(targets.shape), n_bytes.numpy())
+        for number, column in enumerate(columns):
+            sums[:, number] += np.bincount(domain_ids.ravel(), column.ravel(), len(names))
     model.train(was_training)
     if across_ranks:
-        # float64 counts exactly up to 2**53
-        sums = torch.tensor([nll, tokens, n_bytes], dtype=torch.float64, device=model.device)
-        nll, tokens, n_bytes = distributed.all_reduce_sum(sums).tolist()
+        sums = distributed.all_reduce_sum(torch.tensor(sums, device=model.device)).cpu().numpy()
+
+    scores = _scores(*sums.sum(axis=0).tolist())
+    by_domain = {
+        name: _scores(*row) for name, row in zip(names, sums.tolist(), strict=True) if row[1]
+    }
+    return scores | ({"by_domain": by_domain} if len(by_domain) > 1 else {})
+
+
+def _scores(nll: float, tokens: float, n_bytes: float) -> dict[str, float]:
     return {
         "loss": nll / tokens,
         "perplexity": math.exp(min(nll / tokens, 700.0)),
-        "bits_per_byte": nll / math.log(2) / n_bytes,
+        "bits_per_byte": nll / math.log(2) / n_bytes if n_bytes > 0 else None,
         "tokens": int(tokens),
         "bytes": int(n_bytes),
     }

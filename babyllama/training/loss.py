@@ -23,11 +23,25 @@ SLICE_ELEMENTS = 2**23
 GPU_SLICE_ELEMENTS = 2**26
 
 
-def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the loss in float32 from logits (B, T, V) and input_ids (B, T)."""
+def next_token_nll(
+    logits: torch.Tensor, input_ids: torch.Tensor, reduction: str = "sum"
+) -> torch.Tensor:
+    """Return the loss in float32 from logits (B, T, V) and input_ids (B, T).
+
+    With reduction="none" it is that of each position (B * T,), 0 at the last one of a chunk.
+    """
     # padding the targets is cheap, whereas logits[:, :-1] would copy the logits
     targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)  # (B, T)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def token_nlls(
+    model: torch.nn.Module, input_ids: torch.Tensor, document_bos_id: int | None
+) -> torch.Tensor:
+    """Return -log p of tokens 1 to T - 1 of chunks (B, T), in nats: float32 (B, T - 1)."""
+    mask = attention_mask(model, input_ids, document_bos_id, torch.float32)
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return next_token_nll(logits, input_ids, reduction="none").view(input_ids.shape)[:, :-1]
 
 
 def slice_nll(

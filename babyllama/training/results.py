@@ -18,7 +18,7 @@ from babyllama.evaluation.generation import generate
 from babyllama.files import write_json, write_text
 from babyllama.plots import plot_training
 from babyllama.training import distributed
-from babyllama.training.held_out import evaluate_chunks
+from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.run_dir import (
     BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
@@ -27,6 +27,8 @@ from babyllama.training.run_dir import (
     checkpoint_step,
     make_weights_readable,
 )
+
+MAX_DOMAINS = 12  # that are listed; training_metrics.json has all of them
 
 
 def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
@@ -48,14 +50,18 @@ def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
         )
 
 
-def measure_model(trainer, model) -> dict[str, float]:
-    """Return the scores on the held-out text, in float32, each with the prefix "eval_"."""
+def measure_model(trainer, model, domains: TokenDomains) -> dict[str, float | dict]:
+    """Return the scores on the held-out text, in float32, each with the prefix "eval_".
+
+    `domains` are those of the tokens of the held-out chunks.
+    """
     scores = evaluate_chunks(
         model,
         trainer.eval_dataset,
         trainer.byte_lengths,
         trainer.args.per_device_eval_batch_size,
         trainer.document_bos_id,
+        domains=domains,
     )
     return {f"eval_{name}": score for name, score in scores.items()}
 
@@ -144,6 +150,8 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
     print(f"bits per byte     {results['eval_bits_per_byte']:.4f}{note}")
+    for line in domain_lines(results):
+        print(line)
     for key, value in results.items():
         if key.startswith(BENCHMARK_PREFIX):
             print(f"{key:<17} {value:.4f}")
@@ -157,6 +165,22 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     for number, sample in enumerate(metrics["samples"], 1):
         print(f"sample {number}          {sample!r}")
     print(f"model, metrics, curves and card: {run_dir}/ (start with {run_dir / 'README.md'})")
+
+
+def domain_lines(results: dict) -> list[str]:
+    """Return a line for each domain of the held-out text; none if there is only one domain."""
+    by_domain = results.get("eval_by_domain", {})  # older versions wrote none
+    shown = list(by_domain)[:MAX_DOMAINS]
+    width = max([15, *map(len, shown)])
+    lines = []
+    for name in shown:
+        scores = by_domain[name]
+        value = scores["bits_per_byte"]
+        bits = "-" if value is None else f"{value:.4f}"
+        lines.append(f"  {name:<{width}} {bits:<6} ({scores['bytes']:,} bytes)")
+    if len(by_domain) > len(shown):
+        lines.append(f"  {len(by_domain) - len(shown)} more domains in {METRICS_FILE}")
+    return lines
 
 
 def model_card(metrics: dict) -> str:
@@ -181,5 +205,5 @@ def model_card(metrics: dict) -> str:
     }
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
     return Template(template, keep_trailing_newline=True).render(
-        **metrics, header=yaml.safe_dump(header, sort_keys=False).strip()
+        **metrics, max_domains=MAX_DOMAINS, header=yaml.safe_dump(header, sort_keys=False).strip()
     )

@@ -24,6 +24,7 @@ import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from babyllama.config import format_yaml, read_yaml_file
 from babyllama.files import (
@@ -399,7 +400,7 @@ def _set_aside(folder: Path) -> None:
 # ---- other models -------------------------------------------------------------------------------
 
 
-def training_scores(folder: str | Path) -> dict[str, float | None] | None:
+def training_scores(folder: str | Path) -> dict[str, Any] | None:
     """Return the held-out scores of a run and the words it has seen; None if it is not finished."""
     try:
         results = read_json(Path(folder, METRICS_FILE))["results"]
@@ -407,6 +408,7 @@ def training_scores(folder: str | Path) -> dict[str, float | None] | None:
             "eval_loss": float(results["eval_loss"]),
             "eval_perplexity": float(results["eval_perplexity"]),
             "eval_bits_per_byte": float(results["eval_bits_per_byte"]),
+            "eval_by_domain": results.get("eval_by_domain", {}),
             "floor_bits_per_byte": results.get("floor_bits_per_byte"),
             "words_trained": results.get("words_trained"),
         }

@@ -81,6 +81,8 @@ def test_perplexity_by_hand():
     assert result["perplexity"] == pytest.approx(math.exp(12 / 6))
     assert result["bits_per_byte"] == pytest.approx(12 / math.log(2) / 30)
     assert result["word_perplexity"] == pytest.approx(math.exp(12 / 4))
+    assert (result["num_documents"], result["total_tokens"]) == (2, 6)
+    assert (result["total_bytes"], result["total_words"]) == (30, 4)
     one_document = metrics.perplexity_metrics(rows, ["a", "a"], seed=0)
     assert one_document["perplexity"] == result["perplexity"]
     assert all(math.isnan(end) for end in one_document["perplexity_ci95"])

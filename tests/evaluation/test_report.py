@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -338,6 +339,26 @@ def test_the_page_shows_the_held_out_scores_of_a_run(trained_document):
     training |= {"floor_bits_per_byte": None, "words_trained": None}
     assert "0.8241" not in page(trained_document)
     assert "Held-out text" not in page(make_document())
+
+
+def test_the_page_shows_the_held_out_scores_of_each_domain(trained_document):
+    assert "by domain" not in page(trained_document)  # of a text of one domain, or an old run
+    training = trained_document["models"]["run/checkpoint-100"]["training"]
+    training["eval_by_domain"] = {
+        EVIL: {"bits_per_byte": 1.23456},
+        "wiki": {"bits_per_byte": None},  # no bytes
+    }
+    second = list(trained_document["models"].values())[1]
+    second["training"] = {
+        **training,
+        "eval_by_domain": {"wiki": {"bits_per_byte": 2.5}, "talk": {"bits_per_byte": 3.5}},
+    }
+    text = page(trained_document)
+    text = text[text.index("by domain</h3>") : text.index("<h2>Scores")]
+    rows = re.findall(r"<tr><td>(.*)</td><td.*>(.*)</td><td.*>(.*)</td></tr>", text)
+    assert rows[1:] == [("talk", "-", "3.5000"), ("wiki", "-", "2.5000")]
+    assert rows[0][1:] == ("1.2346", "-")
+    assert "&lt;script&gt;" in rows[0][0] and EVIL not in text
 
 
 def test_results_of_an_earlier_release_can_be_shown():

@@ -17,7 +17,7 @@ from conftest import build_tiny_model
 
 import train
 from babyllama.training import distributed, trainer
-from babyllama.training.held_out import evaluate_chunks
+from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.run_dir import RESULTS, checkpoints
 
 
@@ -69,9 +69,16 @@ def check_evaluation() -> None:
         {"input_ids": row}
         for row in np.random.default_rng(0).integers(3, 400, (11, 32)).astype(np.uint16)
     ]
+    sources = [{"domain": "a", "tokens": 20}, {"domain": "b", "tokens": 11 * 32 - 20}]
     for n in (11, 8, 1):
-        alone = evaluate_chunks(model, rows[:n], lengths, 2)
-        together = evaluate_chunks(model, rows[:n], lengths, 2, across_ranks=True)
+        domains = TokenDomains(sources, np.arange(n), 32)
+        alone = evaluate_chunks(model, rows[:n], lengths, 2, domains=domains)
+        together = evaluate_chunks(model, rows[:n], lengths, 2, across_ranks=True, domains=domains)
+        alone_by_domain = alone.pop("by_domain")
+        together_by_domain = together.pop("by_domain")
+        assert list(together_by_domain) == list(alone_by_domain) == ["a", "b"]
+        for name, scores in alone_by_domain.items():
+            assert together_by_domain[name] == pytest.approx(scores, rel=1e-6), (n, name)
         assert together == pytest.approx(alone, rel=1e-6), n
         assert (together["tokens"], together["bytes"]) == (alone["tokens"], alone["bytes"])
 
