@@ -10,11 +10,14 @@ text to text that know nothing about files or documents, and their time is linea
 
 from __future__ import annotations
 
+import html
 import re
+from collections import Counter
 from collections.abc import Callable
+from html.entities import html5
 
 # It is part of cache keys and manifests: increase it when the output of a cleaner changes.
-CLEANER_VERSION = 5
+CLEANER_VERSION = 6
 
 # A pattern that looks far ahead again and again would take minutes on a long line. So each pattern
 # either consumes what it looks at or looks at a bounded stretch. Something that is removed within a
@@ -22,6 +25,10 @@ CLEANER_VERSION = 5
 
 NESTED = 4  # levels of nested brackets that are removed; a limit keeps cleaning linear
 _NEWLINES = re.compile(r"\n{3,}")
+# "&amp;lt;" is decoded at once: otherwise a second pass would decode more
+_ENTITY = re.compile(
+    r"&(?:(?:[Aa][Mm][Pp]|#0{0,5}38|#[xX]0{0,5}26);)*(#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});"
+)
 _SPACES = re.compile(r"  +")
 _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s|\Z)))")
 _JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
@@ -32,14 +39,16 @@ _HEADER = re.compile(r"^ *=[^\n]*= *$", re.M)
 _CITATION = re.compile(
     r"\[ *(?:\d{1,3}(?: ?[-–,] ?\d{1,3}){0,9}|[a-z]|(?:note|nb) \d{1,3}|update|who\?|when\?|where\?|which\?|source\?"
     r"|(?:citation|clarification|page|year)(?: \w+)? needed|dubious[^\]\n]{0,20}|verification needed) *\]"
+    r"(?! {0,2}[-+*/]?=|\.[a-z])"  # but not the index in array[12] = 3
 )
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]\n]*\|)?([^\[\]|\n]*)\]\]")
 _MARKS = tuple("[]{}<>'|")
 _WIKI_FILE = re.compile(r"\[\[(?:Category|File|Image):[^\[\]\n]*\]\]", re.I)
 _WIKI_REST = re.compile(r"\[\[+|\]\]+")
 _WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\[\]]{1,500}([^\[\]\n]{0,300})\]")
+_LIST_MARK = r"(?:[#:;]*+\*[*#:;]*+ *+|[#:;]++(?: ++|$))"
 _WIKI_LINE = re.compile(
-    r"^ *(?:[*#:;]+ +)*(?:[|!][^\n]*$|https?://\S++ *$)|^ *(?:[*#:;]+(?: +|$))+", re.M
+    rf"^ *{_LIST_MARK}*+(?:[|!][^\n]*$|https?://\S++ *$)|^ *{_LIST_MARK}++", re.M
 )
 _WIKI_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}(?!\})|\n\n")
 _BRACE_ENDS = {"{{": "}}", "{|": "|}"}
@@ -52,47 +61,98 @@ _MARKUP_NAME = re.compile(
     re.I,
 )
 
+_TIME = r"\d{1,3} ?: ?\d\d(?: ?: ?\d\d)?(?: ?[.,;:] ?\d{1,3})?"
 _CUE = re.compile(
     r"^(?: *\d{1,6} *\n)? *(?:-?\d[-\d:.,; ]*-->[^\n]*|\d+:\d\d:\d\d[.,]\d+,\d+:\d\d:\d\d[.,]\d+"
-    r"|(?:\*TC +)?\d\d:\d\d:\d\d[;:]\d\d) *(?:\n|\Z)",
+    r"|(?:\*TC +)?\d\d:\d\d:\d\d[;:]\d\d|WEBVTT\b[^\n]*|Kind: captions|Language: [a-z]{2}(?:-\w{2,8})?|"
+    rf"{_TIME} ?(?:-{{1,3}}>|→) ?{_TIME}|{_TIME}) *(?:\n|\Z)",
     re.M,
 )
 _STYLE = re.compile(r"\{(?:\\[^}\n]{0,200}|\d{1,7})\}")
 _CREDIT_WORDS = ("sub", "caption", "sync", "transcri", "ripped", "encoded", "download", "addic7ed", "yify",
-    "translat", "correct", "advertise", "osdb")  # fmt: skip
+    "translat", "correct", "advertise", "osdb", "@")  # fmt: skip
+# a line names the maker of subtitles, whereas "by the door" and "by mistake" name none
+_NO_MAKER = (
+    r"(?!(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|me|you|him|us|them|whom?|some|someone|any\w*"
+    r"|every\w*|no|mistake|accident|chance|hand|night|day|law|default|itself|then|all|far)\b)"
+)
 _CREDIT = re.compile(
-    r"\b(?:subs?|subtitles?|subtitling|captions?|captioned|captioning|sync|synced|synchro|transcript|ripped|encoded)"
-    r"(?: (?:and|&) [a-z]{1,20})?(?: made possible)? ?(?:by\b|:|for version\b)|^\W*subtitles? \w+\W*$|\bthis subtitle is free"
-    r"|^\W*(?!(?:no|any|a|the|with|without|what|need|more|my|your|these|those)\b)\w+ subtitles?[^\w?]*$"
-    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? ?by ?:|^\W*re-?sync ?(?:by\b|:)"
-    r"|^\W*(?:translated|corrected|re-?synced)(?: (?:and|&) [a-z]{1,20})? by (?!(?:my|the|a|an|his|her|our|your|their|whom?|some\w*)\b)[\w.-]{1,30}\W*$"
+    rf"^\W*(?:{_NO_MAKER}\w{{1,20}} ){{0,2}}(?:subs?|subtitles?|subtitling|captions?|captioning|sync|synchro|transcript)"
+    rf"(?:,? (?:and|&) [a-z]{{1,20}}|, ?[a-z]{{1,20}})?(?: made possible)? ?(?:by\b(?: {_NO_MAKER}|[^\w ]|$)|for version\b)"
+    r"|^\W*(?:subs?|subtitles?|subtitling|captions?|captioning|re-?sync|sync|synchro|transcript) ?(?::|by ?:)"
+    r"|^\W*(?:translated|corrected|captioned|ripped|encoded|(?:re-?)?synced)(?:,? (?:and|&) [a-z]{1,20}|, ?[a-z]{1,20})? ?by"
+    rf"(?: ?:|\W*$| {_NO_MAKER}[\w.@-]{{1,30}}(?: [\w.@-]{{1,30}})?\W*$)|^\W*re-?sync by\b"
+    r"|\bcaptioned by the (?:national|caption)|\bthis subtitle is free|^\W*@\w{2,30}\W*$"
+    r"|^\W*subtitles? \w+\W*$|^\W*(?!(?:no|any|a|the|with|without|what|need|more|my|your|these|those)\b)\w+ subtitles?[^\w?]*$"
     r"|\brate this subtitle\b|\bosdb\.link\b|^\W*advertise your product or brand\b"
-    r"|\bdownloaded from\b|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
+    r"|\bdownloaded from (?:https?:|[\w-]{1,40}\.[a-z])|^\W*downloaded from\W*$"
+    r"|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
 )
 _BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
 _ASIDE = re.compile(r"\([^()\n]*\)|<[^<>\n]*>|\s+")
-_PAREN = re.compile(r"\([^)\n]*+(\)?)")
+_PAREN = re.compile(r"\([^)\n]*+(\)?)(?! ?:)")  # Alice (whispering): is a label
+_NO_SPEECH = re.compile(r"^[ -]*(?:\((?!I\b)[^()\n?!]{1,60}\)[ -]*)?[.:]?$", re.M)
 _SOUND = re.compile(
     r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
     r"|music|applause|unintelligible|inaudible|indistinct|illegible|static|noise|whoosh\w*|swoosh|yawn\w*|sneeze\w*|sings?)\b[^()]*"
     r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
     re.I,
 )
-_CAPS = r"[A-Z][A-Z0-9 .'’&#/-]{%d,30}(?: ?\([^()\n]{1,20}\))?"  # MARY, MRS. CLAUS, CDR (EAGLE)
+_DIRECTION = r" ?\([^()\n]{1,30}\)|, (?:[a-z]{1,15} ){0,3}[a-z]{1,15}(?:ing|ly)"
+_CAPS = rf"[A-Z][A-Z0-9_ .'’&#/-]{{%d,30}}(?:{_DIRECTION})?"  # MARY, MRS. CLAUS, CDR (EAGLE)
+_NAME_WORD = r"[A-ZÀ-ÖØ-Þ][\w'’&-]{0,20}"
+_NAME = (
+    rf"(?P<name>(?:(?:Mrs?|Ms|Dr|Prof|Sgt|Capt|Lt|St)\. )?{_NAME_WORD}(?: {_NAME_WORD}){{0,2}})"
+    rf"(?P<number> #?\d{{1,3}})?(?P<direction>{_DIRECTION})?"
+)
+_OFF_SCREEN = r"\((?:[A-Z .]{2,30}|[a-z ]{2,30}(?:ing|ly))\)"  # (ON TV): (whispering):
 _LABEL = re.compile(
-    r"^(?:[ -]*(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
-    + _CAPS % 0
-    + r") *:)(?=\s|$))+ *",
-    re.M,
+    r"(?<![ -])[ -]*(?:\*\*[^*:\n]{1,60}(?::\*\*|\*\*:)|(?:\*[A-Z][A-Z0-9]{1,4}|[A-Z]\.\d{1,4}|"
+    + f"{_CAPS % 0}|{_OFF_SCREEN}|{_NAME}) *:)(?=\\s|$)"
 )
 _SCREEN_LABEL = re.compile(
-    r"^(?:[ -]*(?:" + _CAPS % 1 + r"|(?:wo)?man(?: #?\d+)?) *:(?=\s|$))+ *", re.M
+    r"(?<![ -])[ -]*(?:" + f"{_CAPS % 1}|{_OFF_SCREEN}|(?:wo)?man(?: #?\\d+)?|{_NAME}) *:(?=\\s|$)"
+)
+# speakers who are numbered: Man 2, Speaker 1
+_ROLE = re.compile(
+    r"\b(?:speaker|(?:wo)?man|(?:fe)?male|boy|girl|child|kid|voice|person|interviewe[er]|reporter|host|guest|caller"
+    r"|student|teacher|participant|respondent|moderator|officer|soldier|guard|cop|doctor|nurse|witness|agent|actor"
+    r"|player|member|subject)\Z",
+    re.I,
+)
+# words that often stand before a colon and are nobody's name
+_NO_NAME = re.compile(
+    r"\b(?:notes?|nb|remember|look|listen|imagine|consider|suppose|wait|questions?|answers?|examples?|remarks?|comments?"
+    r"|warning|caution|danger|attention|important|tips?|hints?|next|first|second|third|fourth|fifth|finally|last|lastly"
+    r"|then|now|so|and|but|or|nor|yes|no|ok|okay|well|also|again|however|therefore|thus|because|besides|still|true"
+    r"|false|results?|conclusion|summary|problems?|solution|reasons?|facts?|rules?|steps?|panel|parts?|chapter|section"
+    r"|page|fig|figure|table|verse|act|scene|level|lesson|title|subject|date|times?|place|location|names?|address|phone"
+    r"|telephone|email|website|price|cost|total|score|ingredients|method|directions|instructions|materials|objective"
+    r"|goals?|sources?|update|correction|edit|translation|meaning|definition|moral|contents|index|references|features"
+    r"|requirements|conditions|options?|items?|number|topics?|tasks?|pros|cons|advantages?|disadvantages?|re|cc|pp?s"
+    r"|this|that|these|those|here|there|i|he|she|it|we|they|you|who|what|when|where|which|why|how|if|for|in|on|at|by"
+    r"|with|of|as|from|to|see|before|after|the|an?|my|your|his|her|our|their|its|one|two|three|four|five|six|seven"
+    r"|eight|nine|ten|day|week|month|year|(?:mon|tues|wednes|thurs|fri|satur|sun)day|january|february|march|may|june"
+    r"|july|august|(?:sept|nov|dec)ember|october|today|tomorrow|yesterday|tonight|breakfast|lunch|dinner|right|ah|oh"
+    r"|hey|hello|roger|copy|affirmative|negative)\b",
+    re.I,
 )
 _TRANSCRIPT_LINE = re.compile(
     r"^ *(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}: [^\n]*|%\w{2,4}: [^\n]*) *$",
     re.M,
 )
-_TRAIL_OFF = re.compile(r" ?(?<!\S)(?<!\+ )\+(?:\.{2,3}|/{1,2}[.?]|!\?)(?=\s|\Z)")
+_UTTERANCE_END = re.compile(
+    r" ?(?<!\S)(?<!\+ )(\+(?:\"/?\.|\.\.\?|\.{2,3}|/{1,2}[.?]|!\?))(?=\s|\Z)"
+)
+_PLAIN_END = {'+"/.': ",", '+".': ".", "+..?": "...?"}  # any other is "..."
+_FILLER = re.compile(r"(?<![\w-])(?:&-)++(?=\w)")  # &-um
+_EVENT = re.compile(r"(?<!\w)&=[\w:]{1,40}")  # &=laughs
+_WORD_FORM = re.compile(  # dog@o
+    r"(?<=\w)@(?:[a-z]|fp|lp|nv|ns|pr|sas|si|sl|wp)(?::[a-z]{1,8})?(?![\w@]|\.\w)"
+)
+_UNSPOKEN = re.compile(  # (be)cause, goin(g)
+    r"(?<=[a-z])(?:\([a-z']{1,8}\)){1,9}|(?:\([a-z']{1,8}\)){1,9}(?=[a-z])"
+)
 
 _BOOK_LINE = re.compile(
     r"^(?:[# ]*+(?:\* (?:License|Text|Illustration|Translation|Language|Photograph|Adaptation|Editor|Author)s?:[^\n]*"
@@ -117,6 +177,17 @@ def _unjoin(match: re.Match) -> str:
     after = text[at + 1 : at + 61].split()
     are_words = before and after and _BEFORE.match(before[-1]) and _AFTER.match(after[0])
     return match[0] + " " if are_words else match[0]
+
+
+def _decode_entity(match: re.Match) -> str:
+    """Return the character of an HTML entity such as &amp;quot; or &#39;, or an unknown one as is."""
+    entity = match[1] + ";"
+    return html.unescape("&" + entity) if entity[0] == "#" else html5.get(entity, "&" + entity)
+
+
+def _plain_text(text: str) -> str:
+    """Decode HTML entities, and make line ends newlines and other white space plain spaces."""
+    return _plain_spaces(_ENTITY.sub(_decode_entity, text) if "&" in text else text)
 
 
 def _plain_spaces(text: str) -> str:
@@ -241,6 +312,59 @@ def _without_credits(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if not _CREDIT.search(line.lower()))
 
 
+def _is_name(label: re.Match) -> bool:
+    """Return True if the words of a label can be the name of a speaker."""
+    if label["number"]:
+        return bool(_ROLE.search(label["name"]))
+    return not _NO_NAME.search(label["name"])
+
+
+def _drop_labels(label: re.Pattern, text: str) -> str:
+    """Remove the speaker labels at the start of lines.
+
+    "Mary:" may be a label, or a word before a colon. Names count as labels if they start at least 2
+    lines of this text, and if such names start at least 3 lines together.
+    """
+    lines = _SPACES.sub(" ", text).split("\n")
+    labels_of: dict[int, list[re.Match]] = {}  # by the number of the line
+    for number, line in enumerate(lines):
+        end = 0
+        while ":" in line and (match := label.match(line, end)):
+            labels_of.setdefault(number, []).append(match)
+            end = match.end()
+
+    # count the lines of each name; those with two labels count for both
+    counts: Counter[str] = Counter()
+    for labels in labels_of.values():
+        counts.update({match["name"] for match in labels if match["name"] and _is_name(match)})
+    speakers = {name for name, count in counts.items() if count >= 2}
+    if sum(any(match["name"] in speakers for match in labels) for labels in labels_of.values()) < 3:
+        speakers.clear()
+
+    for number, labels in labels_of.items():
+        end = 0
+        for match in labels:
+            is_word = match["name"] and match["name"] not in speakers
+            if is_word and not _SOUND.fullmatch((match["direction"] or "").strip()):
+                break
+            end = match.end()
+        if end:
+            lines[number] = lines[number][end:].lstrip(" ")
+    return "\n".join(lines)
+
+
+def _drop_song_marks(text: str) -> str:
+    """Remove the marks of songs from subtitles: ♪ la la ♪ and # la la #."""
+    text = text.replace("♪", " ").replace("♫", " ")
+    if "#" not in text:
+        return text
+    lines = [line.strip(" ") for line in text.split("\n")]
+    for number, line in enumerate(lines):
+        if line.startswith("# ") or line.endswith(" #") or line[:1] == line[-1:] == "#":
+            lines[number] = line.strip("# ")
+    return "\n".join(lines)
+
+
 class DomainCleaners:
     """Clean text of one domain, with pure, idempotent functions that keep newlines.
 
@@ -254,8 +378,11 @@ class DomainCleaners:
 
     @staticmethod
     def wikipedia(text: str) -> str:
-        """Remove headers (== Title ==), citations [12], references, templates, tables, markup."""
-        text = _plain_spaces(text)
+        """Remove headers (== Title ==), citations [12], references, templates, tables, markup.
+
+        WikiText's <unk> stays: it replaces a rare word, and without it the sentence would be wrong.
+        """
+        text = _plain_text(text)
         if "``" in text:
             text = _LATEX_QUOTES.sub(
                 lambda line: line[0].replace("``", '"').replace("''", '"'), text
@@ -281,24 +408,24 @@ class DomainCleaners:
 
     @staticmethod
     def subtitles(text: str) -> str:
-        """Remove cue numbers, timings, credits, tags, [sounds], (sounds) and LABELS:."""
-        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_spaces(text)), _short)
+        """Remove cue numbers, timings, credits, tags, [sounds], (sounds) and speaker labels."""
+        text = _drop(_BRACKET, _STYLE.sub(" ", _plain_text(text)), _short)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         text = _drop(
             _PAREN,
             text,
             lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))),
         )
-        text = clean_text(_SCREEN_LABEL.sub("", text.replace("♪", " ").replace("♫", " ")))
-        shorter = _CUE.sub("", text)
+        text = clean_text(_drop_labels(_SCREEN_LABEL, _drop_song_marks(text)))
+        shorter = _CUE.sub("", _NO_SPEECH.sub("", text))
         if shorter != text:
             text = re.sub(r"\n\n+", "\n", shorter)
         return _no_gaps(_without_credits(text))
 
     @staticmethod
     def dialogue(text: str) -> str:
-        """Remove speaker labels (*CHI: MARY: A.1: **Ann:**), [action], (smiling), time stamps."""
-        text = _plain_spaces(text)
+        """Remove speaker labels (*CHI: MARY: Mary: A.1:), [action], (smiling) and time stamps."""
+        text = _plain_text(text)
         if "[" in text:
             for _ in range(NESTED):
                 text = re.sub(r"\[(?:glossary|time):(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]", r"\1", text)
@@ -309,13 +436,22 @@ class DomainCleaners:
         text = _drop(_BRACKET, text, _short)
         text = _drop_tags(text, lambda tag: len(_ASIDE.sub("", tag[1:-1])) <= 55)
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
-        text = _TRANSCRIPT_LINE.sub("", clean_text(_LABEL.sub("", text)))
-        return _no_gaps(_TRAIL_OFF.sub("...", text))
+        text = _TRANSCRIPT_LINE.sub("", clean_text(_drop_labels(_LABEL, text)))
+        text = _UTTERANCE_END.sub(lambda end: _PLAIN_END.get(end[1], "..."), text)
+        return _no_gaps(text)
+
+    @staticmethod
+    def childes(text: str) -> str:
+        """Resolve the marks of CHAT transcripts, &-um dog@o (be)cause, and clean as dialogue."""
+        text = _WORD_FORM.sub("", _EVENT.sub(" ", _FILLER.sub("", _plain_text(text))))
+        for _ in range(NESTED if "(" in text else 0):
+            text = _UNSPOKEN.sub(lambda match: re.sub("[()]", "", match[0]), text)
+        return DomainCleaners.dialogue(text)
 
     @staticmethod
     def books(text: str) -> str:
         """Remove Project Gutenberg's header and licence, credit lines, page and footnote marks."""
-        text = _FOOTNOTE.sub(" ", _plain_spaces(text))
+        text = _FOOTNOTE.sub(" ", _plain_text(text))
         if "gutenberg" in text.lower():
             text = _drop_licence(text)
         return _no_gaps(_BOOK_LINE.sub("", clean_text(text)))
@@ -326,7 +462,8 @@ def create_cleaner_registry() -> dict[str, Callable[[str], str]]:
     domains = {
         DomainCleaners.wikipedia: ("wikipedia", "simple_wiki", "simple_wikipedia"),
         DomainCleaners.subtitles: ("subtitles", "open_subtitles", "qed"),
-        DomainCleaners.dialogue: ("dialogue", "aochildes", "childes", "bnc_spoken", "switchboard"),
+        DomainCleaners.dialogue: ("dialogue", "bnc_spoken", "switchboard"),
+        DomainCleaners.childes: ("aochildes", "childes"),
         DomainCleaners.books: ("cbt", "children_stories", "gutenberg"),
         DomainCleaners.default: ("default",),
     }

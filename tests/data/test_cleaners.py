@@ -29,7 +29,7 @@ BABYLM_NAMES += ["simple_wiki", "simple_wikipedia", "switchboard", "wikipedia"]
 CLEANERS = {
     **{
         name: REGISTRY[name]
-        for name in ("wikipedia", "subtitles", "dialogue", "gutenberg", "default")
+        for name in ("wikipedia", "subtitles", "dialogue", "childes", "gutenberg", "default")
     },
     "text": clean_text,
 }
@@ -199,7 +199,7 @@ def test_project_gutenberg_frames_are_removed():
     assert REGISTRY["children_stories"](story).strip("\n") == "The Dog\n\nA dog ran."
 
 
-FRAGMENTS = ['=', '= ', '== ', '\n', '\n\n', '\n\n\n', ' ', '\t', '\xa0', '[', ']', '[[', ']]', '[12]', '\\[', '[laughs]', '[glossary:', '[[File:', '[http://x', '{', '}', '{{', '}}', '{|', '|}', '{\\an8}', '(', ')', '(laughing)', '(x ', '<i>', '</i>', '<b ', '<ref>', '</ref>', '<!--', '-->', '<', '>', "''", "'''", '``', '|', '*', '#', '## ', '* License:', ':', ';', ',', '.', '...', '!', '?', 'MARY:', '*CHI:', 'A.1:', '**Ann:**', '1\n', '00:00:01,000', ' --> ', '12', '- ', '+', '+...', '♪', 'Subtitles by ', '_page :', 'http://a.B/c', 'Hello.World', 'ab.Cd!Ef', 'word', 'a', 'B', ' @-@ ', '***', 'gutenberg', 'START OF THIS PROJECT GUTENBERG']  # fmt: skip
+FRAGMENTS = ['=', '= ', '== ', '\n', '\n\n', '\n\n\n', ' ', '\t', '\xa0', '[', ']', '[[', ']]', '[12]', '\\[', '[laughs]', '[glossary:', '[[File:', '[http://x', '{', '}', '{{', '}}', '{|', '|}', '{\\an8}', '(', ')', '(laughing)', '(x ', '<i>', '</i>', '<b ', '<ref>', '</ref>', '<!--', '-->', '<', '>', "''", "'''", '``', '|', '*', '#', '## ', '* License:', ':', ';', ',', '.', '...', '!', '?', 'MARY:', '*CHI:', 'A.1:', '**Ann:**', '1\n', '00:00:01,000', ' --> ', '12', '- ', '+', '+...', '♪', 'Subtitles by ', '_page :', 'http://a.B/c', 'Hello.World', 'ab.Cd!Ef', 'word', 'a', 'B', ' @-@ ', '***', 'Mary:', 'Mary: ', 'Speaker 1: ', 'Bob (laughing): ', '&amp;', '&lt;', 'lt;', '&-um', 'dog@o', '(be)', '# ', '1:23', '+"/.', 'gutenberg', 'START OF THIS PROJECT GUTENBERG']  # fmt: skip
 fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 
 
@@ -224,7 +224,8 @@ def test_plain_lines_stay_unchanged(name, words):
 
 ATTACKS = ["a", " ", "\n", "=", "<", "[", "[[", "{{", "(", "*", "#", "-", ":", ".", "1", "`", "'", "= ", "\n=", "[1", "<ref>", "<!--",
            "[[a|", "A.", "a.B", "MARY", "A: ", "**A", "_a :", "1\n", "00:00:01,0", "-->", "subtitles ", "(a ", "(aing ", "sub and a",
-           "\\[", "{\\", "{1", "[http://a", "+.", " \n", "\u0301", "A ", "*** ", "gutenberg\n\n", "@A", "%ab:\t", "**A:** "]  # fmt: skip
+           "\\[", "{\\", "{1", "[http://a", "+.", " \n", "\u0301", "A ", "*** ", "gutenberg\n\n", "@A", "%ab:\t", "**A:** ",
+           "Mary: ", "Mary: \n", "Mary (", "Mary, a ", "&amp;", "(a)", "&-", "# ", "1: 1", "a@", "*a\n", "sync, "]  # fmt: skip
 
 
 def growth(function, attack: str, size: int) -> float:
@@ -307,6 +308,96 @@ def test_credits_are_removed(line):
 )  # fmt: skip
 def test_sentences_that_only_sound_like_credits_stay(line):
     assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == f"Hello.\n{line}\nGood day."
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["== sync, corrected by elderman ==", "@elder_man", "Downloaded from www.AllSubs.org", "Captioned by",
+     "Captioned by the National Captioning Institute", "Ripped by: X", "Closed captions by Sam"],
+)  # fmt: skip
+def test_loosely_written_credits_are_removed(line):
+    assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == "Hello.\nGood day."
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["I downloaded from the net yesterday", "the subtitles by the door", "He was captioned by mistake",
+     "Encoded by mistake, the file", "Mail me @home", "(I don't know.)", "(Really?)", "We are #1", "At 10:30"],
+)  # fmt: skip
+def test_sentences_with_the_words_and_marks_of_subtitles_stay(line):
+    assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == f"Hello.\n{line}\nGood day."
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["7\n00: 18: 26,040 -> 00: 18: 28.240", "00:01:02", "12\n1:23", "00:01.500 --> 00:02.000 align:start",
+     "WEBVTT", "WEBVTT - Some title\nKind: captions\nLanguage: en"],
+)  # fmt: skip
+def test_loosely_written_timings_and_their_numbers_are_removed(line):
+    assert DomainCleaners.subtitles(f"{line}\nHello.").strip() == "Hello."
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [("(saxophone solo)", ""), ("-(gunfire)", ""), ("# la la la #", "la la la"), ("# la la", "la la"), ("#la la#", "la la"),
+     ("(ON TV): Hi, kids.", "Hi, kids."), ("&lt;i&gt;Hi&lt;/i&gt; &amp; bye", "Hi & bye"), ("YAK: [INAUDIBLE].", "")],
+)  # fmt: skip
+def test_sounds_songs_and_entities_of_subtitles_are_removed(raw, clean):
+    assert DomainCleaners.subtitles(f"Hello.\n{raw}").removeprefix("Hello.").strip() == clean
+
+
+@pytest.mark.parametrize("clean", [DomainCleaners.dialogue, DomainCleaners.subtitles])
+@pytest.mark.parametrize(
+    "names",
+    [("Mary", "John"), ("Speaker 1", "Speaker 2"), ("SPEAKER_01", "SPEAKER_02"), ("Interviewer", "Mrs. Smith"),
+     ("Mary-Ann O'Brien", "José"), ("Alice (whispering)", "Bob, laughing"), ("Alice (to Bob)", "Bob (to Alice)")],
+)  # fmt: skip
+def test_names_that_recur_at_line_starts_are_speaker_labels(clean, names):
+    lines = ["Hello there.", "Hi: it is me.", "Go.", "Yes."]
+    labelled = [f"{names[number % 2]}: {line}" for number, line in enumerate(lines)]
+    assert clean("\n".join(labelled)) == "\n".join(lines)
+
+
+def test_a_spoken_direction_makes_one_name_a_label():
+    assert DomainCleaners.dialogue("Alice (whispering): hi") == "hi"
+    assert DomainCleaners.dialogue("ALICE, whispering: hi") == "hi"
+
+
+@pytest.mark.parametrize("clean", [DomainCleaners.dialogue, DomainCleaners.subtitles])
+@pytest.mark.parametrize(
+    "text",
+    ["Mary: Hello.\nMary: Go.",  # two lines
+     "Mary: Hello.\nJohn: Go.\nSue: No.",  # no name recurs
+     "Note: this.\n" * 5 + "End.",
+     "First: go.\nSecond: stop.\n" * 4 + "End.",
+     "Panel 8: on.\nPanel 8: off.\nPanel 5: on.",
+     "Step 1: go.\nStep 2: stop.\nStep 1: go.",
+     "I said: go.\nI said: go.\nI said: go.",
+     "Look: here.\nThe Question: why?\nLook: there.\nThe Question: how?",
+     "He asked Mary: who?\n" * 3 + "End."],
+)  # fmt: skip
+def test_ordinary_words_before_a_colon_stay(clean, text):
+    assert clean(text) == text
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [('he said +"/.', "he said,"), ("how long +..?", "how long...?"), ("he goes &-um &-uh no", "he goes um uh no"),
+     ("a dog@o there", "a dog there"), ("woof@si.", "woof."), ("(be)cause goin(g) s(up)pose", "because going suppose"),
+     ("no &=laughs yes", "no yes"), ("ask a@b.com (or not) R&D", "ask a@b.com (or not) R&D")],
+)  # fmt: skip
+def test_marks_of_chat_transcripts_become_words(raw, clean):
+    assert REGISTRY["childes"](f"*CHI:\t{raw}") == clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [("*item\n** other\n:*third", "item\nother\nthird"), ("1985&ndash;1989, 11&nbsp;million", "1985–1989, 11 million"),
+     ("R&amp;D &#39;x&#x27; &amp;quot;", "R&D 'x' \""), ("array[12] = 3", "array[12] = 3"), ("a[i] += 1", "a[i] += 1"),
+     ("It ended.[12] Then", "It ended. Then"), ("Mark&foo; AT&T;", "Mark&foo; AT&T;")],
+)  # fmt: skip
+def test_lists_entities_and_indexes_of_wikipedia(raw, clean):
+    assert DomainCleaners.wikipedia(raw) == clean
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
