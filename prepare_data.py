@@ -3,9 +3,11 @@
     python prepare_data.py --babylm-10m ./raw/train_10M --babylm-dev ./raw/dev
     python prepare_data.py --babylm-100m ./raw/train_100M --clean-domains open_subtitles,childes
     python prepare_data.py --babylm-dev ./raw/dev --skip-tokenizer
+    python prepare_data.py --babylm-10m ./my_books --domain novels=gutenberg
 
 The name of a file is its domain, such as childes or open_subtitles. Each document is cleaned by the
-cleaner of its domain and then by the general one. The results are <output-dir>/train/<domain>.train
+cleaner of its domain, if there is one, and then by the general one; --domain chooses a cleaner for
+a domain. The results are <output-dir>/train/<domain>.train
 and <output-dir>/dev/<domain>.dev, with two empty lines between documents, and manifest.json, which
 records sources, outputs, counts and hashes.
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 Sources = dict[str, dict[str, list[Path]]]  # split -> domain -> input files
 
 DOCUMENT_END = b"\n\n\n"
+ONE_WORD = 10  # a document of at least so many words that are all the same is reported
 BATCH_PARTS = 128  # parts of documents that the tokenizer counts at a time
 REPAIRS = (
     "empty_files",
@@ -96,6 +99,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="put a space before the first word of a text",
     )
+    add_flag(
+        parser,
+        "domain",
+        action="append",
+        default=[],
+        metavar="DOMAIN=CLEANER",
+        help="use the cleaner of another domain, such as novels=gutenberg; may be repeated",
+    )
     cleaning = parser.add_mutually_exclusive_group()
     add_flag(
         cleaning,
@@ -144,7 +155,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """Write the files that the command line asks for; return the manifest and the new splits."""
     # cleaning takes minutes, so check first everything that can be wrong
     sources = find_sources(args)
-    cleaners = None if args.skip_cleaning else choose_cleaners(sources, args.clean_domains)
+    if args.skip_cleaning and args.domain:
+        raise ValueError("--domain chooses a cleaner, and --skip-cleaning uses none; remove one")
+    cleaners = None
+    if not args.skip_cleaning:
+        cleaners = choose_cleaners(sources, args.clean_domains, args.domain)
     if "train" in sources and not args.skip_tokenizer:
         check_request(args.tokenizer_vocab, args.tokenizer_output)
 
@@ -202,26 +217,41 @@ def find_sources(args: argparse.Namespace) -> Sources:
     return sources
 
 
-def choose_cleaners(sources: Sources, domains: list[str] | None) -> dict[str, Callable]:
-    """Return the cleaners of the domains in the input, or only those of the given `domains`."""
+def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]) -> dict[str, str]:
+    """Return the name of the cleaner of each domain in the input, or of the domains in `only`.
+
+    A domain is cleaned by the cleaner of its name, unless `choices` has "domain=cleaner" for it.
+    """
     registry = create_cleaner_registry()
-    cleaners = {}
-    for domain in sorted(set().union(*sources.values())):
-        if domain in registry:
-            cleaners[domain] = registry[domain]
-        else:
-            print(
-                f"note: no cleaner for domain {domain!r}, using only the general one",
-                file=sys.stderr,
+    domains = sorted(set().union(*sources.values()))
+    cleaners = {domain: domain for domain in domains if domain in registry}
+    for choice in choices:
+        domain, _, cleaner = choice.lower().partition("=")
+        if cleaner not in registry:
+            raise ValueError(
+                f"--domain {choice}: expected DOMAIN=CLEANER, and the cleaners are "
+                f"{', '.join(registry)}"
             )
-    if domains is None:
+        if domain not in domains:
+            raise ValueError(
+                f"--domain {choice}: the input has no domain {domain}, but {', '.join(domains)}"
+            )
+        cleaners[domain] = cleaner
+    how_to_choose = f"--domain NAME=CLEANER chooses one of {', '.join(registry)}"
+    if without := [domain for domain in domains if domain not in cleaners]:
+        print(
+            f"note: no cleaner for {', '.join(without)}, using only the general one; "
+            f"{how_to_choose}",
+            file=sys.stderr,
+        )
+    if only is None:
         return cleaners
-    names = [name for name in re.split(r"[,\s]+", " ".join(domains)) if name]
+    names = [name for name in re.split(r"[,\s]+", " ".join(only)) if name]
     unknown = [name for name in names if name not in cleaners]
     if unknown:
         available = ", ".join(cleaners) or "no domain with a cleaner"
         raise ValueError(
-            f"--clean-domains {', '.join(unknown)}: not in the input, which has {available}"
+            f"--clean-domains {', '.join(unknown)}: the input has {available}; {how_to_choose}"
         )
     return {name: cleaners[name] for name in names}
 
@@ -292,13 +322,14 @@ def install(folders: dict[str, Path], output_dir: Path, earlier_files: list[Path
 
 def clean_splits(
     sources: Sources,
-    cleaners: dict[str, Callable] | None,
+    cleaners: dict[str, str] | None,
     folders: dict[str, Path],
     overlap: Overlap | None,
 ) -> dict[str, dict]:
     """Write every split, cleaned unless `cleaners` is None, to its folder; return the records."""
     from tqdm import tqdm
 
+    registry = create_cleaner_registry()
     splits = {}
     n_bytes = 0
     for files_by_domain in sources.values():
@@ -312,11 +343,12 @@ def clean_splits(
             records = {}
             for domain, files in files_by_domain.items():
                 target = folders[split] / f"{domain}.{split}"
+                name = (cleaners or {}).get(domain)
                 cleaner = None
                 if cleaners is not None:
-                    cleaner = partial(clean_fully, cleaners.get(domain))
-                record = clean_domain(files, cleaner, target, overlap, bar)
-                record["domain_cleaner"] = domain in (cleaners or {})
+                    cleaner = partial(clean_fully, registry.get(name))
+                record = clean_domain(files, cleaner, name, target, overlap, bar)
+                record["cleaner"] = name
                 records[domain] = {"file": f"{split}/{target.name}", **record}
             splits[split] = {
                 "cleaner_version": None if cleaners is None else CLEANER_VERSION,
@@ -334,6 +366,7 @@ def clean_fully(cleaner: Callable[[str], str] | None, text: str) -> str:
 def clean_domain(
     files: list[Path],
     cleaner: Callable[[str], str] | None,
+    cleaner_name: str | None,
     target: Path,
     overlap: Overlap | None,
     bar: tqdm,
@@ -341,24 +374,31 @@ def clean_domain(
     """Join the files of a domain in one, cleaned if there is a cleaner; return its record."""
     sources = []
     documents = 0
+    documents_of_one_word = 0
     words = 0
     text_bytes = 0
     with target.open("wb") as out:
         for path in files:
             report = new_report()
             bar_start = bar.n
-            for parts in read_documents(path, report, cleaner):
+            for parts in read_documents(path, report, cleaner, domain=cleaner_name):
                 out.write(DOCUMENT_END if documents else b"")
                 documents += 1
+                words_before = words
+                vocabulary: set[str] = set()  # complete only while it has one word
                 for part in parts:
                     text_bytes += out.write(part.encode())
                     part_words = part.lower().split()
                     words += len(part_words)
+                    if len(vocabulary) < 2:
+                        vocabulary.update(part_words)
                     if overlap:
                         overlap.add(part_words)
                     bar.update(bar_start + report["bytes_on_disk"] - bar.n)
                 if overlap:
                     overlap.end_document()
+                if len(vocabulary) == 1 and words - words_before >= ONE_WORD:
+                    documents_of_one_word += 1
             sources.append(
                 {
                     "path": str(path),
@@ -374,6 +414,7 @@ def clean_domain(
         "bytes": target.stat().st_size,
         "documents": documents,
         "documents_left_empty": documents_read - documents,
+        "documents_of_one_word": documents_of_one_word,
         "words": words,
         "tokens": None,
         "text_bytes_read": sum(source["read"]["bytes"] for source in sources),
@@ -466,6 +507,9 @@ def print_repairs(manifest: dict, new_splits: list[str]) -> None:
             if record["documents_left_empty"]:
                 n_empty = record["documents_left_empty"]
                 print(f"note: {record['file']}: dropped {n_empty:,} documents, empty when cleaned")
+            if record["documents_of_one_word"]:
+                n_documents = record["documents_of_one_word"]
+                print(f"note: {record['file']}: {n_documents:,} documents are one word repeated")
             for source in record["sources"]:
                 counts = [f"{key} {source['read'][key]}" for key in REPAIRS if source["read"][key]]
                 if counts:

@@ -210,7 +210,7 @@ def test_clean_domains_and_skip_cleaning(run, raw, tmp_path, capsys):
     assert "Page 3" in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
     assert run("--skip-tokenizer", "--clean_domains", "wikipedia") == 0
     assert "Page 3" not in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
-    assert manifest_of(tmp_path)["splits"]["train"]["files"]["gutenberg"]["domain_cleaner"] is False
+    assert manifest_of(tmp_path)["splits"]["train"]["files"]["gutenberg"]["cleaner"] is None
     (raw / "train" / "gutenberg.train").write_text("a  b ,  c\n\n\n\n\nd")
     assert run("--skip-tokenizer", "--skip-cleaning") == 0
     assert (tmp_path / "out" / "train" / "gutenberg.train").read_text().startswith("a  b ,  c\n\n")
@@ -221,6 +221,50 @@ def test_clean_domains_and_skip_cleaning(run, raw, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "poems" in error and "gutenberg, wikipedia" in error
     assert tree(tmp_path / "out") == before
+
+
+def test_domain_chooses_the_cleaner_of_a_domain(run, raw, tmp_path, capsys):
+    (raw / "train" / "letters.txt").write_text("= One =\na b\n= Two =\nc d\n")
+    assert (
+        run("--skip-tokenizer", "--domain", "Letters=wikipedia", "--domain", "gutenberg=cbt") == 0
+    )
+    assert "no cleaner" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "train" / "letters.train").read_text() == "a b\n\n\nc d\n"
+    records = manifest_of(tmp_path)["splits"]["train"]["files"]
+    assert {name: record["cleaner"] for name, record in records.items()} == {
+        "children_stories": "children_stories",
+        "gutenberg": "cbt",
+        "letters": "wikipedia",
+        "wikipedia": "wikipedia",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--domain", "letters=poems"], "DOMAIN=CLEANER, and the cleaners are wikipedia, simple"),
+        (["--domain", "letters"], "DOMAIN=CLEANER, and the cleaners are wikipedia, simple"),
+        (["--domain", "novels=cbt"], "no domain novels, but children_stories, gutenberg, letters"),
+        (["--clean-domains", "letters"], "--domain NAME=CLEANER chooses one of wikipedia, simple"),
+        (["--domain", "letters=cbt", "--skip-cleaning"], "remove one"),
+    ],
+)
+def test_an_unknown_domain_or_cleaner_is_an_error_that_lists_the_cleaners(
+    run, tmp_path, capsys, flags, problem
+):
+    assert run(*flags) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_repeat_one_word_are_counted(run, raw, tmp_path, capsys):
+    documents = ["No no NO\n" * 20_000, "yes " * 10, "yes " * 9, "yes " * 10 + "no"]
+    (raw / "train" / "letters.txt").write_text("\n\n\n".join(documents))
+    assert run("--skip-tokenizer", dev=None) == 0
+    assert "letters.train: 2 documents are one word repeated" in capsys.readouterr().out
+    assert (
+        manifest_of(tmp_path)["splits"]["train"]["files"]["letters"]["documents_of_one_word"] == 2
+    )
 
 
 def test_skip_tokenizer_counts_with_the_existing_tokenizer(run, tmp_path, capsys):

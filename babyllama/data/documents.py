@@ -353,14 +353,17 @@ def _repair_record(text: str, report: dict) -> str:
 
 
 def read_documents(
-    path: str | os.PathLike, report: dict | None = None, cleaner: Callable[[str], str] | None = None
+    path: str | os.PathLike,
+    report: dict | None = None,
+    cleaner: Callable[[str], str] | None = None,
+    domain: str | None = None,
 ) -> Iterator[Iterator[str]]:
     """Yield the documents of a file, each as an iterator over the parts of its text.
 
     Nothing is kept in memory, so read a document before you ask for the next one. In a text file a
     new document starts after two empty lines, at a title (= = = T = = =; in wiki domains also = T =
     and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document, and in a
-    table each row.
+    table each row. A file is read as wiki text if its name or `domain` is a wiki domain.
 
     A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
     what was read, before cleaning, are added to `report` (see new_report). Raise ValueError if the
@@ -376,7 +379,7 @@ def read_documents(
     elif name.removesuffix(".gz").endswith(".jsonl"):
         numbered_lines = _number_json_lines(_read_lines(path, report), path, report)
     else:
-        is_wiki = domain_of(path) in WIKI_DOMAINS
+        is_wiki = domain in WIKI_DOMAINS or domain_of(path) in WIKI_DOMAINS
         numbered_lines = _number_lines(_read_lines(path, report), is_wiki, report)
     for _, document in itertools.groupby(numbered_lines, key=itemgetter(0)):
         report["documents"] += 1
