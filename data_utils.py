@@ -54,7 +54,14 @@ from babyllama.data.tokenizer import (
     load_tokenizer,
     part_backend,
 )
-from babyllama.files import atomic_write, default_cache_dir, read_json, sha256, write_json
+from babyllama.files import (
+    atomic_write,
+    default_cache_dir,
+    read_json,
+    remove_abandoned_drafts,
+    sha256,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,6 +160,7 @@ class DataProcessor:
         folders = {"train": Path(train_data_dir), "validation": Path(eval_data_dir)}
         files = {split: find_files(folder, split) for split, folder in folders.items()}
 
+        remove_abandoned_drafts(self.cache_dir)
         datasets = DatasetDict()
         for split, folder in folders.items():
             sources = [_source_in(folder, path) for path in files[split]]

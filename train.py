@@ -37,13 +37,12 @@ from babyllama.config import (
 )
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
 from babyllama.schema import SECTIONS
-from babyllama.training import distributed
+from babyllama.training import distributed, ending
 from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
 from babyllama.training.run_dir import (
     LOG_FILE,
-    MANIFEST,
     check_checkpoint_step,
-    checkpoints,
+    checkpoint_step,
     find_checkpoint,
     finished_metrics,
     resolve_checkpoint,
@@ -328,11 +327,11 @@ def make_benchmark(config: dict, model, tokenizer):
 # ---- 5. training --------------------------------------------------------------------------------
 
 
-def train_and_save(run: PreparedRun) -> None:
+def train_and_save(run: PreparedRun, status: ending.Status) -> None:
     """Train the model, then write and print the results."""
     from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
-    from babyllama.training.callbacks import RunLog
+    from babyllama.training.callbacks import RunLog, SaveWhenInterrupted
     from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.results import print_summary
     from babyllama.training.trainer import LMTrainer
@@ -358,35 +357,20 @@ def train_and_save(run: PreparedRun) -> None:
         loss=run.loss,
         cuda_graphs=plan["cuda_graphs"],
         benchmark=run.benchmark,
-        callbacks=[run_log] if distributed.is_main() else [],
+        callbacks=[*([run_log] if distributed.is_main() else []), SaveWhenInterrupted(status)],
     )
     word_counter = attach_word_counter(trainer, config, counts, run.budget)
     distributed.seed_per_rank(config["training"]["seed"])
-    fit(trainer, run)
+    with ending.deferred_signals():  # they save the step first
+        checkpoint = str(run.checkpoint) if run.checkpoint else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.release_graphs()  # the final evaluation may need their memory
 
     model = trainer.best_model()
     with distributed.main_first():
         if distributed.is_main():
             metrics = write_results(run, trainer, model, run_log, word_counter)
             print_summary(run.run_dir, metrics)
-
-
-def fit(trainer, run: PreparedRun) -> None:
-    """Run the training steps; if they are interrupted, say which checkpoint to resume from."""
-    from babyllama.training.callbacks import save_when_interrupted
-
-    checkpoint = str(run.checkpoint) if run.checkpoint else None
-    try:
-        with save_when_interrupted(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except (KeyboardInterrupt, BrokenPipeError):  # BrokenPipeError: `python train.py ... | head`
-        saved = [folder for folder in checkpoints(run.run_dir) if (folder / MANIFEST).is_file()]
-        advice = "nothing was saved yet"
-        if saved:
-            advice = f"resume from {saved[0].name} with --resume_from_checkpoint latest"
-        message = f"interrupted after step {trainer.state.global_step}; {advice}"
-        raise KeyboardInterrupt(message if distributed.is_main() else "") from None
-    trainer.release_graphs()  # the final evaluation may need their memory
 
 
 # ---- 6. the results -----------------------------------------------------------------------------
@@ -404,7 +388,8 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
     )
 
     # save first: if anything below fails, the trained model is not lost
-    save_model(run.run_dir, model, run.data.tokenizer, run_log)
+    with ending.deferred_signals():
+        save_model(run.run_dir, model, run.data.tokenizer, run_log)
     metrics = {
         "results": {
             **measure_model(trainer, model, run.data.held_out_domains),
@@ -430,16 +415,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
 def run_command(args: argparse.Namespace) -> int:
     """Do what a command line asks for, as one of several processes if a launcher started us."""
     distributed.start()
-    try:
-        prepare_and_train(args)
-    except RuntimeError as error:
-        if distributed.is_lost_process_error(error):
-            reason = str(error).strip().splitlines()[0]
-            raise ConnectionError(
-                "lost the connection to another process: it was killed, perhaps because memory ran "
-                f"out, or its own error is printed above ({reason})"
-            ) from None
-        raise
+    prepare_and_train(args)
     distributed.stop()
     return 0
 
@@ -464,9 +440,12 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             if args.dry_run:
                 print("dry run: nothing was trained; the tokenized text is cached for the real run")
                 return
+            checkpoint = prepared.checkpoint
+            step = checkpoint_step(checkpoint) if checkpoint else 0
+            status = stack.enter_context(ending.recorded(run_dir, step))
             if writes:
-                start_run_dir(run_dir, config, data.report, prepared.checkpoint)
-        train_and_save(prepared)
+                start_run_dir(run_dir, config, data.report, checkpoint)
+        train_and_save(prepared, status)
 
 
 def memory_advice(args: argparse.Namespace) -> str:
@@ -519,13 +498,14 @@ def main(argv: list[str] | None = None) -> int:
         advice = "the same command continues"
     else:
         body = functools.partial(run_command, args)
-        advice = "if a checkpoint was saved, resume with --resume_from_checkpoint latest"
-    return run_script(
-        body,
-        interrupted=f"interrupted; {advice}" if distributed.is_main() else "",
-        memory_advice=functools.partial(memory_advice, args),
-        print_error=distributed.print_error,
-    )
+        advice = "nothing has changed; the same command starts again"
+    with ending.catch_signals():
+        return run_script(
+            body,
+            interrupted=f"interrupted; {advice}" if distributed.is_main() else "",
+            memory_advice=functools.partial(memory_advice, args),
+            print_error=distributed.print_error,
+        )
 
 
 if __name__ == "__main__":

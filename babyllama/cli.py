@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -49,7 +50,13 @@ def print_error(error: BaseException) -> None:
     if path := os.environ.get(ERROR_FILE):
         Path(path).write_text(str(error), encoding="utf-8")
     for line in str(error).splitlines() or [type(error).__name__]:
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        _print_last_words(f"error: {line}")
+
+
+def _print_last_words(line: str) -> None:
+    """Print a line on stderr; if that is on a full disk too, the exit code must do."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_script(
@@ -67,15 +74,17 @@ def run_script(
     an empty string prints nothing. Any other exception is a bug of ours, so it keeps its traceback.
     """
     try:
-        return body()
+        code = body()
+        sys.stdout.flush()  # so that a full disk is an error, and not only an exit code of Python's
+        return code
     except (ValueError, OSError) as error:
         print_error(error)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as error:
         message = str(error) or interrupted
         if message:
-            print(message, file=sys.stderr)
-        return EXIT_INTERRUPTED
+            _print_last_words(message)
+        return getattr(error, "exit_code", EXIT_INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         # this imports torch, which the body has certainly done before it can run out of memory
         from babyllama.device import is_out_of_memory

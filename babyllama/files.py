@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,9 +50,15 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     sees the old content or the new content, but never half of it. If the block fails, what it wrote
     is deleted and `path` stays as it was. With `keep_existing`, what another process has put at
     `path` in the meantime stays: two runs that fill the same cache write the same content.
+
+    A process that is killed leaves the temporary folder, which remove_abandoned_drafts deletes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+        folder = stack.enter_context(folder)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            stack.enter_context(filelock.FileLock(Path(folder, LOCK_FILE)))
         draft = Path(folder, path.name)
         yield draft
         if keep_existing and path.exists():
@@ -62,6 +70,22 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         except OSError:
             if not (keep_existing and path.exists()):
                 raise
+
+
+def drafts(folder: Path) -> list[Path]:
+    """Return the temporary folders of atomic_write in a folder."""
+    pattern = re.compile(r"\..+\.[a-z0-9_]{8}")
+    return [path for path in sorted(folder.glob(".*.*/")) if pattern.fullmatch(path.name)]
+
+
+def remove_abandoned_drafts(folder: Path) -> None:
+    """Delete the drafts of processes that were killed; those of living processes are locked."""
+    for draft in drafts(folder):
+        # one without a lock may have been created just now
+        with contextlib.suppress(OSError):
+            if (draft / LOCK_FILE).is_file():
+                with filelock.FileLock(draft / LOCK_FILE, timeout=0):
+                    shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_utf8(path: Path, advice: str) -> str:

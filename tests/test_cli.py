@@ -1,9 +1,13 @@
 """What every script does with errors, Ctrl-C and a lack of memory."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from babyllama.cli import add_flag, check_at_least, duration, run_script
 
@@ -41,6 +45,21 @@ def test_a_mistake_is_one_line_and_an_exit_code(error, code, output, capsys):
         result = run_script(raising(error), interrupted="stopped", memory_advice=memory_advice)
         assert result == code
         assert capsys.readouterr().err == output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("streams", "expected"), [((1,), b"error: [Errno 28] No space left on device\n"), ((1, 2), b"")]
+)
+@pytest.mark.parametrize("body", ["print('result') or 0", "open('nowhere')"])
+def test_output_on_a_full_disk_exits_with_2(streams, expected, body):
+    code = f"import sys; from babyllama.cli import run_script; sys.exit(run_script(lambda: {body}))"
+    with open("/dev/full", "wb") as full:
+        outputs = {"stdout": full, "stderr": full if 2 in streams else subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, **outputs)
+    assert done.returncode == 2
+    if body.startswith("print"):
+        assert (done.stderr or b"") == expected
 
 
 def test_a_bug_keeps_its_traceback():

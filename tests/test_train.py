@@ -460,7 +460,7 @@ def test_ctrl_c_before_training_exits_with_130(config_file, monkeypatch, capsys)
 
     monkeypatch.setattr(train, "create_model", interrupted)
     assert train.main(["--config", str(config_file())]) == EXIT_INTERRUPTED
-    assert capsys.readouterr().err.endswith("resume with --resume_from_checkpoint latest\n")
+    assert capsys.readouterr().err.endswith("the same command starts again\n")
 
 
 # ---- precision ------------------------------------------------------------------------------------

@@ -147,10 +147,6 @@ class BabyLMCallback(TrainerCallback):
             epochs=state.num_train_epochs,
             offset=getattr(dataset, "offset_in", lambda epoch: 0),  # data.random_offset
         )
-        if args.should_save:
-            # a process that was killed while saving leaves a temporary folder behind
-            for draft in Path(args.output_dir).glob(".chck_*"):
-                shutil.rmtree(draft)
         for target in self.targets:
             folder = Path(args.output_dir, milestone_name(target))
             step = self.seen.first_step(target)

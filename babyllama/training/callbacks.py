@@ -1,8 +1,8 @@
-"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on Ctrl-C, wandb.
+"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on a signal, wandb.
 
 run_log = RunLog(run_dir / "metrics.jsonl", words_per_token, flops_per_token, matmul_flops)
-trainer = LMTrainer(..., callbacks=[run_log])
-with save_when_interrupted(trainer):
+trainer = LMTrainer(..., callbacks=[run_log, SaveWhenInterrupted(status)])
+with ending.deferred_signals():
     trainer.train()
 """
 
@@ -13,12 +13,8 @@ import json
 import logging
 import math
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,10 @@ from transformers import TrainerCallback
 
 from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.files import write_text
-from babyllama.training import distributed
+from babyllama.training import distributed, ending
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 log = logging.getLogger(__name__)
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunLog(TrainerCallback):
@@ -190,63 +185,31 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-# ---- Ctrl-C -------------------------------------------------------------------------------------
+# ---- status and signals -------------------------------------------------------------------------
 
 
-class _SaveAndStop(TrainerCallback):
-    """Save a checkpoint at the end of the step after a signal, then raise KeyboardInterrupt."""
+class SaveWhenInterrupted(TrainerCallback):
+    """Finish and save the step in which a signal comes, then raise Interrupted; keep the status.
 
-    def __init__(self):
-        self.requested = False
-        self.main_process = os.getpid()
+    Several processes agree on the step, whichever of them got the signal.
+    """
 
-    def handle_signal(self, number, frame) -> None:
-        self.requested = True
-        signal.signal(number, signal.default_int_handler)  # a second signal stops at once
-        # the workers of a DataLoader get the signal too, but one message is enough
-        if os.getpid() == self.main_process:
-            print(
-                "\ninterrupted: finishing and saving this step; interrupt again to stop at once",
-                file=sys.stderr,
-                flush=True,
-            )
+    def __init__(self, status: ending.Status):
+        self.status = status
+        self.signal = 0  # the one that this run stops at
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
+        self.status.step = state.global_step
+        self.signal = distributed.all_reduce_max(ending.received_signal())
+        if self.signal:
             control.should_save = True
             control.should_log = True  # a resumed run continues its clock from this row
 
     def on_save(self, args, state, control, **kwargs):
-        if self.requested:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def save_when_interrupted(trainer) -> Iterator[None]:
-    """Make Ctrl-C or SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
-
-    It does nothing if several processes train, because they would stop at different steps, or
-    outside the main thread, because only that one may handle signals. A signal that the process
-    ignores already, as it does in the background, stays ignored.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if distributed.world_size() > 1 or not in_main_thread:
-        yield
-        return
-    callback = _SaveAndStop()
-    trainer.add_callback(callback)
-    previous_handlers = {}
-    for number in INTERRUPTS:
-        handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):
-            previous_handlers[number] = handler
-            signal.signal(number, callback.handle_signal)
-    try:
-        yield
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
-        trainer.remove_callback(callback)
+        self.status.write("running")
+        if self.signal:
+            distributed.barrier()  # the launcher ends all ranks with the first: wait for the seal
+            raise ending.Interrupted(self.signal)
 
 
 # ---- wandb --------------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ import numpy as np
 
 from babyllama import cli
 
-# the launcher's key-value store, and the number of main_first blocks that have begun
-_group = SimpleNamespace(store=None, block=0)
+# the launcher's key-value store, the number of main_first blocks that have begun, and the group of
+# processes for tensors on the CPU (None: the default group)
+_group = SimpleNamespace(store=None, block=0, on_cpu=None)
 
 
 class OtherRankError(ValueError):
@@ -101,6 +102,7 @@ def start() -> None:
         timeout=datetime.timedelta(hours=1),
         device_id=device,
     )
+    _group.on_cpu = dist.new_group(backend="gloo") if backend == "nccl" else None
     _group.store = dist.PrefixStore("babyllama", store)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if not is_main():
@@ -195,7 +197,7 @@ def _raise_if_failed(outcome: str) -> None:
     if kind == "error":
         raise OtherRankError(message)
     if kind == "crash":
-        sys.exit(1)
+        sys.exit("another process has crashed; its error is printed above" if is_main() else 1)
 
 
 def _message(error: Exception) -> str:
@@ -225,6 +227,15 @@ def is_lost_process_error(error: RuntimeError) -> bool:
     return world_size() > 1 and any(sign in str(error) for sign in signs)
 
 
+def lost_process_error(error: RuntimeError) -> ConnectionError:
+    """Return the error to report instead of one that is_lost_process_error."""
+    reason = str(error).strip().splitlines()[0]
+    return ConnectionError(
+        "lost the connection to another process: it was killed, perhaps because memory ran out, "
+        f"or its own error is printed above ({reason})"
+    )
+
+
 # ---- collective operations ----------------------------------------------------------------------
 
 
@@ -244,6 +255,18 @@ def all_reduce_sum(tensor):
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_reduce_max(number: int) -> int:
+    """Return the largest of the numbers of all processes, without waiting for their GPUs."""
+    if world_size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group.on_cpu)
+        number = int(tensor)
+    return number
 
 
 def forward_through_wrapper(function, model, *args):

@@ -5,6 +5,7 @@ start, resume or replace another one. Nothing here trains, scores or imports tor
 
     models/<name>/
         training_config.yaml  data_report.json             before step 0: what is trained
+        status.json                                        running, preempted, failed or finished
         metrics.jsonl  checkpoint-<step>/  chck_<N>M/      during training
         damaged-checkpoint-<step>/                         a checkpoint that a resume had to skip
         config.json  generation_config.json  model.safetensors         at the end: the model,
@@ -33,6 +34,7 @@ from babyllama.files import (
     ROOT,
     check_replaceable,
     check_weights,
+    drafts,
     is_model,
     read_json,
     sha256,
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "training_config.yaml"
 DATA_REPORT_FILE = "data_report.json"
 LOG_FILE = "metrics.jsonl"
+STATUS_FILE = "status.json"
 METRICS_FILE = "training_metrics.json"
 COMPLIANCE_FILE = "compliance.json"
 MANIFEST = "complete.json"  # in a checkpoint: the size and hash of each of its files
@@ -302,10 +305,11 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
             )
     is_run = (run_dir / CONFIG_FILE).is_file()
     # a process that was killed while it wrote its first file leaves a temporary folder
-    ours = (LOCK_FILE, OWNER_FILE, DATA_REPORT_FILE)
-    is_empty = all(
-        path.name in ours or path.name.startswith(f".{CONFIG_FILE}.") for path in run_dir.glob("*")
-    )
+    ours = (LOCK_FILE, OWNER_FILE, DATA_REPORT_FILE, STATUS_FILE)
+    is_empty = {path.name for path in run_dir.glob("*")} <= {
+        *ours,
+        *(draft.name for draft in drafts(run_dir)),
+    }
     check_replaceable(run_dir, is_run or is_empty, "choose another --model_name")
 
 
@@ -380,9 +384,8 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
             _set_aside(folder)
         else:
             shutil.rmtree(folder)
-    for draft in run_dir.glob(".*.*"):  # of a process that was killed
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
+    for draft in drafts(run_dir):  # of a process that was killed: the lock is ours
+        shutil.rmtree(draft, ignore_errors=True)
     # the configuration first: it marks the directory as that of a run
     write_text(run_dir / CONFIG_FILE, format_yaml(config))
     write_json(run_dir / DATA_REPORT_FILE, report)

@@ -37,7 +37,7 @@ from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import ConfigError, read_yaml_file
 from babyllama.files import ROOT, describe_environment, write_json, write_text
 from babyllama.plots import plot_sweep
-from babyllama.training import distributed
+from babyllama.training import distributed, ending
 from babyllama.training.run_dir import (
     BENCHMARK_PREFIX,
     METRICS_FILE,
@@ -205,8 +205,8 @@ def train_point(command: list[str]) -> str | None:
     """Run train.py and wait for it; return its error, or None if it succeeded.
 
     It prints to our terminal, progress bar included, and leaves its error in a file. It runs in a
-    session of its own, so that it gets each Ctrl-C and SIGTERM once, from us. It does not outlive
-    us (Linux only). Raise KeyboardInterrupt if it was interrupted.
+    session of its own, so that it gets each signal once, from us. It does not outlive us (Linux
+    only). Raise Interrupted if it was interrupted.
     """
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as folder:
@@ -239,14 +239,14 @@ def end_with_parent() -> Callable[[], None] | None:
 
 
 def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
-    """Wait for train.py and return its exit code; raise KeyboardInterrupt if it was interrupted."""
+    """Wait for train.py and return its exit code; raise Interrupted if it was interrupted."""
     received = []
 
     def pass_on(number, frame) -> None:
         received.append(number)
         process.send_signal(number)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in ending.SIGNALS}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # a job in the background ignores Ctrl-C, and should
             signal.signal(number, pass_on)
@@ -255,8 +255,10 @@ def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if received or code == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
+    if received:
+        raise ending.Interrupted(received[0])
+    if code - 128 in ending.SIGNALS:
+        raise ending.Interrupted(code - 128)
     return code
 
 
@@ -300,9 +302,9 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
         started = time.perf_counter()
         try:
             error = train_point(train_command(argv, point, args.overwrite, kind))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{source}: interrupted in run {position}; the same command continues"
+        except ending.Interrupted as error:
+            raise ending.Interrupted(
+                error.number, f"{source}: interrupted in run {position}; the same command continues"
             ) from None
         if error is None and not is_finished:
             seconds.append(time.perf_counter() - started)

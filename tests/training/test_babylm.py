@@ -269,7 +269,7 @@ def test_a_resumed_run_has_the_checkpoints_of_an_uninterrupted_one(shop, spy, mo
     last = max(map(checkpoint_step, checkpoints(run_dir)))
     kept = {name: inode for name, inode in before.items() if crossed[name] <= last}
     assert 0 < len(kept) < len(before)
-    (run_dir / ".chck_9M.killed").mkdir()  # a process that was killed while it saved
+    (run_dir / ".chck_9M.k1ll3d_0").mkdir()  # a process that was killed while it saved
     assert train.main([*RUN, "--resume-from-checkpoint", "latest"]) == 0
     assert [path.name for path in milestones(run_dir)] == list(crossed)
     assert not list(run_dir.glob(".*"))

@@ -3,14 +3,10 @@
 import gc
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, errors_of, rows_of, timeless
+from conftest import errors_of, rows_of, timeless
 
 import train
 from babyllama.files import exclusive_folder, is_model
@@ -169,46 +165,6 @@ def test_resume_is_exact(kind, config_file, tmp_path):
     assert timeless(rows_of(run_dir)) == timeless(log)
     again = json.loads((run_dir / "training_metrics.json").read_text())["results"]
     assert again["eval_loss"] == results["eval_loss"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_resumes_bit_for_bit(number, config_file, tmp_path):
-    """The signal goes to a real process. Once resumed, its weights equal those of an uninterrupted run."""
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    path = config_file(training__num_epochs=6, training__logging_steps=1, training__save_steps=1000)
-    command = [sys.executable, "train.py", "--config", str(path)]
-    run_dir = tmp_path / "models" / "tiny"
-    child = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a background job would ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    log = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_text().count("\n") > 2:
-            break
-        time.sleep(0.005)
-    child.send_signal(number)
-    error = child.communicate(timeout=120)[1]
-    assert child.returncode == 130, error
-    (saved,) = checkpoints(run_dir)
-    message = f"interrupted after step {checkpoint_step(saved)}; resume from {saved.name}"
-    assert f"{message} with --resume_from_checkpoint latest" in error
-    assert checkpoint_error(saved) is None
-    assert not (run_dir / "training_metrics.json").exists()
-
-    assert train.main(["--config", str(path)]) == 2  # it is not overwritten
-    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
-    assert train.main(["--config", str(path), "--model_name", "uninterrupted"]) == 0
-    weights = (run_dir / "model.safetensors").read_bytes()
-    assert weights == (run_dir.parent / "uninterrupted" / "model.safetensors").read_bytes()
-    restored = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert restored == handlers, "training must restore the signal handlers"
 
 
 def test_resume_at_the_last_step_only_writes_the_results(config_file, tmp_path, capsys):

@@ -364,7 +364,7 @@ def test_an_interrupted_sweep_saves_its_step(number, run_sweep, tmp_path):
         time.sleep(0.005)
     process.send_signal(number)
     errors = process.communicate(timeout=200)[1]
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert errors.splitlines()[-1].endswith(
         "sweep.yaml: interrupted in run 1 of 2; the same command continues"
     )

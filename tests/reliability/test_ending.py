@@ -1,0 +1,266 @@
+"""A run that is interrupted, fails or finishes says so: exit code, one line, status.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import added_callback
+from transformers import TrainerCallback
+
+import data_utils
+import train
+from babyllama.files import atomic_write, drafts
+from babyllama.training import results, trainer
+from babyllama.training.ending import SIGNALS
+from babyllama.training.run_dir import METRICS_FILE, STATUS_FILE, checkpoint_error, checkpoints
+
+AUTO = ["--resume_from_checkpoint", "auto"]
+NAMES = [signal.Signals(number).name for number in SIGNALS]
+
+
+def run_in_child(arguments: list[str], folder: Path, prepare: Callable = lambda: None) -> tuple:
+    """Train in a forked child, after `prepare`; return its exit code and its lines on stderr.
+
+    A fork costs a second less than a new Python, which would have to import torch.
+    """
+    errors = folder / "stderr"
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            for number in SIGNALS:  # pytest may run in the background, where SIGINT is ignored
+                signal.signal(number, signal.SIG_DFL)
+            with errors.open("w") as file, contextlib.redirect_stderr(file):
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+                os.dup2(file.fileno(), 2)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                prepare()
+                code = train.main(arguments)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, errors.read_text().splitlines()
+
+
+def status_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / STATUS_FILE).read_text())
+
+
+def signal_before(target, name: str, number: int, call: int = 1) -> None:
+    """Make this process send itself a signal in the n-th call of a function."""
+    original = getattr(target, name)
+    calls = 0
+
+    def function(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(target, name, function)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, tokenizer_file, corpus_dir) -> tuple[Path, Path]:
+    """Return the configuration and the directory of a run that nothing interrupts: 8 steps."""
+    import yaml
+    from conftest import tiny_config
+
+    root = tmp_path_factory.mktemp("calm")
+    keys = {"training__num_epochs": 1, "training__save_steps": 3, "training__eval_steps": 4}
+    config = tiny_config(root, tokenizer_file, corpus_dir, **keys)
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
+        assert train.main(["--config", str(path)]) == 0
+    return path, root / "models" / "tiny"
+
+
+@pytest.fixture
+def command(calm, tmp_path, monkeypatch) -> list[str]:
+    """Return the command line of `calm` in a directory of its own."""
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(calm[0].parent / "cache"))
+    return ["--config", str(calm[0]), "--set", f"logging.output_dir={tmp_path}", *AUTO]
+
+
+def assert_equal_runs(run_dir: Path, calm_dir: Path) -> None:
+    """Check that a run has the weights of another."""
+    weights = (run_dir / "model.safetensors").read_bytes()
+    assert weights == (calm_dir / "model.safetensors").read_bytes()
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+PLACES = {  # where the signal comes -> (object, function, number of the call, steps done by then)
+    "configuration": (train, "load_config", 1, None),
+    "tokenizing": (data_utils.DataProcessor, "_write_chunks", 2, None),
+    "model": (train, "create_model", 1, None),
+    "run directory": (train, "start_run_dir", 1, 0),
+    "step": (trainer.LMTrainer, "compute_loss", 5, 2),
+    "evaluation": (trainer, "evaluate_chunks", 1, 5),
+    "saving": (trainer, "seal_checkpoint", 1, 4),
+    "last step": (trainer.LMTrainer, "compute_loss", 24, 8),
+    "final save": (results, "save_model", 1, 8),
+    "final evaluation": (results, "measure_model", 1, 8),
+    "documents": (results, "write_documents", 1, 8),
+}
+
+
+def check_interrupted(place: str, number: int, command: list[str], tmp_path: Path) -> None:
+    """Send a signal at a place; check the exit code, the last line, the status and the cache."""
+    target, name, call, step = PLACES[place]
+    run_dir = tmp_path / "tiny"
+    if place == "tokenizing":
+        os.environ["BABYLLAMA_CACHE"] = str(tmp_path / "cache")  # empty; the fixture resets it
+    code, errors = run_in_child(
+        command, tmp_path, lambda: signal_before(target, name, number, call)
+    )
+    assert code == 128 + number, errors
+    assert errors[-1].startswith("interrupted"), errors
+    assert not any("Traceback" in line for line in errors)
+    assert not drafts(tmp_path / "cache")
+    assert not (run_dir / METRICS_FILE).exists()
+    if step is None:
+        assert not run_dir.exists()
+        assert errors[-1] == "interrupted; nothing has changed; the same command starts again"
+        return
+    status = status_of(run_dir)
+    assert status["state"] == "preempted" and status["step"] == step
+    remedy = "nothing was saved yet; the same command starts again"
+    if step:
+        newest = checkpoints(run_dir)[0]
+        assert newest.name == f"checkpoint-{step}" and checkpoint_error(newest) is None
+        remedy = f"resume from checkpoint-{step} with --resume_from_checkpoint auto"
+    line = f"interrupted by {signal.Signals(number).name} after step {step}; {remedy}"
+    assert errors[-1] == line == status["message"]
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    zip(("tokenizing", "run directory", "step", "final save"), SIGNALS, strict=False),
+)
+def test_a_signal_ends_the_run_with_one_line(place, number, command, tmp_path):
+    check_interrupted(place, number, command, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupted_run_ends_like_one_that_is_not(place, number, command, calm, tmp_path):
+    check_interrupted(place, number, command, tmp_path)
+    assert train.main(command) == 0
+    assert status_of(tmp_path / "tiny")["state"] == "finished"
+    assert_equal_runs(tmp_path / "tiny", calm[1])
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_during_the_save_corrupts_nothing(second, command, calm, tmp_path):
+    """SIGTERM lets the save finish; Ctrl-C stops at once, and the checkpoint does not count."""
+    run_dir = tmp_path / "tiny"
+
+    def prepare():
+        signal_before(trainer.LMTrainer, "compute_loss", signal.SIGUSR1, call=14)  # step 5
+        signal_before(trainer, "seal_checkpoint", second, call=2)
+
+    code, errors = run_in_child(command, tmp_path, prepare)
+    saved = 5 if second == signal.SIGTERM else 3
+    assert code == 128 + signal.SIGUSR1
+    assert errors[-1].endswith(
+        f"after step 5; resume from checkpoint-{saved} with --resume_from_checkpoint auto"
+    )
+    assert status_of(run_dir)["state"] == "preempted"
+    assert train.main(command) == 0
+    assert_equal_runs(run_dir, calm[1])
+
+
+def test_signals_that_are_ignored_stay_ignored(command, tmp_path):
+    """Under nohup a closed terminal does not end the run."""
+
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal_before(trainer.LMTrainer, "compute_loss", signal.SIGHUP)
+
+    code, errors = run_in_child([*command, "--set", "training.max_steps=1"], tmp_path, prepare)
+    assert code == 0, errors
+    status = status_of(tmp_path / "tiny")
+    assert status["state"] == "finished" and status["step"] == 1
+
+
+def test_signal_handlers_are_restored_after_a_run():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert train.main(["--config", "nowhere.yaml"]) == 2
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_leaves_running_and_a_dead_process(command, tmp_path):
+    def prepare():
+        signal_before(trainer.LMTrainer, "compute_loss", signal.SIGKILL, call=11)
+
+    code, _ = run_in_child(command, tmp_path, prepare)
+    assert code == -signal.SIGKILL
+    status = status_of(tmp_path / "tiny")
+    assert status["state"] == "running" and status["step"] == 3  # the last one that was saved
+    assert status["host"] == platform.node()
+    with pytest.raises(ProcessLookupError):
+        os.kill(status["pid"], 0)
+
+
+def test_the_next_run_removes_what_a_killed_one_left_in_the_cache(command, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(cache))
+
+    def prepare():
+        signal_before(data_utils.DataProcessor, "_tokenize_batch", signal.SIGKILL)
+
+    code, _ = run_in_child(command, tmp_path, prepare)
+    assert code == -signal.SIGKILL and len(drafts(cache)) == 1
+    with atomic_write(cache / "other.arrow") as draft:  # of a process that lives
+        draft.write_text("half")
+        assert train.main([*command, "--dry-run"]) == 0
+        assert drafts(cache) == [draft.parent]
+
+
+# ---- status.json -----------------------------------------------------------------------------------
+
+
+def test_status_is_that_of_the_run_and_not_of_a_refused_one(calm, capsys):
+    path, run_dir = calm
+    status = status_of(run_dir)
+    assert status["state"] == "finished" and status["step"] == 8 and status["message"] == ""
+    assert status["pid"] == os.getpid()
+    assert train.main(["--config", str(path), "--lr", "1e-3"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert status_of(run_dir) == status
+
+
+def test_a_failed_run_says_why(command, tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise ValueError("no more\npaper")
+
+    with added_callback(Fail()):
+        assert train.main(command) == 2
+    status = status_of(tmp_path / "tiny")
+    assert status["state"] == "failed" and status["message"] == "no more"
+
+
+def test_a_run_whose_summary_cannot_be_printed_is_finished(command, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(results, "print_summary", fail)
+    assert train.main([*command, "--set", "training.max_steps=1"]) == 2
+    assert status_of(tmp_path / "tiny")["state"] == "finished"
