@@ -18,6 +18,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import zlib
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from babyllama.files import sha256
 
+logger = logging.getLogger(__name__)
 # It is part of cache keys: increase it when documents start or texts are cut at other places.
 READER_VERSION = 2
 BLOCK = 1 << 18  # characters that are read at a time
@@ -45,6 +47,10 @@ MAGIC = {
     b"\xfd7zXZ": "compressed with xz; decompress it with: unxz",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"%PDF": "a PDF; convert it to text",
+}
+BYTE_ORDER_MARKS = {  # UTF-32's first: one of them starts like UTF-16's
+    "UTF-32": (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
 }
 WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
@@ -96,19 +102,26 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     candidates = list(_walk(root))
     any_text = (".txt", ".jsonl", *TABLES)
     endings = (".train", ".dev", ".test", *any_text)
+    splits = ["dev", "test"] if split in ("dev", "validation") else [split]
     files_of: dict[str | None, list[Path]] = {}
     for path in candidates:
         name = path.name.lower().removesuffix(".gz")
-        if name.endswith(endings):
-            files_of.setdefault(_split_of(path), []).append(path)
+        if not name.endswith(endings):
+            continue
+        file_split = _split_of(path)
+        if path.is_file():
+            files_of.setdefault(file_split, []).append(path)
+        elif file_split in (*splits, None):
+            logger.warning("skipping %s: it is %s", path, _not_a_file(path))
 
-    splits = ["dev", "test"] if split in ("dev", "validation") else [split]
     files = next(filter(None, map(files_of.get, splits)), []) + files_of.get(None, [])
     if files:
         return sorted(files)
     if root.is_dir():
         names = sorted(path.name for path in candidates)
         content = f"the folder has {', '.join(names[:8]) or 'no files'}"
+    elif os.path.lexists(root):
+        content = f"it is {_not_a_file(root)}"
     else:
         content = "there is no such file or folder"
     expected = ", ".join([*(f".{name}" for name in splits), *any_text])
@@ -118,8 +131,15 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     )
 
 
+def _not_a_file(path: Path) -> str:
+    """Return what a path is that exists, but is neither a file nor a folder."""
+    if path.exists():
+        return "a pipe, socket or device; write its text to a file first"
+    return f"a link to {os.readlink(path)}, which does not exist"
+
+
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files under a folder, following links but skipping hidden files and folders.
+    """Yield what is no folder under a folder, following links but skipping hidden names.
 
     Hidden folders matter because an interrupted atomic_write can leave one with half of a text.
     Links can form a loop, so each folder is searched once.
@@ -133,9 +153,8 @@ def _walk(root: Path) -> Iterator[Path]:
         visited.add(real_path)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            path = Path(folder, name)
-            if path.is_file() and not name.startswith("."):
-                yield path
+            if not name.startswith("."):
+                yield Path(folder, name)
 
 
 # ---- from bytes to lines ------------------------------------------------------------------------
@@ -177,20 +196,36 @@ def _repair(block: str, path: Path, lines_before: int, report: dict) -> str:
 
 def _check_is_text(path: Path, block: str) -> None:
     """Raise ValueError if the first block of a file shows that it is not UTF-8 text."""
-    start = block[:8].encode("utf-8", "surrogateescape")
+    data = block.encode("utf-8", "surrogateescape")  # the bytes as they are in the file
     for magic, meaning in MAGIC.items():
-        if start.startswith(magic):
+        if data.startswith(magic):
             raise ValueError(f"{path} is not text but {meaning}")
-    if len(block) < 64:  # too short to judge
-        return
-    nulls = block.count("\0") / len(block)
-    invalid = len(_SURROGATE.findall(block)) / len(block)
-    if nulls > 0.3:
-        raise ValueError(f"{path} is not UTF-8; many bytes are NUL, as in UTF-16: convert it")
-    if invalid > 0.3 or nulls > 0.05:
+    for encoding, marks in BYTE_ORDER_MARKS.items():
+        if data.startswith(marks):
+            raise ValueError(f"{path} is {encoding} text; convert it to UTF-8")
+
+    nulls = data.count(0) / max(1, len(data))
+    if nulls > 0.3 and len(data) >= 64:
+        encoding = "UTF-32" if nulls > 0.6 else "UTF-16"
+        raise ValueError(f"{path} is not UTF-8; many bytes are NUL, as in {encoding}: convert it")
+
+    # a few invalid bytes are repaired, but not a text in another encoding
+    invalid = "".join(_SURROGATE.findall(block)).encode("utf-8", "surrogateescape")
+    not_ascii = len(data.translate(None, delete=bytes(range(128))))
+    if len(data) >= 64 and (len(invalid) > 0.3 * len(data) or nulls > 0.05):
         raise ValueError(
             f"{path} is mostly not UTF-8; it may be binary, or text in an old encoding such as "
             "Latin-1 or cp1251: convert it with iconv"
+        )
+    if len(invalid) >= 16 and 1000 * len(invalid) > len(data) and 2 * len(invalid) > not_ascii:
+        # only cp1252 has letters and quotes at 0x80 to 0x9F
+        is_windows = any(byte < 0xA0 for byte in invalid)
+        encoding = "cp1252 (Windows)" if is_windows else "Latin-1 (ISO 8859-1)"
+        name = "CP1252" if is_windows else "ISO-8859-1"
+        raise ValueError(
+            f"{path} is not UTF-8 but probably {encoding}: {len(invalid):,} of the {not_ascii:,} "
+            f"bytes beyond ASCII at its start are invalid; convert it with: "
+            f"iconv -f {name} -t UTF-8"
         )
 
 
@@ -209,12 +244,10 @@ def _read_lines(path: Path, report: dict) -> Iterator[str]:
         file = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline=None)
         try:
             head = file.read(2)
-            if head in ("\udcff\udcfe", "\udcfe\udcff"):
-                raise ValueError(f"{path} is UTF-16 text; convert it to UTF-8")
-            report["bom_removed"] += head.startswith("\ufeff")
             blocks = iter(partial(file.read, BLOCK), "")
             first_block = next(blocks, "")
             _check_is_text(path, head + first_block)
+            report["bom_removed"] += head.startswith("\ufeff")
             blocks = itertools.chain([first_block], blocks)
             for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
                 report["bytes_on_disk"] = bytes_before + raw.tell()

@@ -372,6 +372,9 @@ def test_a_table_without_text_is_a_one_line_error(tmp_path):
         read_texts(tmp_path / "b.parquet")
 
 
+FRENCH = "Le garçon a mangé une crêpe à l'ombre.\n" * 16
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -382,6 +385,13 @@ def test_a_table_without_text_is_a_one_line_error(tmp_path):
         (bytes(range(256)) * 4, "mostly not UTF-8"),
         (("Привет, мир! " * 50).encode("cp1251"), "Latin-1 or cp1251"),
         (("hello world " * 50).encode("utf-16-le"), "UTF-16"),
+        (("hello world " * 50).encode("utf-32-be"), "UTF-32"),
+        ("short".encode("utf-16"), "UTF-16 text"),
+        ("short".encode("utf-32"), "UTF-32 text"),
+        (b"\0\0\xfe\xff" + "short".encode("utf-32-be"), "UTF-32 text"),
+        (FRENCH.encode("latin-1"), r"Latin-1 \(ISO 8859-1\): 64 of the 64 .*iconv -f ISO-8859-1"),
+        (FRENCH.replace("'", "’").encode("cp1252"), r"cp1252 .*: 80 of the 80 .*iconv -f CP1252"),
+        (b"a" * 10_000 + FRENCH.encode("latin-1"), "Latin-1"),
     ],
 )
 def test_a_file_that_is_not_text_is_named(content, problem, tmp_path):
@@ -391,9 +401,33 @@ def test_a_file_that_is_not_text_is_named(content, problem, tmp_path):
         read_texts(path)
 
 
-def test_latin_1_in_english_text_is_still_repaired_and_counted(tmp_path):
-    path = tmp_path / "book.train"
-    path.write_bytes(("He ordered a caf\xe9 au lait and left the room. " * 20).encode("latin-1"))
+@pytest.mark.parametrize(
+    ("content", "invalid_bytes"),
+    [
+        (FRENCH.encode() + b"\xe9" * 64, 64),  # half of the bytes beyond ASCII
+        (b"plain English words\n" * 4000 + FRENCH.encode("latin-1"), 64),  # fewer than 1 in 1,000
+        (FRENCH.encode("latin-1")[:144], 15),
+    ],
+)
+def test_a_few_invalid_bytes_are_still_repaired_and_counted(content, invalid_bytes, tmp_path):
+    path = write_file(tmp_path, "book.train", content)
     report = new_report()
     list(map(list, read_documents(path, report)))
-    assert report["invalid_bytes"] == 20
+    assert report["invalid_bytes"] == invalid_bytes
+
+
+def test_broken_links_and_pipes_are_reported(tmp_path, caplog):
+    write_file(tmp_path, "a.train", "text")
+    (tmp_path / "b.train").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "c.txt")
+    os.mkfifo(tmp_path / "d.dev")
+    (tmp_path / ".hidden.train").symlink_to(tmp_path / "gone")
+    assert [path.name for path in find_files(tmp_path, "train")] == ["a.train"]
+    assert caplog.messages == [
+        f"skipping {tmp_path}/b.train: it is a link to {tmp_path}/gone, which does not exist",
+        f"skipping {tmp_path}/c.txt: it is a pipe, socket or device; write its text to a file first",
+    ]
+    with pytest.raises(FileNotFoundError, match="c.txt: no train text.*; it is a pipe"):
+        find_files(tmp_path / "c.txt", "train")
+    with pytest.raises(FileNotFoundError, match="; it is a link to .*gone, which does not exist"):
+        find_files(tmp_path / "b.train", "train")
