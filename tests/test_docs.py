@@ -29,7 +29,8 @@ EXPERIMENTS = sorted(
     if "def make_parser" in p.read_text(encoding="utf-8")
 )
 OTHER_COMMANDS = {"python3", "source", "pip", ".venv/bin/python"}
-OTHER_FLAGS = {"--help", "--check", "--index-url"}
+LM_EVAL_FLAGS = {"--model", "--model_args", "--include_path", "--tasks"}
+OTHER_FLAGS = {"--help", "--check", "--index-url", *LM_EVAL_FLAGS}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
 
 
