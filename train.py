@@ -43,8 +43,10 @@ from babyllama.training.run_dir import (
     LOG_FILE,
     check_checkpoint_step,
     checkpoint_step,
+    checkpoints,
     find_checkpoint,
     finished_metrics,
+    milestones,
     resolve_checkpoint,
     start_run_dir,
 )
@@ -271,6 +273,11 @@ class PreparedRun:
     checkpoint: Path | None  # the checkpoint to resume from
 
 
+def run_dir_of(config: dict) -> Path:
+    """Return the directory of the run that a configuration describes."""
+    return Path(config["logging"]["output_dir"]) / config["model"]["name"]
+
+
 def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, report: dict) -> bool:
     """Print the results if this very run is finished already, and return True if it is."""
     metrics = None if args.overwrite else finished_metrics(run_dir, config, report)
@@ -295,7 +302,12 @@ def setup_run(
     import transformers
 
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
-    from babyllama.training.plan import count_evaluations, describe_run, print_plan
+    from babyllama.training.plan import (
+        check_disk_space,
+        count_evaluations,
+        describe_run,
+        print_plan,
+    )
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -311,6 +323,8 @@ def setup_run(
     loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
+    if distributed.is_main():
+        check_disk_space(config, plan, run_dir)
     return PreparedRun(config, run_dir, data, budget, model, loss, benchmark, plan, checkpoint)
 
 
@@ -427,7 +441,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             # reading the text may take long, so first check everything that does not need it
             config = load_config(args.config, args)
             budget = check_inputs(config)
-            run_dir = Path(config["logging"]["output_dir"]) / config["model"]["name"]
+            run_dir = run_dir_of(config)
             check_request(args, config, run_dir)
 
             data = load_data(config)
@@ -449,10 +463,19 @@ def prepare_and_train(args: argparse.Namespace) -> None:
 
 
 def memory_advice(args: argparse.Namespace) -> str:
-    """Return advice on how a step of this configuration would need less memory."""
+    """Return advice on how a run needs less memory, which never costs a checkpoint."""
     from babyllama.training import kernels
 
-    return kernels.memory_advice(load_config(args.config, args)["training"])
+    config = load_config(args.config, args)
+    advice = kernels.memory_advice(config["training"])
+    saved = [*checkpoints(run_dir_of(config)), *milestones(run_dir_of(config))]
+    if saved:
+        advice = (
+            f"{saved[0].name} is intact, and the unchanged run resumes with "
+            "--resume_from_checkpoint auto if other programs used the memory; else start a run "
+            f"with another --model_name: {advice}"
+        )
+    return advice
 
 
 def make_parser() -> argparse.ArgumentParser:

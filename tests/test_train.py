@@ -579,7 +579,7 @@ def test_out_of_memory_suggests_flags_that_work(config_file, capsys):
         patch.setattr(LMTrainer, "training_step", run_out_of_memory)
         assert train.main(["--config", path]) == 2
     (line,) = errors_of(capsys)
-    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16) --overwrite; " in line
+    assert "--batch-size 4 --gradient-accumulation-steps 6 --fp16 (or --bf16); " in line
     first_advice, second_advice = line.split("less with ")[1].split("; ")
     flags = first_advice.replace("(or --bf16)", "").split()
     flags += second_advice.removesuffix(" save more").replace(" and ", " ").split()

@@ -210,4 +210,4 @@ def memory_advice(training: dict[str, Any]) -> str:
     smaller_batch = (
         f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
     )
-    return f"the same step fits in less with {smaller_batch}{half} --overwrite; {keys} save more"
+    return f"the same step fits in less with {smaller_batch}{half}; {keys} save more"

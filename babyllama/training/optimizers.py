@@ -203,6 +203,14 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
     return MuonAdamW(Muon(inner, **common), adamw) if is_muon else adamw
 
 
+def state_elements(model: torch.nn.Module, training: dict[str, Any]) -> int:
+    """Return how many numbers the optimizer keeps: two for each weight, but Muon keeps one."""
+    elements = 2 * sum(p.numel() for p in model.parameters())
+    if training["optimizer"] == "muon":
+        elements -= sum(p.numel() for p in _split_parameters(model)[0])
+    return elements
+
+
 def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
     """Return the number of floating-point operations of an optimizer step, in matrix products.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
-from babyllama.training.run_dir import checkpoint_words
+from babyllama.training.run_dir import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
         "tokens": chunks * seq_length,
         "flops_per_token": 6 * (weights + attention),
         "optimizer_flops_per_step": optimizers.flops_per_step(model, training),
+        "checkpoint_bytes": checkpoint_bytes(model, training),
         "seed": training["seed"],
         "loss": describe_loss(config.get("distillation")),
     }
@@ -78,10 +81,44 @@ def count_evaluations(config: dict, plan: dict[str, Any]) -> int:
     eval_steps = config["training"]["eval_steps"]
     # a run is evaluated after its last step too
     count = math.ceil(plan["steps"] / eval_steps if eval_steps else plan["epochs"])
-    if "babylm" in config:
-        targets = checkpoint_words(config["babylm"]["track"])
-        count += sum(words <= plan["words"] for words in targets)
-    return count
+    return count + count_milestones(config, plan)
+
+
+def count_milestones(config: dict, plan: dict[str, Any]) -> int:
+    """Return how many of BabyLM's checkpoints a run saves, at most."""
+    if "babylm" not in config:
+        return 0
+    return sum(words <= plan["words"] for words in checkpoint_words(config["babylm"]["track"]))
+
+
+def checkpoint_bytes(model, training: dict[str, Any]) -> int:
+    """Return the size of a checkpoint: weights, optimizer state and, if any, moving average."""
+    copies = 2 if training["ema"] else 1
+    elements = copies * model.num_parameters() + optimizers.state_elements(model, training)
+    return 4 * elements
+
+
+def check_disk_space(config: dict, plan: dict[str, Any], run_dir: Path) -> None:
+    """Raise OSError if the disk of a run cannot hold what the run will have on it at its fullest.
+
+    That is one checkpoint more than are kept, because an old one is deleted only when the new one
+    is complete, the final model, and BabyLM's checkpoints. The run replaces those that are there.
+    """
+    n_checkpoints = KEPT_CHECKPOINTS + 1
+    if config["training"]["early_stopping_patience"]:
+        n_checkpoints += 1  # the best one
+    n_models = 1 + count_milestones(config, plan)
+    needed = n_checkpoints * plan["checkpoint_bytes"] + n_models * 4 * plan["parameters"]
+    folders = [*checkpoints(run_dir), *milestones(run_dir)]
+    replaced = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+    disk = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(disk).free
+    if free + replaced < needed:
+        raise OSError(
+            f"{run_dir}: the run needs {needed:,} bytes ({n_checkpoints} checkpoints of "
+            f"{plan['checkpoint_bytes']:,} and {n_models} x the model), and the disk has "
+            f"{free + replaced:,} free; make room, or set logging.output_dir to another disk"
+        )
 
 
 def describe_loss(distillation: dict | None) -> str:

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import added_callback
+import torch
+from conftest import added_callback, errors_of
 from transformers import TrainerCallback
 
 import data_utils
@@ -264,3 +266,96 @@ def test_a_run_whose_summary_cannot_be_printed_is_finished(command, tmp_path, mo
     monkeypatch.setattr(results, "print_summary", fail)
     assert train.main([*command, "--set", "training.max_steps=1"]) == 2
     assert status_of(tmp_path / "tiny")["state"] == "finished"
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = {
+    "python": MemoryError(),
+    "cpu": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+}
+
+
+def check_out_of_memory(error, place: str, command, calm, tmp_path, capsys) -> None:
+    """Run out of memory, follow the advice for the unchanged run, and compare with `calm`."""
+    target, name, call = {
+        "step": (trainer.LMTrainer, "compute_loss", 20),  # of step 7
+        "evaluation": (trainer, "evaluate_chunks", 1),  # of step 4
+    }[place]
+    original = getattr(target, name)
+    calls = 0
+
+    def function(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, function)
+        assert train.main(command) == 2
+    (line,) = errors_of(capsys)
+    saved = checkpoints(tmp_path / "tiny")[0].name
+    assert saved == {"step": "checkpoint-6", "evaluation": "checkpoint-3"}[place]
+    assert "out of memory: " + saved in line and "--resume_from_checkpoint auto" in line
+    assert "--batch-size 4" in line and "--overwrite" not in line
+    assert status_of(tmp_path / "tiny")["state"] == "failed"
+    assert train.main(command) == 0
+    assert_equal_runs(tmp_path / "tiny", calm[1])
+
+
+def test_out_of_memory_costs_no_checkpoint(command, calm, tmp_path, capsys):
+    check_out_of_memory(OUT_OF_MEMORY["python"], "step", command, calm, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_anywhere(kind, place, command, calm, tmp_path, capsys):
+    check_out_of_memory(OUT_OF_MEMORY[kind], place, command, calm, tmp_path, capsys)
+
+
+# ---- disk space ------------------------------------------------------------------------------------
+
+
+def free_bytes(monkeypatch, n: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(n, 0, n))
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_first_step(
+    command, calm, tmp_path, monkeypatch, capsys
+):
+    parameters = 48_032  # of the tiny Llama, as the run prints it
+    needed = 3 * 12 * parameters + 4 * parameters
+    free_bytes(monkeypatch, needed - 1)
+    assert train.main([*command, "--dry-run"]) == 2
+    (line,) = errors_of(capsys)
+    assert f"the run needs {needed:,} bytes" in line and f"has {needed - 1:,} free" in line
+    assert not (tmp_path / "tiny").exists()
+    free_bytes(monkeypatch, needed)
+    assert train.main([*command, "--dry-run"]) == 0
+    # a run that is resumed replaces its checkpoints, so their space counts as free
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed // 2)
+    )
+    assert train.main(["--config", str(calm[0]), "--overwrite", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9}, {"optimizer": "muon"}], ids=["adamw", "average", "muon"]
+)
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(changes, command, tmp_path):
+    """The state of the run and the tokenizer come on top: some ten kilobytes."""
+    flags = [f"training.{key}={value}" for key, value in changes.items()]
+    flags = ["--set", "training.max_steps=1", *(word for flag in flags for word in ("--set", flag))]
+    assert train.main([*command, *flags]) == 0
+    (folder,) = checkpoints(tmp_path / "tiny")
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    expected = json.loads((tmp_path / "tiny" / METRICS_FILE).read_text())["plan"][
+        "checkpoint_bytes"
+    ]
+    assert 0 < written - expected < 60_000
