@@ -115,6 +115,9 @@ def test_the_form_is_filled_in_from_the_run(submission, babylm_run):
     vocabulary = len(tokenizer["model"]["vocab"])
     assert (form["layers"], form["vocabulary_size"]) == (2, vocabulary)
     assert form["track"] == "strict-small"
+    (problem,) = form["rule_problems"]  # the fixture's tokenizer has no record of its text
+    assert "tokenizer.json was trained on is not recorded" in problem
+    assert form["rules_followed"] is False
     assert form["unknown"] == [
         name for name, value in form.items() if value is None and name != "unknown"
     ]

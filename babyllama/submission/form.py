@@ -72,6 +72,8 @@ def form_answers(
         "words_seen": babylm["words_seen"],
         "epochs": babylm["epochs"],
         "other_words_learned_from": babylm["other_words_learned_from"],
+        "rules_followed": babylm.get("compliant"),  # older runs have no verdict
+        "rule_problems": babylm.get("problems"),
         "teachers": teachers,
         "optimizer": training["optimizer"],
         "learning_rate": training["lr"],

@@ -1,8 +1,8 @@
 """Follow BabyLM's rules about the words that a model may see.
 
 With a `babylm:` section in the configuration, a run checks its budget of words before training,
-saves a model directory chck_<N>M as soon as it has seen N million words, and documents both in
-compliance.json. Without the section it only counts the words (data/words.py).
+saves a model directory chck_<N>M as soon as it has seen N million words, and writes both with a
+verdict into compliance.json. Without the section it only counts the words (data/words.py).
 
     seen = SeenWords(counts, order=lambda epoch: np.arange(n), chunks_per_step=32, epochs=10)
     print(seen.after[100], seen.first_step(1_000_000), seen.by_domain(100))
@@ -11,6 +11,7 @@ compliance.json. Without the section it only counts the words (data/words.py).
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import logging
@@ -29,10 +30,11 @@ from transformers import Trainer, TrainerCallback
 from babyllama.data.documents import find_files, new_report, read_documents, source_of
 from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
-from babyllama.files import atomic_write
+from babyllama.files import atomic_write, describe_environment, sha256
 from babyllama.schema import MAX_EPOCHS, TRACKS
 from babyllama.training import distributed
 from babyllama.training.run_dir import (
+    CONFIG_FILE,
     DATA_REPORT_FILE,
     checkpoint_words,
     milestone_name,
@@ -189,6 +191,7 @@ class BabyLMCallback(TrainerCallback):
             return None
         run_dir = Path(self.trainer.args.output_dir)
         last_step = self.trainer.state.global_step
+        kept_step = self.trainer.kept_step()
         checkpoints = []
         for target in self.targets:
             step = self.seen.first_step(target)
@@ -203,7 +206,7 @@ class BabyLMCallback(TrainerCallback):
                     "there": (run_dir / name).is_dir(),
                 }
             )
-        return {
+        facts = {
             **self.budget,
             "word": "characters between white space, counted in the chunk in which they begin",
             "text": self.config["data"]["train_path"],
@@ -211,8 +214,21 @@ class BabyLMCallback(TrainerCallback):
             "epochs": self.trainer.state.epoch,
             "words_seen": self.words_seen(last_step),
             "words_seen_by_domain": self.seen.by_domain(last_step),
+            "words_seen_by_kept_weights": self.words_seen(kept_step),
             "checkpoints": checkpoints,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "git_hash": describe_environment()["git_hash"],
+            "config_sha256": sha256(run_dir / CONFIG_FILE),
         }
+        notes = []
+        if kept_step < last_step:
+            notes.append(
+                f"early stopping kept the weights of step {kept_step:,}, which had seen "
+                f"{facts['words_seen_by_kept_weights']:,} words; the run read on to step "
+                f"{last_step:,} and {facts['words_seen']:,} words, and these count"
+            )
+        problems = compliance_problems(facts)
+        return {"compliant": not problems, "problems": problems, "notes": notes, **facts}
 
 
 def attach_word_counter(
@@ -240,6 +256,34 @@ def attach_word_counter(
     callback = BabyLMCallback(trainer, counts, config, budget)
     trainer.add_callback(callback)
     return callback
+
+
+def compliance_problems(facts: dict[str, Any]) -> list[str]:
+    """Return a sentence for each rule of BabyLM that a run did not follow, or may not have.
+
+    `facts` has the keys of compliance.json. Too many words or epochs are an error before training;
+    here they are checked again, in what the run really did.
+    """
+    problems = []
+    if facts["words_counted"] > facts["words_allowed"]:
+        problems.append(
+            f"the model learned from {facts['words_counted']:,} words of text; "
+            f"{facts['track']} allows {facts['words_allowed']:,}"
+        )
+    if round(facts["epochs"], 4) > facts["epochs_allowed"]:  # Trainer's epoch is a sum of fractions
+        problems.append(
+            f"it was trained for {facts['epochs']:.4g} epochs; BabyLM allows "
+            f"{facts['epochs_allowed']}"
+        )
+    missing = [row["name"] for row in facts["checkpoints"] if not row["there"]]
+    if missing:
+        problems.append(f"checkpoints are missing: {', '.join(missing)}")
+    for path, words in facts["other_words_learned_from"].items():
+        if words is None:
+            problems.append(
+                f"the text that {path} was trained on is not recorded, and it counts too"
+            )
+    return problems
 
 
 # ---- the budget ---------------------------------------------------------------------------------
@@ -300,6 +344,7 @@ def check_budget(config: dict) -> dict[str, Any]:
         other_words[path] = sum(other_files.values())
         words_of_file |= other_files
 
+    total = words + sum(words_of_file.values())
     budget = {
         "track": track,
         "words_allowed": TRACKS[track],
@@ -307,8 +352,8 @@ def check_budget(config: dict) -> dict[str, Any]:
         "words": words,
         "words_by_domain": dict(words_by_domain),
         "other_words_learned_from": other_words,
+        "words_counted": total,
     }
-    total = words + sum(words_of_file.values())
     if total > TRACKS[track]:
         raise ValueError(budget_error(budget, data["train_path"], total))
     log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{TRACKS[track]:,}")

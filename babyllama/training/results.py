@@ -24,7 +24,6 @@ from babyllama.training.run_dir import (
     COMPLIANCE_FILE,
     METRICS_FILE,
     RETRAIN,
-    checkpoint_step,
     make_weights_readable,
 )
 
@@ -71,15 +70,9 @@ def measure_benchmark(trainer, model) -> dict[str, float]:
     if trainer.benchmark is None:
         return {}
     step, scores = trainer.benchmarked or (None, {})
-    if step != kept_step(trainer):
+    if step != trainer.kept_step():
         scores = trainer.benchmark.scores(model)
     return {key: value for key, value in scores.items() if key.startswith(BENCHMARK_PREFIX)}
-
-
-def kept_step(trainer) -> int:
-    """Return the step whose weights are kept: the best one with early stopping, else the last."""
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    return checkpoint_step(Path(best)) if best else trainer.state.global_step
 
 
 def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[str, float]:
@@ -88,7 +81,7 @@ def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[st
     With early stopping the amounts of text are those of the weights that were kept; `steps_run`
     counts all steps.
     """
-    steps = kept_step(trainer)
+    steps = trainer.kept_step()
     n_chunks = len(trainer.train_dataset)
     chunks_per_step = trainer.get_total_train_batch_size(trainer.args)
     chunks = distributed.chunks_after(steps, n_chunks, chunks_per_step)
@@ -160,11 +153,24 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "
             f"kept the weights of step {results['steps']:,}"
         )
+    print_verdict(metrics["babylm"])
     device = metrics["environment"]["device"]
     print(f"tokens per second {results['tokens_per_second']:,.0f} ({device})")
     for number, sample in enumerate(metrics["samples"], 1):
         print(f"sample {number}          {sample!r}")
     print(f"model, metrics, curves and card: {run_dir}/ (start with {run_dir / 'README.md'})")
+
+
+def print_verdict(compliance: dict | None) -> None:
+    """Print if a run followed BabyLM's rules; nothing without a babylm section."""
+    if compliance is None or "compliant" not in compliance:  # older versions wrote no verdict
+        return
+    if compliance["compliant"]:
+        print(f"BabyLM's rules    followed, track {compliance['track']} ({COMPLIANCE_FILE})")
+    for problem in compliance["problems"]:
+        print(f"BabyLM's rules    {problem}")
+    for note in compliance["notes"]:
+        print(f"note              {note}")
 
 
 def domain_lines(results: dict) -> list[str]:

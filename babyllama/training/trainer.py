@@ -45,7 +45,13 @@ from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
-from babyllama.training.run_dir import RETRAIN, checkpoints, rotate_checkpoints, seal_checkpoint
+from babyllama.training.run_dir import (
+    RETRAIN,
+    checkpoint_step,
+    checkpoints,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
 # parts of the messages of safetensors and torch.save if a disk is full
@@ -316,6 +322,11 @@ class LMTrainer(Trainer):
         model = AutoModelForCausalLM.from_config(self.model.config)
         model.load_state_dict(weights)
         return model.to(self.args.device)
+
+    def kept_step(self) -> int:
+        """Return the step whose weights are kept: the best with early stopping, else the last."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return checkpoint_step(Path(best)) if best else self.state.global_step
 
     def save_plain(self, folder: Path) -> None:
         """Write best_model() as a model directory. All processes must call this; rank 0 writes."""

@@ -1,5 +1,7 @@
 """training/babylm.py: words seen against what the model was given, checkpoints, budget, record."""
 
+import datetime
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,8 +24,9 @@ from babyllama import schema
 from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.data.words import WordCounts
+from babyllama.files import describe_environment
 from babyllama.training import babylm, distributed, run_dir
-from babyllama.training.babylm import SeenWords, chunk_order
+from babyllama.training.babylm import SeenWords, chunk_order, compliance_problems
 from babyllama.training.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
@@ -207,6 +210,9 @@ def test_a_run_counts_what_the_model_was_given(shop, spy):
         for name in ("books", "talk")
     }
     facts = json.loads((run_dir / "compliance.json").read_text())
+    assert list(facts)[:3] == ["compliant", "problems", "notes"]
+    date = datetime.datetime.fromisoformat(facts.pop("date"))
+    assert 0 <= (datetime.datetime.now(datetime.UTC) - date).total_seconds() < 3600
     made = {
         row["name"]: (row["step"], row["words_seen"], row["there"])
         for row in facts.pop("checkpoints")
@@ -221,6 +227,9 @@ def test_a_run_counts_what_the_model_was_given(shop, spy):
         "track": "strict-small", "words_allowed": 10_000_000, "epochs_allowed": 10, "epochs": 3.0, "text": "train",
         "words": sum(text.values()), "words_by_domain": text, "words_seen": sum(by_domain.values()),
         "other_words_learned_from": {"tokenizer.json": 0}, "words_left_out": left_out, "word": facts["word"],
+        "compliant": True, "problems": [], "notes": [], "words_counted": sum(text.values()),
+        "words_seen_by_kept_weights": sum(by_domain.values()), "git_hash": describe_environment()["git_hash"],
+        "config_sha256": hashlib.sha256((run_dir / "training_config.yaml").read_bytes()).hexdigest(),
     }  # fmt: skip
     metrics = json.loads((run_dir / "training_metrics.json").read_text())
     assert metrics["results"]["words_trained"] == after[-1] == facts["words_seen"]
@@ -286,15 +295,71 @@ def test_a_resumed_run_has_the_checkpoints_of_an_uninterrupted_one(shop, spy, mo
     )
 
 
-def test_a_resumed_run_warns_about_a_missing_checkpoint(shop, caplog):
+def test_each_broken_rule_has_a_sentence():
+    facts = {
+        "track": "strict-small",
+        "words_allowed": 10_000_000,
+        "words_counted": 10_000_000,
+        "epochs_allowed": 10,
+        "epochs": 10.000000001,  # a sum of fractions
+        "checkpoints": [{"name": "chck_1M", "there": True}],
+        "other_words_learned_from": {"tokenizer.json": 0, "teacher": 77},
+    }
+    assert compliance_problems(facts) == []
+    checkpoints = [{"name": f"chck_{n}M", "there": n == 2} for n in (1, 2, 3)]
+    broken = {
+        "the model learned from 10,000,001 words of text; strict-small allows 10,000,000": {
+            "words_counted": 10_000_001
+        },
+        "it was trained for 10.5 epochs; BabyLM allows 10": {"epochs": 10.5},
+        "checkpoints are missing: chck_1M, chck_3M": {"checkpoints": checkpoints},
+        "the text that teacher was trained on is not recorded, and it counts too": {
+            "other_words_learned_from": {"tokenizer.json": 0, "teacher": None}
+        },
+    }
+    for sentence, change in broken.items():
+        assert compliance_problems(facts | change) == [sentence]
+    everything = {key: value for change in broken.values() for key, value in change.items()}
+    assert compliance_problems(facts | everything) == list(broken)
+
+
+def test_compliance_explains_early_stopping(shop, capsys):
+    """The learning rate is too high: the best weights are not the last ones."""
+    config = read_yaml_file("c.yaml")
+    config["training"] |= {"early_stopping_patience": 1, "eval_steps": 4, "num_epochs": 10}
+    config["training"] |= {"lr": 0.01, "lr_scheduler": "constant", "adam_beta2": 0.5}
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    assert train.main(RUN) == 0
+    run_dir = Path("models/tiny")
+    facts = json.loads((run_dir / "compliance.json").read_text())
+    metrics = json.loads((run_dir / "training_metrics.json").read_text())
+    results = metrics["results"]
+    assert results["steps"] < results["steps_run"]
+    kept, seen = facts["words_seen_by_kept_weights"], facts["words_seen"]
+    assert kept == results["words_trained"] < seen
+    note = (
+        f"early stopping kept the weights of step {results['steps']}, which had seen {kept:,} words; "
+        f"the run read on to step {results['steps_run']} and {seen:,} words, and these count"
+    )
+    assert (facts["compliant"], facts["notes"]) == (True, [note])
+    assert note in capsys.readouterr().out
+    assert note in (run_dir / "README.md").read_text()
+
+
+def test_a_resumed_run_warns_about_a_missing_checkpoint(shop, caplog, capsys):
     assert train.main(RUN) == 0
     run_dir = Path("models/tiny")
     shutil.rmtree(run_dir / "chck_1M")
     (run_dir / "training_metrics.json").unlink()
     assert train.main([*RUN, "--resume-from-checkpoint", "latest"]) == 0
     assert "chck_1M is missing, and the run resumes after its step" in caplog.text
-    first, *others = json.loads((run_dir / "compliance.json").read_text())["checkpoints"]
+    facts = json.loads((run_dir / "compliance.json").read_text())
+    first, *others = facts["checkpoints"]
     assert not first["there"] and all(row["there"] for row in others)
+    problem = "checkpoints are missing: chck_1M"
+    assert (facts["compliant"], facts["problems"]) == (False, [problem])
+    assert f"BabyLM's rules    {problem}\n" in capsys.readouterr().out
+    assert f"did not follow all rules: {problem}.\n" in (run_dir / "README.md").read_text()
 
 
 def test_a_resumed_run_that_ends_earlier_deletes_later_checkpoints(shop):
