@@ -48,6 +48,14 @@ LOW_CONFIDENCE = 0.1  # a prediction is unsure if no token has this probability
 PASSAGE_CHARS = 2000
 SAMPLE_TOKENS = 40  # tokens of one text whose surprisal is plotted
 DEFAULT_PROMPTS = 10
+# flags of the report, which --surprisal does not write, and their values if they are not given
+REPORT_FLAGS = {
+    "num_samples": 500,
+    "temperature": 0.8,
+    "seed": 0,
+    "custom_prompts": None,
+    "eval_data": None,
+}
 PROMPT_WORDS = 4
 MAX_DOMAINS = 12  # that are printed
 FEW_DOCUMENTS = 30  # with fewer of any of these, a note in the report warns about it
@@ -557,11 +565,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
     add_flag(
-        parser,
-        "num-samples",
-        type=int,
-        default=500,
-        help="passages of held-out text to score (default 500)",
+        parser, "num-samples", type=int, help="passages of held-out text to score (default 500)"
     )
     add_flag(
         parser,
@@ -585,11 +589,7 @@ def make_parser() -> argparse.ArgumentParser:
         "text or sentence of a .csv or .tsv file",
     )
     add_flag(
-        parser,
-        "temperature",
-        type=float,
-        default=0.8,
-        help="temperature of sampling; 0 is greedy (default 0.8)",
+        parser, "temperature", type=float, help="temperature of sampling; 0 is greedy (default 0.8)"
     )
     add_flag(
         parser,
@@ -597,13 +597,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_DIR",
         help="held-out text (default: that of the training run)",
     )
-    add_flag(
-        parser,
-        "seed",
-        type=int,
-        default=0,
-        help="seed of passages, samples and intervals (default 0)",
-    )
+    add_flag(parser, "seed", type=int, help="seed of passages, samples and intervals (default 0)")
     add_flag(
         parser,
         "batch-size",
@@ -626,6 +620,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check the request, evaluate, write the JSON file and the plots, and print the report."""
+    for name, default in REPORT_FLAGS.items():
+        if args.surprisal and getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} does not go with --surprisal, which scores only its FILE")
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0})
     check_model_exists(Path(args.model))
     default_name = "word_surprisal.csv" if args.surprisal else "evaluation_results.json"
@@ -651,10 +651,6 @@ def write_surprisal(args: argparse.Namespace, output: Path) -> int:
     """Write the CSV file of --surprisal and print a summary."""
     from babyllama.evaluation.word_surprisal import holds_rows, read_sentences, write_rows
 
-    for name in ("custom_prompts", "eval_data"):
-        if getattr(args, name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} does not go with --surprisal, which scores only its FILE")
     check_results_file(output, "--output-path", holds_rows)
     sentences = read_sentences(Path(args.surprisal))
     evaluator = ModelEvaluator(args.model, args.device)

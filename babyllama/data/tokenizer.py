@@ -56,7 +56,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
             for name, token in SPECIAL_TOKENS.items()
             if backend.token_to_id(token) is not None
         }
-        return _tokenizer_class()(
+        return tokenizer_class()(
             tokenizer_object=backend,
             padding_side="right",
             clean_up_tokenization_spaces=False,
@@ -71,7 +71,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 @functools.cache
-def _tokenizer_class() -> type[PreTrainedTokenizerFast]:
+def tokenizer_class() -> type[PreTrainedTokenizerFast]:
     """Return PreTrainedTokenizerFast, under the name that every release of transformers knows.
 
     A saved tokenizer names its class. Transformers 5 calls this one TokenizersBackend, and BabyLM's

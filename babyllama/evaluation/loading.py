@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from babyllama.config import read_yaml_file
+from babyllama.data.tokenizer import tokenizer_class
 from babyllama.device import keep_freed_memory, pick_device
 from babyllama.files import ROOT, check_model_exists, check_weights
 
@@ -54,7 +55,12 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     missing. Raise ValueError if they cannot be read, if the weights do not fit config.json or have
     changed since train.py saved them, or if the model is not causal.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )
 
     path = Path(path)
     _check_model_dir(path, dtype)
@@ -75,6 +81,8 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
                 **local,
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **local)
+            if type(tokenizer) is PreTrainedTokenizerFast:
+                tokenizer = tokenizer_class().from_pretrained(path, **local)
     except (KeyboardInterrupt, SystemExit, MemoryError, SizeError):
         raise
     except BaseException as error:  # a Rust panic (corrupted tokenizer.json) is not an Exception

@@ -408,20 +408,24 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
     """
     best = best_run(rows)
     keys = [key.split(".")[1] for key in grid]
-    headings = [heading for heading, _ in COLUMNS.values()]
+    columns = dict(COLUMNS)
+    for key in dict.fromkeys(key for row in rows for key in row):
+        if key.startswith(BENCHMARK_PREFIX):
+            columns[key] = (key.removeprefix(BENCHMARK_PREFIX), ".4f")
+    headings = [heading for heading, _ in columns.values()]
     lines = [[*keys, *headings, ""]]
     for row in rows:
         values = [format_value(row["values"][key]) for key in grid]
         if "error" in row:
-            results = ["-"] * len(COLUMNS)
+            results = ["-"] * len(columns)
             note = f"failed: {row['error'].splitlines()[0]}"
         else:
-            results = [format(row[key], form) for key, (_, form) in COLUMNS.items()]
+            results = [format(row[key], form) for key, (_, form) in columns.items()]
             note = "best" if row["name"] == best else ""
         lines.append([*values, *results, note])
     summary = seed_summary(rows)
     for figure in ("mean", "standard_deviation") if summary else ():
-        cells = [format(summary[key][figure], form) for key, (_, form) in COLUMNS.items()]
+        cells = [format(summary[key][figure], form) for key, (_, form) in columns.items()]
         lines.append([figure.replace("_", " "), *cells, ""])
 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -32,6 +32,17 @@ def test_load_model_returns_the_saved_weights(model_dirs, tiny_model, tokenizer,
     assert load_model(model_dirs[kind], "cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
+def test_a_tokenizer_that_was_loaded_and_saved_names_a_class_that_transformers_4_knows(
+    model_dirs, tmp_path
+):
+    _, tokenizer = load_model(model_dirs["Llama"], "cpu")
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("The cat")["input_ids"] == tokenizer("The cat")["input_ids"]
+
+
 def test_loading_prints_nothing(model_dirs):
     """GPT-2 warns about padding without a mask at the first forward pass of a process."""
     code = (

@@ -258,7 +258,8 @@ def test_only_an_earlier_table_is_replaced(tmp_path, run_dir, capsys):
         assert evaluate.main([*arguments, str(tmp_path / "table.csv")]) == 0
 
 
-def test_flags_of_the_report_do_not_go_with_surprisal(tmp_path, run_dir, capsys):
-    arguments = [str(run_dir), "--surprisal", "a.txt", "--eval-data", "dev"]
-    assert evaluate.main(arguments) == 2
-    assert "--eval-data does not go with --surprisal" in errors_of(capsys)[0]
+@pytest.mark.parametrize("flag", ["--eval-data", "--num-samples", "--temperature", "--seed"])
+def test_flags_of_the_report_do_not_go_with_surprisal(run_dir, capsys, flag):
+    assert evaluate.main([str(run_dir), "--surprisal", "a.txt", flag, "0"]) == 2
+    (error,) = errors_of(capsys)
+    assert f"{flag} does not go with --surprisal" in error

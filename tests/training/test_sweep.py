@@ -1,6 +1,7 @@
 """Sweeps over real tiny models: the grid, the checks, and what is kept, resumed and shown."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -421,6 +422,18 @@ def test_a_best_value_at_the_edge_gets_a_note():
         for line, start in zip(lines, expected, strict=True):
             assert line.startswith(start)
     assert sweep.edge_notes(grid, [failed]) == []
+
+
+def test_the_table_has_a_column_for_each_task_of_a_benchmark():
+    rows = []
+    for seed, accuracy in ((1, 0.5), (2, 0.7)):
+        results = dict.fromkeys(sweep.COLUMNS, 1.0) | {"benchmark/blimp": accuracy}
+        rows.append({"name": f"s{seed}", "values": {"training.seed": seed}, **results})
+    rows.append({"name": "s3", "values": {"training.seed": 3}, "error": "no memory"})
+    table = sweep.format_table(sweep.seed_grid([1, 2, 3]), rows)
+    heading, *lines = (re.split(r"\s{2,}", line.strip()) for line in table.splitlines())
+    assert heading[-1] == "blimp"
+    assert [line[4] for line in lines] == ["0.5000", "0.7000", "-", "0.6000", "0.1414"]
 
 
 def test_a_sweep_without_a_finished_run_has_no_plot(tmp_path):
