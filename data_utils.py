@@ -44,6 +44,7 @@ from babyllama.data.documents import (
     new_report,
     read_documents,
     replace_surrogates,
+    rows_joined_text,
     source_of,
     text_parts,
 )
@@ -174,10 +175,10 @@ class DataProcessor:
         return datasets
 
     def _cache_key(self, sources: list[dict], max_length: int, clean: bool) -> str:
-        """Return a hash of the names and content of the files, the tokenizer, and all settings."""
+        """Return a hash of the files (name, domain, content), the tokenizer, and all settings."""
         versions = [CLEANER_VERSION, READER_VERSION, CACHE_VERSION]
         special_ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        files = [[source["file"], source["sha256"]] for source in sources]
+        files = [[source["file"], source["domain"], source["sha256"]] for source in sources]
         parts = [self._backend.to_str(), *versions, PART, max_length, clean, *special_ids, *files]
         if self._prefix_space:
             parts.append("prefix space")
@@ -319,6 +320,8 @@ def _log_report(split: str, report: dict, max_length: int) -> None:
     logger.info(
         "%s: %s of %d (dropped %d tokens)", split, counts, max_length, report["tokens_left_out"]
     )
+    if report["rows_joined"]:
+        logger.info("%s: %s", split, rows_joined_text(report))
     if report["invalid_bytes"]:
         logger.warning(
             "%s: replaced %d bytes that are not UTF-8, the first in %s",

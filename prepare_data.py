@@ -35,7 +35,13 @@ from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import domain_of, find_files, new_report, read_documents
+from babyllama.data.documents import (
+    domain_of,
+    find_files,
+    new_report,
+    read_documents,
+    rows_joined_text,
+)
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tokenizer, part_backend
 from babyllama.files import check_replaceable, exclusive_folder, sha256, write_json
@@ -511,6 +517,8 @@ def print_repairs(manifest: dict, new_splits: list[str]) -> None:
                 n_documents = record["documents_of_one_word"]
                 print(f"note: {record['file']}: {n_documents:,} documents are one word repeated")
             for source in record["sources"]:
+                if source["read"]["rows_joined"]:
+                    print(f"note: {source['path']}: {rows_joined_text(source['read'])}")
                 counts = [f"{key} {source['read'][key]}" for key in REPAIRS if source["read"][key]]
                 if counts:
                     print(f"note: {source['path']}: {', '.join(counts)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED, sentences, write_file
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -252,6 +253,19 @@ def test_cache_is_reused_until_text_tokenizer_or_settings_change(tokenizer, corp
     larger_tokenizer.add_tokens(["zebra"])
     prepare(tokenizer=larger_tokenizer)
     assert len(cache_files()) == 6
+
+
+def test_a_saved_dataset_in_a_renamed_folder_has_another_domain(tokenizer, tmp_path):
+    rows = {"text": ["\n".join(sentences(40, seed=seed)) for seed in range(3)]}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows).save_to_disk(tmp_path / "one" / split)
+    for name in ("one", "two"):
+        processor = DataProcessor(tokenizer, cache_dir=tmp_path / "cache")
+        processor.prepare_dataset(tmp_path / name, tmp_path / name, max_length=8)
+        domains = [report["sources"][0]["domain"] for report in processor.reports.values()]
+        assert domains == [name, name]
+        if name == "one":
+            (tmp_path / "one").rename(tmp_path / "two")
 
 
 def test_the_environment_can_set_the_cache_folder(tokenizer, tmp_path, monkeypatch):

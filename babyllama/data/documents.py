@@ -31,10 +31,11 @@ from babyllama.files import sha256
 
 logger = logging.getLogger(__name__)
 # It is part of cache keys: increase it when documents start or texts are cut at other places.
-READER_VERSION = 2
+READER_VERSION = 3
 BLOCK = 1 << 18  # characters that are read at a time
 LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
 ROWS = 256  # of a table that are read at a time
+LINE = 200  # characters; rows whose median is at most as long can be lines of a text
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
 TABLES = (".parquet", ".arrow")
 # how files start that are not text, whatever their names say
@@ -58,8 +59,9 @@ WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 # ---- files --------------------------------------------------------------------------------------
 
 
+SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
 _NAME = re.compile(
-    r"(?P<domain>.+?)(?:-\d+-of-\d+)?(?:\.(?P<split>train|dev|test))?"
+    r"(?P<domain>.+?)(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?(?:\.(?P<split>train|dev|valid|validation|test))?"
     r"(?:\.(?:txt|jsonl|parquet|arrow))?(?:\.gz)?"
 )
 
@@ -67,9 +69,17 @@ _NAME = re.compile(
 def domain_of(path: str | os.PathLike) -> str:
     """Return the domain in a file's name: "childes" for data/CHILDES.train.txt.gz.
 
-    BabyLM's files were called childes.train until 2025 and childes.train.txt in 2026.
+    BabyLM's files were called childes.train until 2025 and childes.train.txt in 2026. A saved
+    dataset has tables called data or like their split; their domain is the nearest folder that is
+    called neither.
     """
-    return _NAME.fullmatch(Path(path).name.lower())["domain"]
+    name = Path(path).name.lower()
+    domain = file_domain = _NAME.fullmatch(name)["domain"]
+    if name.endswith(TABLES):
+        folders = iter(Path(path).absolute().parents)
+        while domain in (*SPLITS, "data"):
+            domain = next(folders).name.lower()
+    return domain or file_domain
 
 
 def _split_of(path: Path) -> str | None:
@@ -77,10 +87,9 @@ def _split_of(path: Path) -> str | None:
     name = path.name.lower()
     split = _NAME.fullmatch(name)["split"]
     if split is None and name.endswith(TABLES):
-        for word in (name.split("-")[0], path.parent.name.lower()):
-            if word in ("train", "dev", "test", "validation"):
-                return word.replace("validation", "dev")
-    return split
+        words = (re.split("[-.]", name)[0], path.parent.name.lower())
+        split = next(filter(SPLITS.get, words), None)
+    return SPLITS.get(split)
 
 
 def source_of(path: Path, name: str = "") -> dict:
@@ -92,8 +101,9 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     """Return the input files of a split in sorted order; `data_dir` is a folder or a single file.
 
     A folder is searched with its subfolders. Files of the split have its suffix (.train for
-    "train"; for "dev" and "validation" .dev, or .test if there is no .dev), perhaps before .txt or
-    .jsonl, with or without .gz. Other .txt and .jsonl files and tables belong to every split. Raise
+    "train"; for "dev" and "validation" .dev, .valid or .validation, or .test if there are none),
+    perhaps before .txt or .jsonl, with or without .gz. Other .txt and .jsonl files and tables
+    belong to every split. Files that `datasets` caches beside a saved dataset are no input. Raise
     FileNotFoundError if there are none.
     """
     root = Path(data_dir)
@@ -101,12 +111,13 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
         return [root]
     candidates = list(_walk(root))
     any_text = (".txt", ".jsonl", *TABLES)
-    endings = (".train", ".dev", ".test", *any_text)
+    endings = (*(f".{name}" for name in SPLITS), *any_text)
     splits = ["dev", "test"] if split in ("dev", "validation") else [split]
     files_of: dict[str | None, list[Path]] = {}
     for path in candidates:
         name = path.name.lower().removesuffix(".gz")
-        if not name.endswith(endings):
+        is_cache = name.startswith("cache-") and name.endswith(".arrow")
+        if is_cache or not name.endswith(endings):
             continue
         file_split = _split_of(path)
         if path.is_file():
@@ -164,11 +175,20 @@ def new_report() -> dict:
     """Return a report with all counts at zero; reading a file adds to it.
 
     documents, words (separated by white space) and bytes (UTF-8) describe the text that was read,
-    and bytes_on_disk the files, which may be compressed. The other counts are repairs.
+    and bytes_on_disk the files, which may be compressed. rows_joined counts the rows of tables that
+    are lines of documents. The other counts are repairs.
     """
-    counts = ["files", "empty_files", "bytes_on_disk", "documents", "words", "bytes"]
+    counts = ["files", "empty_files", "bytes_on_disk", "documents", "words", "bytes", "rows_joined"]
     repairs = ["invalid_bytes", "nul_removed", "bom_removed", "surrogates_replaced"]
     return {**dict.fromkeys(counts + repairs, 0), "first_invalid": None}
+
+
+def rows_joined_text(report: dict) -> str:
+    """Return the sentence that says that rows of tables were read as lines."""
+    return (
+        f"{report['rows_joined']:,} rows of tables are lines, not documents; they were joined, and "
+        "a document starts after a blank row or at a title"
+    )
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -348,7 +368,48 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
 
 
 def _number_rows(path: Path, report: dict) -> Iterator[tuple[int, str]]:
-    """Yield the lines of the texts in a .parquet or .arrow file, with the number of their row."""
+    """Yield the lines of a table, with the number of their document.
+
+    Each row is a document, unless the rows are lines of a text, as in WikiText's tables: then a
+    document starts after a blank row, or, if there are titles (= T =), at a title.
+    """
+    rows = _read_rows(path, report)
+    first_texts = list(itertools.islice(rows, ROWS))
+    texts = itertools.chain(first_texts, rows)
+    if _are_lines(first_texts):
+        has_titles = any(_WIKI_TITLE.match(text + "\n") for text in first_texts)
+        lines = _lines_of_rows(texts, "\n" if has_titles else "\n\n", report)
+        yield from _number_lines(lines, has_titles, report)
+        return
+    for number, text in enumerate(texts, 1):
+        for line in io.StringIO(text, newline="\n"):
+            yield number, _count(line, report)
+
+
+def _are_lines(texts: list[str]) -> bool:
+    """Return True if the rows of a table are lines of a text, not documents.
+
+    They are if no row has two lines, and if at least half of them are short or a tenth are blank.
+    """
+    lengths = sorted(len(text) for text in texts if text.strip())
+    if not lengths or any("\n" in text for text in texts):
+        return False
+    n_blank = len(texts) - len(lengths)
+    return lengths[len(lengths) // 2] <= LINE or 10 * n_blank >= len(texts)
+
+
+def _lines_of_rows(texts: Iterable[str], blank: str, report: dict) -> Iterator[str]:
+    """Yield the lines of rows that are lines of a text, with `blank` for a blank row."""
+    for text in texts:
+        report["rows_joined"] += 1
+        if text.strip():
+            yield from io.StringIO(text + "\n", newline="\n")
+        else:
+            yield from blank
+
+
+def _read_rows(path: Path, report: dict) -> Iterator[str]:
+    """Yield the repaired text of each row of a .parquet or .arrow file."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -370,9 +431,7 @@ def _number_rows(path: Path, report: dict) -> Iterator[tuple[int, str]]:
                 text = value.as_py()
                 if not isinstance(text, str):
                     raise ValueError(f"{path}: row {number} has no text, but {text!r}")
-                text = _repair_record(text, report)
-                for text_line in io.StringIO(text, newline="\n"):
-                    yield number, _count(text_line, report)
+                yield _repair_record(text, report)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
@@ -396,7 +455,8 @@ def read_documents(
     Nothing is kept in memory, so read a document before you ask for the next one. In a text file a
     new document starts after two empty lines, at a title (= = = T = = =; in wiki domains also = T =
     and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document, and in a
-    table each row. A file is read as wiki text if its name or `domain` is a wiki domain.
+    table each row, unless its rows are lines (see _number_rows). A file is read as wiki text if its
+    name or `domain` is a wiki domain.
 
     A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
     what was read, before cleaning, are added to `report` (see new_report). Raise ValueError if the

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED, sentences, write_file
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -331,6 +331,31 @@ def test_every_name_of_babylm_has_its_domain(name):
     assert domain_of(Path("some.dir", name)) == "childes"
 
 
+@pytest.mark.parametrize(
+    ("path", "domain"),
+    [
+        ("corpora/Stories/train/data-00000-of-00001.arrow", "stories"),
+        ("corpora/stories/data/train-00000-of-00001.parquet", "stories"),
+        ("corpora/stories/validation-00000-of-00002-a09b74b3ef9c3b56.parquet", "stories"),
+        ("corpora/stories/test.parquet", "stories"),
+        ("corpora/stories/data/poems-00000-of-00001.parquet", "poems"),
+        ("corpora/stories/train.txt", "train"),
+        ("/data/train/data.arrow", "data"),
+    ],
+)
+def test_the_domain_of_a_saved_dataset_is_the_name_of_its_folder(path, domain):
+    assert domain_of(path) == domain
+
+
+@pytest.mark.parametrize("name", ["a.valid", "a.validation", "a.validation.txt", "a.valid.jsonl.gz",
+                                  "validation.parquet", "valid-00000-of-00001.parquet"])  # fmt: skip
+def test_validation_in_a_name_is_the_dev_split(name, tmp_path):
+    write_file(tmp_path, name, "text")
+    assert [path.name for path in find_files(tmp_path, "dev")] == [name]
+    with pytest.raises(FileNotFoundError):
+        find_files(tmp_path, "train")
+
+
 def test_a_split_in_the_name_keeps_a_txt_file_out_of_the_other_split(tmp_path):
     for name in ("a.train.txt", "a.dev.txt", "b.txt", "c.test.jsonl"):
         write_file(tmp_path, name, "text")
@@ -359,6 +384,53 @@ def test_a_table_has_a_document_in_each_row(kind, tmp_path):
     assert report["bytes"] == sum(len(text.encode()) for text in documents)
     with pytest.raises(FileNotFoundError):
         find_files(tmp_path, "dev")
+
+
+def read_rows(folder: Path, texts: list[str]) -> tuple[list[str], dict]:
+    """Return the documents of a table with these rows, and the report."""
+    path = folder / "table.parquet"
+    Dataset.from_dict({"text": texts}).to_parquet(path)
+    report = new_report()
+    return read_texts(path, report), report
+
+
+def test_short_rows_are_lines_of_documents_that_blank_rows_separate(tmp_path):
+    texts, report = read_rows(tmp_path, ["one two", "three\n", "", "four", " ", "", "five"])
+    assert texts == ["one two\nthree", "four", "five"]
+    assert report["rows_joined"] == 7
+    assert report["words"] == 5
+    assert "7 rows of tables are lines" in documents.rows_joined_text(report)
+
+
+def test_the_rows_of_wikitext_are_articles(tmp_path):
+    line = "word " * 100 + "\n"
+    article = ["", " = Title = \n", "", line, line, "", " = = Part = = \n", "", line]
+    texts, _ = read_rows(tmp_path, article * 60)
+    assert len(texts) == 60
+    assert texts[0].split("\n") == [text.strip("\n") for text in article[1:]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["A document of one long row. " * 20] * 30 + ["", "short"],
+        ["short", "two\nlines", "short"] * 10,
+    ],
+)
+def test_long_rows_and_rows_of_several_lines_are_documents(rows, tmp_path):
+    texts, report = read_rows(tmp_path, rows)
+    assert texts == [row for row in rows if row]
+    assert report["rows_joined"] == 0
+
+
+def test_files_that_datasets_caches_are_not_read(tmp_path):
+    dataset = Dataset.from_dict({"text": ["a\nb", "c\nd"]})
+    dataset.save_to_disk(tmp_path / "stories" / "train")
+    loaded = load_from_disk(str(tmp_path / "stories" / "train"))
+    loaded.map(lambda row: {"text": row["text"].upper()})
+    assert list(tmp_path.rglob("cache-*.arrow"))
+    (path,) = find_files(tmp_path, "train")
+    assert read_texts(path) == ["a\nb", "c\nd"]
 
 
 def test_a_table_without_text_is_a_one_line_error(tmp_path):
