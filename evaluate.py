@@ -25,6 +25,7 @@ import argparse
 import logging
 import math
 import random
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -644,6 +645,7 @@ def run(args: argparse.Namespace) -> int:
     plot_evaluation(report["results"], plots, args.model)
     print_report(report)
     print(f"\nresults in {output}, plots in {plots}")
+    print(f"next  {shlex.join(['python', 'benchmark.py', args.model])}")
     return 0
 
 

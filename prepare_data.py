@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
+from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
 from babyllama.data.documents import (
     domain_of,
@@ -154,7 +156,21 @@ def prepare_and_print(args: argparse.Namespace) -> int:
     tokenizer = manifest["tokenizer"]
     counted = f"tokens counted with {tokenizer['path']}" if tokenizer else "tokens not counted"
     print(f"wrote {written}; {counted}")
+    print(f"next  {next_command(args)}")
     return 0
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """Return the command to run next: train a model, or first a tokenizer."""
+    train_path = args.output_dir / "train"
+    if args.skip_tokenizer:
+        return shlex.join(["python", "train_tokenizer.py", "--data-dir", str(train_path)])
+    return training_command(
+        "babylm-strict.yaml" if args.babylm_100m else "llama-10M.yaml",
+        tokenizer_path=args.tokenizer_output,
+        train_path=train_path,
+        eval_path=args.output_dir / "dev",
+    )
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
+from babyllama.config import training_command
 from babyllama.data.documents import find_files, new_report, read_parts, source_of
 from babyllama.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -92,6 +93,13 @@ def train_and_print(args: argparse.Namespace) -> int:
     summary = train_on_files(files, args.vocab_size, args.output, args.prefix_space)
     print(summary_text(summary, args.vocab_size))
     print(f"wrote {args.output}")
+    data = {"tokenizer_path": args.output, "train_path": args.data_dir}
+    dev = args.data_dir.with_name("dev")
+    if dev.is_dir():
+        data["eval_path"] = dev
+    is_synthetic = args.data_dir.with_name("grammar.json").is_file()
+    name = "quickstart.yaml" if is_synthetic else "llama-10M.yaml"
+    print(f"next  {training_command(name, **data)}")
     return 0
 
 

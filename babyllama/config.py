@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -145,6 +146,19 @@ def read_yaml_file(path: str | Path, holds_tasks: bool = False) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError([f"not UTF-8 (byte {error.start})"], str(path)) from None
     return parse_yaml(text, str(path))
+
+
+def training_command(name: str, **data: str | Path) -> str:
+    """Return the command that trains a shipped configuration on other text.
+
+    `data` holds keys of the data section; the command sets those that the configuration has not.
+    """
+    shipped = read_yaml_file(ROOT / "config" / name)["data"]
+    command = ["python", "train.py", "--config", f"config/{name}"]
+    for key, value in data.items():
+        if Path(shipped[key]) != Path(value):
+            command += ["--set", f"data.{key}={value}"]
+    return shlex.join(command)
 
 
 # ---- from pydantic's errors to sentences --------------------------------------------------------

@@ -475,7 +475,7 @@ def test_a_chart_that_cannot_be_drawn_fails_the_command_but_keeps_the_results(
 
 
 def test_a_single_model_gets_its_results_in_its_directory(
-    model_dirs, blimp_flags, tmp_path, capsys
+    model_dirs, blimp_flags, tmp_path, caplog
 ):
     model = tmp_path / "run" / "chck_2M"
     build_tiny_model("GPT2").save_pretrained(model)
@@ -485,7 +485,7 @@ def test_a_single_model_gets_its_results_in_its_directory(
     assert (model / "benchmark.html").is_file()
     folder = model / "results/run/chck_2M/zero_shot/causal/blimp/blimp_fast"
     assert (folder / "predictions.json").is_file()
-    assert f"predictions: {folder.parents[3]}\n" in capsys.readouterr().err
+    assert f"predictions: {folder.parents[3]}" in caplog.text
 
 
 TASKS_OF_2026 = {

@@ -17,6 +17,7 @@ from babyllama.config import (
     check_model_section,
     generated_files,
     read_yaml_file,
+    training_command,
     unusual_values,
     usual_intermediate_size,
 )
@@ -176,6 +177,13 @@ def test_a_missing_file_is_looked_for_in_the_working_directory(tmp_path, monkeyp
     message = f"config/llama-10M.yaml: no such file in {tmp_path}; did you mean {shipped}?"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         load_config("config/llama-10M.yaml")
+
+
+def test_the_command_to_train_sets_only_what_differs():
+    defaults = {"tokenizer_path": "models/tokenizer.json", "train_path": Path("./data/train")}
+    command = training_command("llama-10M.yaml", **defaults, eval_path="my data/dev")
+    expected = "python train.py --config config/llama-10M.yaml --set 'data.eval_path=my data/dev'"
+    assert command == expected
 
 
 def test_initials_are_understood():

@@ -338,9 +338,9 @@ def test_overlap_of_a_worked_example(run, raw, tmp_path, capsys):
         "warning: dev documents in train, which inflate held-out scores: dev/letters.dev 2"
         in captured.err
     )
-    assert captured.out.splitlines()[-1].startswith(
-        f"wrote {tmp_path / 'out' / 'dev'}/, {tmp_path / 'out' / 'train'}/, "
-    )
+    written, command = captured.out.splitlines()[-2:]
+    assert written.startswith(f"wrote {tmp_path / 'out' / 'dev'}/, {tmp_path / 'out' / 'train'}/, ")
+    assert command == f"next  python train_tokenizer.py --data-dir {tmp_path / 'out' / 'train'}"
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -7,6 +7,7 @@ draw samples, and write the metrics, the curves and the model card. Nothing here
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -159,6 +160,10 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     for number, sample in enumerate(metrics["samples"], 1):
         print(f"sample {number}          {sample!r}")
     print(f"model, metrics, curves and card: {run_dir}/ (start with {run_dir / 'README.md'})")
+    command = ["python", "submit.py" if metrics["babylm"] else "evaluate.py", str(run_dir)]
+    if metrics["babylm"]:
+        command += ["--eval-data", "evaluation_data", "--output", "submission"]
+    print(f"next  {shlex.join(command)}")
 
 
 def print_verdict(compliance: dict | None) -> None:
