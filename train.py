@@ -48,6 +48,7 @@ from babyllama.training.run_dir import (
     finished_metrics,
     milestones,
     resolve_checkpoint,
+    run_history,
     start_run_dir,
 )
 from babyllama.training.sweep import run_sweep
@@ -312,11 +313,19 @@ def setup_run(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     checkpoint = resolve_checkpoint(
-        run_dir, config, data.report, args.resume_from_checkpoint, args.overwrite
+        run_dir,
+        config,
+        data.report,
+        args.resume_from_checkpoint,
+        args.overwrite,
+        args.allow_change or (),
     )
+    history = run_history(run_dir, config, data.report, checkpoint)
+    if history:
+        data.report["history"] = history
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, data.tokenizer)
-    plan = describe_run(config, model, data.report["train"], len(data.train))
+    plan = describe_run(config, model, data.report["train"], len(data.train), history)
     plan |= choose_precision_and_kernels(config, plan)
     benchmark = make_benchmark(config, model, data.tokenizer)
     plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
@@ -354,8 +363,13 @@ def train_and_save(run: PreparedRun, status: ending.Status) -> None:
     plan = run.plan
     counts = run.data.report["train"]
     words_per_token = counts["words"] / counts["tokens"]
+    history = run.data.report.get("history", [])
     run_log = RunLog(
-        run.run_dir / LOG_FILE, words_per_token, plan["flops_per_token"], plan["matmul_flops"]
+        run.run_dir / LOG_FILE,
+        words_per_token,
+        plan["flops_per_token"],
+        plan["matmul_flops"],
+        history,
     )
     make_trainer = LMTrainer
     if "distillation" in config:
@@ -371,6 +385,7 @@ def train_and_save(run: PreparedRun, status: ending.Status) -> None:
         loss=run.loss,
         cuda_graphs=plan["cuda_graphs"],
         benchmark=run.benchmark,
+        history=history,
         callbacks=[*([run_log] if distributed.is_main() else []), SaveWhenInterrupted(status)],
     )
     word_counter = attach_word_counter(trainer, config, counts, run.budget)
@@ -500,6 +515,11 @@ def make_parser() -> argparse.ArgumentParser:
         "run if there is nothing to resume"
     )
     add("resume-from-checkpoint", metavar="PATH|latest|auto", help=resume_help)
+    allow_help = (
+        "let a resumed run continue with another value of this key, such as training.batch_size; "
+        "may be repeated"
+    )
+    add("allow-change", action="append", metavar="KEY", help=allow_help)
     set_help = "change any key of the configuration; may be repeated"
     add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"

@@ -66,10 +66,10 @@ def take_turn(
     plan = describe_run(config, model, {"words": 0, "tokens": 1}, len(chunks))
     plan |= choose_precision_and_kernels(config, plan)
     loss = build_loss(config, model, plan, tokenizer.bos_token_id)
+    config = {**config, "training": {**config["training"], "num_epochs": 1}}
     arguments = training_arguments(config, folder, plan["precision"])
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
-    arguments.num_train_epochs = 1
     arguments.logging_steps = 1
     run_log = RunLog(folder / "metrics.jsonl", 1.0, plan["flops_per_token"], plan["matmul_flops"])
     report = {

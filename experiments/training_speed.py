@@ -137,10 +137,10 @@ def train_once(
     with torch.device("cuda" if on_gpu else "cpu"):
         model = create_model(config, tokenizer)
     precision = variant.get("precision", "bf16" if on_gpu else "fp32")
+    config = {**config, "training": {**config["training"], "num_epochs": 1}}
     arguments = training_arguments(config, folder, precision)
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
-    arguments.num_train_epochs = 1
     arguments.load_best_model_at_end = False
     arguments.logging_steps = log_every
     clock = make_clock()

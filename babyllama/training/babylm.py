@@ -4,7 +4,7 @@ With a `babylm:` section in the configuration, a run checks its budget of words 
 saves a model directory chck_<N>M as soon as it has seen N million words, and writes both with a
 verdict into compliance.json. Without the section it only counts the words (data/words.py).
 
-    seen = SeenWords(counts, order=lambda epoch: np.arange(n), chunks_per_step=32, epochs=10)
+    seen = SeenWords(counts, order=lambda epoch: np.arange(n), steps=steps)
     print(seen.after[100], seen.first_step(1_000_000), seen.by_domain(100))
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import logging
 import math
@@ -32,7 +31,6 @@ from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
 from babyllama.files import atomic_write, describe_environment, sha256
 from babyllama.schema import MAX_EPOCHS, TRACKS
-from babyllama.training import distributed
 from babyllama.training.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
@@ -40,6 +38,7 @@ from babyllama.training.run_dir import (
     milestone_name,
     seal_checkpoint,
 )
+from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -60,24 +59,20 @@ class SeenWords:
         self,
         counts: WordCounts,
         order: Callable[[int], np.ndarray],
-        chunks_per_step: int,
-        epochs: int,
+        steps: Steps,
         offset: Callable[[int], int] = lambda epoch: 0,
     ):
         """Count the words of each epoch, from its order of chunks and their first offset."""
         self.counts = counts
         self.order = order
         self.offset = offset
-        self.chunks_per_step = chunks_per_step
+        self.steps = steps
         words_per_step = []  # one array (steps,) for each epoch
-        for epoch in range(epochs):
+        for epoch in range(steps.epochs):
             words = counts.per_chunk(offset(epoch))[order(epoch)]
-            steps = distributed.steps_per_epoch(len(words), chunks_per_step)
-            # the last step also takes the chunks that remain
-            first_chunks = np.arange(steps) * chunks_per_step
+            first_chunks = [chunks.start for chunks in steps.slices(epoch)]
             words_per_step.append(np.add.reduceat(words, first_chunks))
         self.after = np.cumsum(np.concatenate([[0], *words_per_step]))
-        self.epoch_ends = np.cumsum([0, *map(len, words_per_step)])  # counted in steps
 
     def first_step(self, words: int) -> int | None:
         """Return the first step after which this many words were seen; None if it never happens."""
@@ -89,7 +84,7 @@ class SeenWords:
 
         With data.random_offset each epoch cuts the text elsewhere, and leaves out other words.
         """
-        begun = max(1, int((self.epoch_ends[:-1] < step).sum()))
+        begun = max(1, int((self.steps.epoch_ends[:-1] < step).sum()))
         offsets = Counter(self.offset(epoch) for epoch in range(begun))
         words = sum(
             times * int(self.counts.per_chunk(offset).sum()) for offset, times in offsets.items()
@@ -99,12 +94,10 @@ class SeenWords:
     def by_domain(self, step: int) -> dict[str, int]:
         """Return the number of words of each domain that were seen after a step."""
         words: Counter[str] = Counter()
-        for epoch, (start, end) in enumerate(itertools.pairwise(self.epoch_ends)):
-            if step <= start:
-                break
-            chunks = self.order(epoch)
-            if step < end:
-                chunks = chunks[: (step - start) * self.chunks_per_step]
+        n_seen = int(self.steps.after[step])
+        n_chunks = self.steps.n_chunks
+        for epoch in range(math.ceil(n_seen / n_chunks)):
+            chunks = self.order(epoch)[: n_seen - epoch * n_chunks]
             offset = self.offset(epoch)
             times_seen = np.bincount(chunks, minlength=self.counts.n_chunks(offset))
             words.update(self.counts.by_domain(times_seen, offset))
@@ -145,8 +138,7 @@ class BabyLMCallback(TrainerCallback):
         self.seen = SeenWords(
             self.counts,
             order=lambda epoch: chunk_order(len(dataset), args.data_seed, epoch),
-            chunks_per_step=self.trainer.get_total_train_batch_size(args),
-            epochs=state.num_train_epochs,
+            steps=self.trainer.steps,
             offset=getattr(dataset, "offset_in", lambda epoch: 0),  # data.random_offset
         )
         for target in self.targets:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.files import write_text
 from babyllama.training import distributed, ending
-from babyllama.training.run_dir import BENCHMARK_PREFIX
+from babyllama.training.run_dir import BENCHMARK_PREFIX, changes_at
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,20 @@ class RunLog(TrainerCallback):
     """
 
     def __init__(
-        self, path: Path, words_per_token: float, flops_per_token: float, matmul_flops: float
+        self,
+        path: Path,
+        words_per_token: float,
+        flops_per_token: float,
+        matmul_flops: float,
+        history: Sequence[dict[str, Any]] = (),
     ):
         """Set up a log; `matmul_flops` is the machine's matmul speed in operations per second."""
         self.path = path
         self.words_per_token = words_per_token
         self.flops_per_token = flops_per_token
         self.matmul_flops = matmul_flops
+        self.history = history
+        self.changes: dict[str, list] = {}  # what the next row records
         self.rows: list[dict[str, Any]] = []
         self.bar = None
         self.step_started: float | None = None  # None while the clock is stopped
@@ -69,6 +76,8 @@ class RunLog(TrainerCallback):
             self.rows = [row for row in rows if row["step"] <= state.global_step]
         rows = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
         write_text(self.path, "".join(rows))  # a new file, even if a link had this name
+
+        self.changes = changes_at(self.history, state.global_step)
 
         # continue the clock from the last row. Every checkpoint has a row, so the steps up to it
         # are all timed, unless somebody truncated or deleted the log
@@ -116,6 +125,9 @@ class RunLog(TrainerCallback):
             self.logged_seconds = self.seconds
         row["seconds"] = round(self.seconds, 3)
         row |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
+        if self.changes:
+            row["changes"] = self.changes
+            self.changes = {}
         # JSON has no NaN. With fp16 the gradient may overflow; the loss scaler then skips the step.
         # A NaN loss ends the run, and this row shows where.
         for key in ("grad_norm", "loss"):

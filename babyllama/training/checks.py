@@ -15,7 +15,7 @@ from babyllama.config import ConfigError, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.training import distributed
-from babyllama.training.run_dir import check_output_dir, check_teacher_exists
+from babyllama.training.run_dir import CHANGEABLE, check_output_dir, check_teacher_exists
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None
     """Raise ValueError if the flags contradict each other, the directory or the machine."""
     if args.overwrite and args.resume_from_checkpoint:
         raise ValueError("--overwrite starts over, --resume_from_checkpoint continues; choose one")
+    check_allowed_changes(args, config)
     check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
     if config["logging"]["wandb"]:
         from babyllama.training.callbacks import prepare_wandb
@@ -81,6 +82,20 @@ def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None
         prepare_wandb(config)
     if config["training"]["fsdp"]:
         distributed.require_gpus()
+
+
+def check_allowed_changes(args: argparse.Namespace, config: dict) -> None:
+    """Raise ValueError if --allow-change names a key that a resumed run cannot change."""
+    allowed = args.allow_change or ()
+    if allowed and not args.resume_from_checkpoint:
+        raise ValueError("--allow-change needs --resume_from_checkpoint")
+    for key in allowed:
+        if key not in CHANGEABLE:
+            raise ValueError(
+                f"--allow-change {key}: a resumed run can only change {', '.join(CHANGEABLE)}"
+            )
+    if "processes" in allowed and config["training"]["fsdp"]:
+        raise ValueError("--allow-change processes: not with training.fsdp, which shards the model")
 
 
 def warn_about_leaks(report: dict) -> None:

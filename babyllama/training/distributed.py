@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import logging
 import math
 import os
@@ -24,10 +23,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from babyllama import cli
+
+if TYPE_CHECKING:
+    from babyllama.training.steps import Steps
 
 # the launcher's key-value store, the number of main_first blocks that have begun, and the group of
 # processes for tensors on the CPU (None: the default group)
@@ -300,28 +303,6 @@ def forward_through_wrapper(function, model, *args):
 # ---- the chunks of each process -----------------------------------------------------------------
 
 
-def steps_per_epoch(n_chunks: int, chunks_per_step: int) -> int:
-    """Return the number of optimizer steps in an epoch.
-
-    The last step takes the chunks that remain. If they are too few to give every process one, they
-    join the step before it instead. Raise ValueError if there are fewer chunks than processes.
-    """
-    if n_chunks < world_size():
-        raise ValueError(
-            f"{n_chunks} chunks for {world_size()} processes: use fewer processes or more text"
-        )
-    full_steps, rest = divmod(n_chunks, chunks_per_step)
-    if rest >= world_size():
-        return full_steps + 1
-    return max(1, full_steps)
-
-
-def chunks_after(steps: int, n_chunks: int, chunks_per_step: int) -> int:
-    """Return the number of chunks that all processes together have seen after `steps` steps."""
-    epochs, steps_of_epoch = divmod(steps, steps_per_epoch(n_chunks, chunks_per_step))
-    return epochs * n_chunks + steps_of_epoch * chunks_per_step
-
-
 def batches_per_step(n_chunks: int, batch_size: int, at_most: int | None = None) -> int:
     """Return the number of batches into which each process splits its share of `n_chunks`.
 
@@ -350,32 +331,37 @@ class ExactBatchSampler:
 
     drop_last = False
 
-    def __init__(self, sampler, batch_size: int, accumulation: int):
+    def __init__(self, sampler, steps: Steps, batch_size: int, accumulation: int):
         """Split the chunks in the order of `sampler`, which is the same in every process."""
         self.sampler = sampler
+        self.steps = steps
         self.batch_size = batch_size
         self.accumulation = accumulation
-        n_chunks = len(sampler)
-        chunks_per_step = batch_size * accumulation * world_size()
-        n_steps = steps_per_epoch(n_chunks, chunks_per_step)
-        # chunks that are too few for another step join the last one
-        bounds = [step * chunks_per_step for step in range(n_steps)] + [n_chunks]
-        self.steps = [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
-    def _n_batches(self, step: slice) -> int:
-        return batches_per_step(step.stop - step.start, self.batch_size, self.accumulation)
+    def _n_batches(self) -> list[int]:
+        """Return the number of batches of each step of the sampler's epoch.
+
+        Only the last step of an epoch may have fewer than `accumulation`. Steps before a change of
+        their size have as many too, although a batch may then be empty: a resumed run skips them.
+        """
+        steps = self.steps.slices(self.sampler.epoch)
+        last = steps[-1].stop - steps[-1].start
+        n_last = batches_per_step(last, self.batch_size, self.accumulation)
+        return [self.accumulation] * (len(steps) - 1) + [n_last]
 
     def __len__(self) -> int:
-        return sum(self._n_batches(step) for step in self.steps)
+        return sum(self._n_batches())
 
     def __iter__(self) -> Iterator[list[int]]:
+        slices = self.steps.slices(self.sampler.epoch)
+        n_batches = self._n_batches()
         order = np.fromiter(self.sampler, dtype=np.int64)
-        for step in self.steps:
-            for batch in split_for_rank(order[step], self._n_batches(step)):
+        for chunks, n in zip(slices, n_batches, strict=True):
+            for batch in split_for_rank(order[chunks], n):
                 yield batch.tolist()
 
 
-def train_loader(dataset, args, collate):
+def train_loader(dataset, steps: Steps, args, collate):
     """Return this process's DataLoader for a Trainer; `args` are its TrainingArguments."""
     import torch
     from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
@@ -384,7 +370,7 @@ def train_loader(dataset, args, collate):
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=ExactBatchSampler(
-            order, args.per_device_train_batch_size, args.gradient_accumulation_steps
+            order, steps, args.per_device_train_batch_size, args.gradient_accumulation_steps
         ),
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,

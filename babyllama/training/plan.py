@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
 from babyllama.training.run_dir import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
+from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)
 
 
-def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, Any]:
+def describe_run(
+    config: dict, model, report: dict, n_chunks: int, history: Sequence[dict] = ()
+) -> dict[str, Any]:
     """Return the derived numbers of a run over `n_chunks` chunks.
 
     `report` holds the numbers of `words` and `tokens` in the training text. `flops_per_token`
@@ -36,14 +40,14 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
     chunks_per_step = training["batch_size"] * training["gradient_accumulation_steps"] * processes
 
     # count the steps: all epochs, or fewer if training.max_steps says so
-    all_steps = distributed.steps_per_epoch(n_chunks, chunks_per_step) * training["num_epochs"]
-    steps = min(all_steps, training["max_steps"] or all_steps)
-    if (training["max_steps"] or 0) > all_steps:
+    layout = Steps(n_chunks, training, history)
+    steps = layout.total
+    if (training["max_steps"] or 0) > layout.available:
         log.warning(
             "training.max_steps: %d, but %d epochs have only %d steps; raise training.num_epochs",
             training["max_steps"],
             training["num_epochs"],
-            all_steps,
+            layout.available,
         )
     if training["warmup_steps"] >= steps:
         log.warning(
@@ -52,7 +56,7 @@ def describe_run(config: dict, model, report: dict, n_chunks: int) -> dict[str, 
             training["warmup_steps"],
             steps,
         )
-    chunks = distributed.chunks_after(steps, n_chunks, chunks_per_step)
+    chunks = int(layout.after[steps])
 
     # count the operations: a token attends to T / 2 others on average, once for the scores and once
     # for the values, so attention costs as much as T x hidden_size more weights in each layer

@@ -18,13 +18,13 @@ from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.files import write_json, write_text
 from babyllama.plots import plot_training
-from babyllama.training import distributed
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.run_dir import (
     BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
     METRICS_FILE,
     RETRAIN,
+    changes_at,
     make_weights_readable,
 )
 
@@ -83,9 +83,7 @@ def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[st
     counts all steps.
     """
     steps = trainer.kept_step()
-    n_chunks = len(trainer.train_dataset)
-    chunks_per_step = trainer.get_total_train_batch_size(trainer.args)
-    chunks = distributed.chunks_after(steps, n_chunks, chunks_per_step)
+    chunks = int(trainer.steps.after[steps])
     return {
         "tokens_per_second": run_log.tokens_per_second(),
         "training_seconds": run_log.seconds,
@@ -93,7 +91,7 @@ def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[st
         "peak_memory_gb": peak_memory_gb(trainer.args.device),
         "steps": steps,
         "steps_run": trainer.state.global_step,
-        "epochs": round(chunks / n_chunks, 4),
+        "epochs": round(chunks / trainer.steps.n_chunks, 4),
         "tokens_trained": chunks * seq_length,
         "words_trained": word_counter.words_seen(steps),
     }
@@ -214,7 +212,12 @@ def model_card(metrics: dict) -> str:
         "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],
         "model-index": [{"name": config["model"]["name"], "results": [result]}],
     }
+    history = metrics["data"].get("history", [])
+    changes = {part["step"]: changes_at(history, part["step"]) for part in history[1:]}
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
     return Template(template, keep_trailing_newline=True).render(
-        **metrics, max_domains=MAX_DOMAINS, header=yaml.safe_dump(header, sort_keys=False).strip()
+        **metrics,
+        changes=changes,
+        max_domains=MAX_DOMAINS,
+        header=yaml.safe_dump(header, sort_keys=False).strip(),
     )

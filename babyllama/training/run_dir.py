@@ -17,6 +17,7 @@ start, resume or replace another one. Nothing here trains, scores or imports tor
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -88,6 +89,18 @@ FREE_ON_RESUME = {
     "logging.project",
     "logging.output_dir",
 }
+# Keys that may change when a run is resumed with --allow-change. It continues with the first chunk
+# that it has not seen.
+CHANGEABLE = (
+    "processes",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.lr",
+    "training.min_lr",
+    "training.lr_scheduler",
+    "training.warmup_steps",
+    "training.warmup_ratio",
+)
 RETRAIN = "retrain with --overwrite or another --model_name"
 
 
@@ -269,6 +282,7 @@ def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     new = _flatten(config)
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
     new_report = dict(report)
+    old_report.pop("history", None)
     old["processes"] = old_report.pop("processes", 1)
     new["processes"] = new_report.pop("processes", 1)
     changes = {
@@ -314,13 +328,19 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
 
 
 def resolve_checkpoint(
-    run_dir: Path, config: dict, report: dict, resume: str | None, overwrite: bool
+    run_dir: Path,
+    config: dict,
+    report: dict,
+    resume: str | None,
+    overwrite: bool,
+    allowed: Sequence[str] = (),
 ) -> Path | None:
     """Decide how the run starts: return the checkpoint to resume from, or None for a new run.
 
     `resume` is the path of a checkpoint, "latest", or "auto", which starts a new run if there is no
     checkpoint to resume from. A run that was killed before its first checkpoint was complete has
-    nothing to lose, so it starts again without being asked.
+    nothing to lose, so it starts again without being asked. Of the CHANGEABLE keys, those `allowed`
+    may differ from those of the checkpoint.
 
     Raise ValueError if resuming would mix two different runs, or if a new run would replace an
     earlier one without --overwrite.
@@ -338,11 +358,15 @@ def resolve_checkpoint(
         if checkpoint.parent.resolve() != run_dir.resolve():
             raise ValueError(f"{checkpoint} does not belong to this run, which is in {run_dir}")
         changes = config_diff(run_dir, config, report)
-        blocking = [line for key, line in changes.items() if key not in FREE_ON_RESUME]
+        blocking = changes.keys() - FREE_ON_RESUME - set(allowed)
         if blocking:
+            lines = ", ".join(line for key, line in changes.items() if key in blocking)
+            advice = "resume with the old values"
+            if blocking <= set(CHANGEABLE):
+                flags = " ".join(f"--allow-change {key}" for key in CHANGEABLE if key in blocking)
+                advice += f", add {flags} to continue with the new ones"
             raise ValueError(
-                f"{checkpoint} belongs to a different run ({', '.join(blocking)}); "
-                f"resume with the old values, or {RETRAIN}"
+                f"{checkpoint} belongs to a different run ({lines}); {advice}, or {RETRAIN}"
             )
         return checkpoint
 
@@ -354,6 +378,42 @@ def resolve_checkpoint(
     if intact and changes.keys() <= FREE_ON_RESUME:
         remedies.insert(0, "--resume_from_checkpoint latest to resume it")
     raise ValueError(f"{run_dir} holds another run ({state}); add {', '.join(remedies)}")
+
+
+def run_history(
+    run_dir: Path, config: dict, report: dict, checkpoint: Path | None
+) -> list[dict[str, Any]]:
+    """Return the CHANGEABLE settings of a run and the `step` from which on each of them holds.
+
+    There is one entry for each change, oldest first, and none if nothing has changed.
+    """
+    if checkpoint is None:
+        return []
+    step = checkpoint_step(checkpoint)
+    old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
+    first = {"step": 0, **_settings(_read_run_file(run_dir / CONFIG_FILE), old_report)}
+    # later entries belong to steps that are trained again
+    history = [part for part in old_report.get("history", [first]) if part["step"] < step]
+    current = _settings(config, report)
+    if history[-1] != {"step": history[-1]["step"], **current}:
+        history.append({"step": step, **current})
+        for key, (before, now) in changes_at(history, step).items():
+            log.info("from step %d on: %s: was %r, is %r", step, key, before, now)
+    return history if len(history) > 1 else []
+
+
+def _settings(config: dict, report: dict) -> dict[str, Any]:
+    """Return the CHANGEABLE settings of a run."""
+    values = _flatten(config) | {"processes": report.get("processes", 1)}
+    return {key: values.get(key) for key in CHANGEABLE}
+
+
+def changes_at(history: Sequence[dict[str, Any]], step: int) -> dict[str, list]:
+    """Return the settings that changed at this step, {key: [old, new]}."""
+    for old, new in itertools.pairwise(history):
+        if new["step"] == step:
+            return {key: [old[key], new[key]] for key in CHANGEABLE if old[key] != new[key]}
+    return {}
 
 
 def check_checkpoint_step(checkpoint: Path | None, steps: int) -> None:
@@ -431,6 +491,8 @@ def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
         del config["logging"], config["model"]["name"]
         seed = int(config["training"].pop("seed"))
         facts = [config, metrics["data"]["train"]["key"]]
+        if "history" in metrics["data"]:
+            facts.append(metrics["data"]["history"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     text = json.dumps(facts, sort_keys=True).encode()

@@ -331,6 +331,8 @@ def check_flags(args: argparse.Namespace, kind: str) -> None:
         raise ValueError(
             f"--resume_from_checkpoint: leave it out, --{kind} resumes its runs itself"
         )
+    if args.allow_change:
+        raise ValueError(f"--allow-change: does not go with --{kind}")
 
 
 # ---- the results --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from babyllama.training.run_dir import (
     rotate_checkpoints,
     seal_checkpoint,
 )
+from babyllama.training.steps import Steps
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
 # parts of the messages of safetensors and torch.save if a disk is full
@@ -71,7 +72,8 @@ class LMTrainer(Trainer):
     the configuration, which chooses optimizer, schedule and weight average. loss(model, input_ids)
     returns a sum over the batch. With `cuda_graphs` the passes of full batches are recorded once
     and then replayed (cuda_graphs.py). The `benchmark` is scored at each evaluation; with several
-    processes it is None in all but the main one.
+    processes it is None in all but the main one. The `history` of a run that was resumed with
+    other settings says how large its earlier steps were (run_dir.py).
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class LMTrainer(Trainer):
         loss: NextTokenLoss,
         cuda_graphs: bool = False,
         benchmark: TrainingBenchmark | None = None,
+        history: Sequence[dict[str, Any]] = (),
         **kwargs,
     ):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
         prepare_for_chunks(self.model)
         self.byte_lengths = torch.as_tensor(byte_lengths)
         self.training = training
+        self.steps = Steps(len(self.train_dataset), training, history)
         self.loss = loss
         self.benchmark = benchmark
         self.benchmarked: tuple[int, dict] | None = None  # step and scores of the last time
@@ -120,7 +124,7 @@ class LMTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # RunLog prints the same numbers, but readably
         if training["early_stopping_patience"]:
             self.add_callback(EarlyStoppingCallback(training["early_stopping_patience"]))
-        self.add_callback(_Intervals())
+        self.add_callback(_Intervals(self.steps))
         if self.average:
             self.add_callback(_UpdateAverage(self.average))
         if isinstance(self.train_dataset, ShiftedChunks):
@@ -143,10 +147,7 @@ class LMTrainer(Trainer):
 
     def _note_batch(self, loss: torch.Tensor, length: int) -> None:
         """Count the tokens seen, and the batches whose loss is NaN or infinite."""
-        per_step = self.get_total_train_batch_size(self.args)
-        chunks = distributed.chunks_after(
-            self.state.global_step + 1, len(self.train_dataset), per_step
-        )
+        chunks = int(self.steps.after[self.state.global_step + 1])
         self.state.num_input_tokens_seen = chunks * length
         # read only when logging, so that steps never wait for the GPU
         self._nonfinite_losses += ~torch.isfinite(loss)
@@ -178,10 +179,22 @@ class LMTrainer(Trainer):
         """Return 0, because nothing reads the figure, and Trainer would walk all modules for it."""
         return 0
 
-    def _run_epoch(self, *args, **kwargs):
-        """Skip the epoch if the checkpoint that we resumed from was the end of its run.
+    def set_initial_training_values(self, args, dataloader):
+        """Return Trainer's numbers, but take epochs and steps of the run from `steps`."""
+        _, *numbers, _ = super().set_initial_training_values(args, dataloader)
+        return self.steps.epochs, *numbers, self.steps.total
 
-        Trainer checks only after a step, so it would train one step too many.
+    def _init_training_state(self, *args, **kwargs):
+        """Restore the state; return the epoch to continue, and how many of its batches to skip."""
+        super()._init_training_state(*args, **kwargs)
+        epoch, steps_done = self.steps.epoch_at(self.state.global_step)
+        return epoch, steps_done * self.args.gradient_accumulation_steps
+
+    def _run_epoch(self, *args, epoch, train_dataloader, **kwargs):
+        """Run an epoch, which may have another number of steps than the one before.
+
+        Skip it if the checkpoint that we resumed from was the end of its run. Trainer checks only
+        after a step, so it would train one step too many.
         """
         stopped_early = any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -191,10 +204,15 @@ class LMTrainer(Trainer):
         if stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        train_dataloader.set_epoch(epoch)  # so that its length is that of this epoch
+        kwargs["steps_in_epoch"] = len(train_dataloader)
+        kwargs["num_update_steps_per_epoch"] = len(self.steps.slices(epoch))
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         """Raise TrainingError if the loss or a weight is NaN, before such a model is saved."""
+        # Trainer counts in batches, whose number depends on the batch size
+        self.state.epoch = float(self.steps.after[self.state.global_step] / self.steps.n_chunks)
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate:
             # the sum over processes makes all of them stop at the same step
@@ -227,7 +245,9 @@ class LMTrainer(Trainer):
     # -- data, optimizer, schedule --
 
     def get_train_dataloader(self) -> DataLoader:
-        return distributed.train_loader(self.train_dataset, self.args, self.data_collator)
+        return distributed.train_loader(
+            self.train_dataset, self.steps, self.args, self.data_collator
+        )
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -236,11 +256,29 @@ class LMTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
-            factor = schedule(self.training, num_training_steps)
-            optimizer = optimizer or self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            lead = self.steps.schedule_lead
+            factor = schedule(self.training, num_training_steps + lead)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: factor(max(0, step + lead))
+            )
             self._created_lr_scheduler = True  # so that another train() gets another schedule
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Restore both, but take the learning rate from the configuration, which may be new."""
+        with _named_if_unreadable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = self.lr_scheduler.state_dict()
+        lr = self.training["lr"]
+        current_lr = lr * self.lr_scheduler.lr_lambdas[0](state["last_epoch"])
+        groups = self.optimizer.param_groups
+        state |= {"base_lrs": [lr] * len(groups), "_last_lr": [current_lr] * len(groups)}
+        self.lr_scheduler.load_state_dict(state)
+        for group in groups:
+            group["initial_lr"] = lr
+            group["lr"] = current_lr
 
     # -- evaluation --
 
@@ -362,10 +400,6 @@ class LMTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_average(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with _named_if_unreadable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
     def _load_rng_state(self, checkpoint):
         with _named_if_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
@@ -419,14 +453,24 @@ class _Intervals(TrainerCallback):
     checkpoint reads from that row how long training had taken until then.
     """
 
+    def __init__(self, steps: Steps):
+        self.epoch_ends = set(steps.epoch_ends.tolist())
+
     def on_train_begin(self, args, state, control, **kwargs):
         if hasattr(state, "compute_steps"):  # older releases do this on their own
             state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
+        # Trainer would evaluate an epoch after it has saved the last step, and a run that was
+        # killed in between would lack that evaluation
+        if args.eval_strategy == "epoch":
+            is_last = state.global_step >= state.max_steps
+            control.should_evaluate |= is_last or state.global_step in self.epoch_ends
         control.should_log |= control.should_save or control.should_evaluate
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate = False
+        control.should_log |= control.should_save
 
 
 class _UpdateAverage(TrainerCallback):

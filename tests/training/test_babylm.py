@@ -37,6 +37,7 @@ from babyllama.training.run_dir import (
     milestone_name,
     milestones,
 )
+from babyllama.training.steps import Steps
 from babyllama.training.trainer import LMTrainer
 
 
@@ -102,14 +103,15 @@ def test_milestones_are_babylms():
     assert strict[19:21] + strict[-1:] == ["chck_200M", "chck_300M", "chck_1000M"]
 
 
-def steps_of_process(n: int, batch: int, accumulation: int, epoch: int) -> list[list[int]]:
+def steps_of_process(
+    n: int, batch: int, accumulation: int, layout: Steps, epoch: int
+) -> list[list[int]]:
     """The chunks that this process gets in each step of an epoch."""
     order = SeedableRandomSampler(range(n), generator=torch.Generator(), data_seed=7)
     order.set_epoch(epoch)
-    sampler = distributed.ExactBatchSampler(order, batch, accumulation)
-    batches = iter(sampler)
+    batches = iter(distributed.ExactBatchSampler(order, layout, batch, accumulation))
     steps = []
-    for step in sampler.steps:
+    for step in layout.slices(epoch):
         n_batches = distributed.batches_per_step(step.stop - step.start, batch, accumulation)
         steps.append(sum((next(batches) for _ in range(n_batches)), []))
     return steps
@@ -127,15 +129,15 @@ def test_words_seen_are_those_in_the_batches_of_all_processes(
     by_domain = {"a": 0, "b": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world))
-        chunks_per_step = batch * accumulation * world
-        words_seen = SeenWords(
-            counts, lambda epoch: chunk_order(len(words), 7, epoch), chunks_per_step, epochs
-        )
+        training = {"batch_size": batch, "gradient_accumulation_steps": accumulation,
+                    "num_epochs": epochs, "max_steps": None}  # fmt: skip
+        layout = Steps(len(words), training)
+        words_seen = SeenWords(counts, lambda epoch: chunk_order(len(words), 7, epoch), layout)
         for epoch in range(epochs):
             shares = []
             for rank in range(world):
                 patch.setenv("RANK", str(rank))
-                shares.append(steps_of_process(len(words), batch, accumulation, epoch))
+                shares.append(steps_of_process(len(words), batch, accumulation, layout, epoch))
             for step in zip(*shares, strict=True):
                 for chunk in sum(step, []):
                     seen += words[chunk]
@@ -150,16 +152,16 @@ def test_words_seen_are_those_in_the_batches_of_all_processes(
 
 
 def test_words_seen_with_another_offset_in_each_epoch(tokenizer):
-    """Epoch 0 has the chunks 3+1, 4+1, 5+9, 2+6, the others 1+4, 1+5, 9+2; the last comes first."""
+    """Epoch 0 has the chunks 3+1, 4+1, 5+9, the others 1+4, 1+5, 9+2; the last comes first."""
+    training = {"batch_size": 2, "gradient_accumulation_steps": 1, "num_epochs": 3, "max_steps": None}  # fmt: skip
     words_seen = SeenWords(
         word_counts(tokenizer, [3, 1, 4, 1, 5, 9, 2, 6], length=18),
-        order=lambda epoch: np.arange(3 if epoch else 4)[::-1],
-        chunks_per_step=2,
-        epochs=3,
+        order=lambda epoch: np.arange(3)[::-1],
+        steps=Steps(3, training),
         offset=lambda epoch: 9 * min(epoch, 1),
     )
-    assert words_seen.after.tolist() == [0, 8 + 14, 31, 31 + 11 + 6, 53, 53 + 11 + 6, 75]
-    assert words_seen.by_domain(6) == {"a": 3, "b": 72}
+    assert words_seen.after.tolist() == [0, 14 + 5, 23, 23 + 11 + 6, 45, 45 + 11 + 6, 67]
+    assert words_seen.by_domain(6) == {"a": 3, "b": 64}
 
 
 @pytest.fixture
@@ -344,6 +346,25 @@ def test_compliance_explains_early_stopping(shop, capsys):
     assert (facts["compliant"], facts["notes"]) == (True, [note])
     assert note in capsys.readouterr().out
     assert note in (run_dir / "README.md").read_text()
+
+
+def test_words_and_checkpoints_stay_exact_if_the_batch_size_changes(shop, spy):
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with added_callback(Stop()):  # at step 5, within the first epoch
+        assert train.main(RUN) == 130
+    allow = ["--resume_from_checkpoint", "latest", "--allow-change", "training.batch_size"]
+    assert train.main([*RUN, "--batch-size", "2", *allow]) == 0
+    words, crossed = crossings(spy)
+    record = json.loads(Path("models/tiny/compliance.json").read_text())
+    assert {row["name"]: row["step"] for row in record["checkpoints"]} == crossed
+    assert all(row["words_seen"] == words[row["step"]] for row in record["checkpoints"])
+    assert [path.name for path in milestones(Path("models/tiny"))] == list(crossed)
+    assert min(crossed.values()) <= 5 < max(crossed.values())
+    assert record["words_seen"] == sum(record["words_seen_by_domain"].values()) == words[-1]
+    assert record["epochs"] == 3
 
 
 def test_a_resumed_run_warns_about_a_missing_checkpoint(shop, caplog, capsys):

@@ -1,7 +1,10 @@
 """Compare two real processes (gloo on the CPU) with one, and check which chunks each process gets."""
 
+import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from babyllama.config import ConfigError, check_config
 from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.training import distributed
 from babyllama.training.run_dir import MANIFEST, METRICS_FILE, checkpoints
+from babyllama.training.steps import Steps
 from benchmark import BenchmarkSuite
 
 LAUNCHERS = {
@@ -49,6 +53,8 @@ def processes(monkeypatch):
 class Shuffled:
     """A sampler of the numbers 0 to n - 1 in a fixed random order."""
 
+    epoch = 0
+
     def __init__(self, n):
         self.order = np.random.default_rng(n).permutation(n).tolist()
 
@@ -57,6 +63,16 @@ class Shuffled:
 
     def __len__(self):
         return len(self.order)
+
+
+def training_section(batch_size: int, accumulation: int, num_epochs: int) -> dict:
+    """Return the keys of the training section that decide the steps of a run."""
+    return {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_epochs": num_epochs,
+        "max_steps": None,
+    }
 
 
 def chunks_by_step(batches_by_rank: list[list[list[int]]], accumulation: int) -> list[list[int]]:
@@ -81,7 +97,9 @@ def test_every_chunk_is_in_one_batch_of_one_process(processes, count, batch_size
         batches_by_rank = []
         for rank in range(count):
             processes(count, rank)
-            sampler = distributed.ExactBatchSampler(order, batch_size, accumulation)
+            training = training_section(batch_size, accumulation, num_epochs=2)
+            layout = Steps(n, training)
+            sampler = distributed.ExactBatchSampler(order, layout, batch_size, accumulation)
             batches_by_rank.append(list(sampler))
             assert len(sampler) == len(batches_by_rank[-1])
         batches = [batch for rank_batches in batches_by_rank for batch in rank_batches]
@@ -97,16 +115,15 @@ def test_every_chunk_is_in_one_batch_of_one_process(processes, count, batch_size
             expected[-2:] = [sorted(expected[-2] + expected[-1])]
         steps = chunks_by_step(batches_by_rank, accumulation)
         assert steps == expected
-        assert len(steps) == distributed.steps_per_epoch(n, per_step)
         two_epochs = [len(step) for step in 2 * steps]
-        for n_steps in range(len(two_epochs) + 1):
-            assert distributed.chunks_after(n_steps, n, per_step) == sum(two_epochs[:n_steps])
+        assert layout.after.tolist() == list(itertools.accumulate(two_epochs, initial=0))
+        assert layout.epoch_ends.tolist() == [0, len(steps), 2 * len(steps)]
 
 
 def test_more_processes_than_chunks_is_an_error(processes):
     processes(4)
     with pytest.raises(ValueError, match="3 chunks for 4 processes"):
-        distributed.ExactBatchSampler(Shuffled(3), 1, 1)
+        Steps(3, training_section(1, 1, num_epochs=1))
 
 
 def test_one_process_needs_no_process_group():
@@ -178,7 +195,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(folder, name):
     assert [row["step"] for row in single_rows] == [row["step"] for row in pair_rows]
     assert len([row for row in single_rows if "loss" in row]) == 24, "186 chunks by 16, twice"
     for single, pair in zip(single_rows, pair_rows, strict=True):
-        for key in single.keys() - CLOCK - {"epoch", "samples"}:  # Trainer's epoch counts batches
+        for key in single.keys() - CLOCK - {"samples"}:
             assert pair[key] == pytest.approx(single[key], rel=1e-5), (single["step"], key)
     assert pair_rows[-1]["tokens"] == 2 * 186 * 32
     single = weights_of(folder / "models" / "one")
@@ -245,6 +262,29 @@ def test_one_process_cannot_resume_a_run_of_two(folder, capsys, monkeypatch):
     for flags in ([], ["--resume_from_checkpoint", "latest"]):
         assert train.main([*arguments, *flags]) == 2
         assert "processes: was 2, is 1" in capsys.readouterr().err
+
+
+def test_one_process_may_continue_a_run_of_two_if_it_says_so(folder, monkeypatch):
+    """It trains on the other chunks in steps of half the size, and on no chunk twice."""
+    monkeypatch.setenv("BABYLLAMA_CACHE", str(folder / "cache"))
+    run_dir = folder / "models" / "llama-alone"
+    shutil.copytree(folder / "models" / "llama-before", run_dir)
+    for name in ("model.safetensors", METRICS_FILE, "README.md"):
+        (run_dir / name).unlink()
+    newest, earlier = checkpoints(run_dir)
+    shutil.rmtree(newest)
+    config = yaml.safe_load((run_dir / "training_config.yaml").read_text())
+    config["model"]["name"] = run_dir.name
+    (run_dir / "training_config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(folder / "pair.yaml"), "--model-name", run_dir.name]
+    resume = ["--resume_from_checkpoint", "latest", "--allow-change", "processes"]
+    assert train.main([*arguments, *resume]) == 0
+    metrics = json.loads((run_dir / METRICS_FILE).read_text())
+    assert earlier.name == "checkpoint-14"
+    # 12 steps of 16 chunks are an epoch of 186; the second one has two of them, then 8 chunks each
+    assert metrics["results"]["steps"] == 14 + math.ceil((186 - 2 * 16) / 8)
+    assert metrics["results"]["tokens_trained"] == 2 * 186 * 32
+    assert rows_of(run_dir)[14]["changes"] == {"processes": [2, 1]}
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

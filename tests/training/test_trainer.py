@@ -236,8 +236,10 @@ def test_the_private_methods_that_we_override_exist():
     """If a release of transformers renames one, Trainer would never call ours."""
     trainer_source = inspect.getsource(Trainer)
     overridden = [
+        "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
         "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
