@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, added_callback, errors_of, rows_of, timeless
-from safetensors.torch import load_file
+from runs import AUTO, CopyAt, Stop, differences, final_state, in_child, kill_self, run, unfinish
 from transformers import TrainerCallback
 
 import train
@@ -22,21 +22,14 @@ from babyllama.training.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
     METRICS_FILE,
-    RESULTS,
     checkpoint_error,
     checkpoint_step,
     checkpoints,
+    newest_intact_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
 )
-
-AUTO = ["--resume_from_checkpoint", "auto"]
-
-
-def unfinish(run_dir: Path) -> None:
-    """Delete the results of a run, as if it had been killed before its end."""
-    for name in RESULTS:
-        (run_dir / name).unlink(missing_ok=True)
+from babyllama.training.trainer import LMTrainer
 
 
 def make_checkpoint(run_dir: Path, step: int, age: float = 0, sealed: bool = True) -> Path:
@@ -173,83 +166,140 @@ def test_a_damaged_newer_checkpoint_is_renamed_not_deleted(finished_copy):
 # ---- kill -9 ---------------------------------------------------------------------------------------
 
 
-def final_state(run_dir: Path) -> tuple:
-    """Return the weights, the newest optimizer state and the log of a run, for comparison."""
-    optimizer = torch.load(checkpoints(run_dir)[0] / "optimizer.pt", weights_only=True)
-    tensors = [state[key] for state in optimizer["state"].values() for key in sorted(state)]
-    return load_file(run_dir / "model.safetensors"), tensors, timeless(rows_of(run_dir))
+def kill_in_save(n: int, events: list[str]) -> None:
+    """Kill this process at the n-th operation on files within the saves of a run.
+
+    Operations are those that Python audits, and each fsync before and after it. `events` collects
+    their names.
+    """
+    original = LMTrainer._save_checkpoint
+    fsync = os.fsync
+    inside = False
+
+    def count(event: str) -> None:
+        events.append(event)
+        if len(events) == n:
+            kill_self()
+
+    def audit(event, arguments):
+        if inside and event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            count(event)
+
+    def counted_fsync(descriptor):
+        count("before fsync")
+        fsync(descriptor)
+        count("after fsync")
+
+    def save(self, *args):
+        nonlocal inside
+        inside = True
+        original(self, *args)
+        inside = False
+
+    LMTrainer._save_checkpoint = save
+    os.fsync = counted_fsync
+    sys.addaudithook(audit)
+
+
+def kill_sweep(path: Path, run_dir: Path, figures, points: int) -> None:
+    """Kill a run at `points` operations spread over its save at step 6; each time it must recover.
+
+    Every child begins with the same checkpoints, of steps 2 and 4. After a kill it has lost one
+    interval at most, and the resumed run ends like the one that nobody killed.
+    """
+    with added_callback(CopyAt([4])):
+        assert run(path) == 0
+    expected = final_state(run_dir)
+    stopped = run_dir.with_name("tiny-stopped-4")
+
+    def start_again() -> None:
+        shutil.rmtree(run_dir)
+        shutil.copytree(stopped, run_dir)
+
+    # count the operations of the save of step 6
+    start_again()
+
+    def count_events() -> int:
+        events = []
+        kill_in_save(0, events)
+        with added_callback(Stop(6)):
+            assert run(path, *AUTO) == 130
+        return len(events)
+
+    n_events = in_child(count_events)
+    assert n_events >= points, "fewer operations than points"
+
+    def killed_at(n: int) -> int:
+        kill_in_save(n, [])
+        return run(path, *AUTO)
+
+    survived = 0
+    for n in sorted({round(1 + i * (n_events - 1) / (points - 1)) for i in range(points)}):
+        start_again()
+        assert in_child(lambda n=n: killed_at(n)) == -signal.SIGKILL
+        newest = checkpoint_step(newest_intact_checkpoint(run_dir))
+        figures.worst("intervals lost", (6 - newest) / 2)
+        assert in_child(lambda: run(path, *AUTO)) == 0
+        leftovers = [file.name for file in run_dir.iterdir() if file.name.startswith(".")]
+        different = differences(run_dir, expected)
+        survived += newest >= 4 and not different and not leftovers
+        assert newest >= 4 and not different and not leftovers, (n, newest, different, leftovers)
+    figures.count("kills survived", survived, points)
+
+
+KILLED = {
+    "model__type": "GPT2",
+    "model__resid_pdrop": 0.1,
+    "training__save_steps": 2,
+    "training__max_steps": 8,
+    "training__gradient_accumulation_steps": 1,
+}
 
 
 @pytest.mark.promise(1)
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
+def test_a_run_killed_in_a_save_ends_like_one_that_is_not(config_file, tmp_path, figures):
+    kill_sweep(config_file(**KILLED), tmp_path / "models" / "tiny", figures, points=4)
+
+
+@pytest.mark.slow
+@pytest.mark.promise(1)
+def test_a_run_killed_at_any_point_of_a_save_ends_like_one_that_is_not(
     config_file, tmp_path, figures
 ):
-    """Each child is killed before the n-th rename, removal or seal of its run directory."""
-    path = config_file(
-        model__type="GPT2",
-        model__resid_pdrop=0.1,
-        training__save_steps=2,
-        training__num_epochs=2,
-        training__gradient_accumulation_steps=1,
-    )
-    assert train.main(["--config", str(path), "--model_name", "calm"]) == 0
+    kill_sweep(config_file(**KILLED), tmp_path / "models" / "tiny", figures, points=40)
+
+
+@pytest.mark.slow
+@pytest.mark.promise(1)
+def test_a_run_killed_again_and_again_ends_like_one_that_is_not(config_file, tmp_path, figures):
+    """Each child is killed before the n-th rename or removal of its run directory."""
+    path = config_file(**KILLED)
+    assert run(path, "--model_name", "calm") == 0
     run_dir = tmp_path / "models" / "tiny"
     kills = 0
+
+    def killed_at(n: int) -> int:
+        calls = 0
+
+        def audit(event, arguments):
+            nonlocal calls
+            watched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            if watched and str(run_dir) in str(arguments[0]):
+                calls += 1
+                if calls == n:
+                    kill_self()
+
+        sys.addaudithook(audit)
+        return run(path, *AUTO)
+
     for n in (1, 2, 3, 5, 7, 9, 12, 15, 18, 22):
-        pid = os.fork()
-        if pid == 0:
-            calls = 0
-
-            def audit(event, arguments, n=n):
-                nonlocal calls
-                watched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-                if watched and str(run_dir) in str(arguments[0]):
-                    calls += 1
-                    if calls == n:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(audit)
-            os._exit(train.main(["--config", str(path), *AUTO]))
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-        else:
-            assert os.WEXITSTATUS(status) == 0
+        code = in_child(lambda n=n: killed_at(n))
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
     assert kills >= 5
-    assert train.main(["--config", str(path), *AUTO]) == 0
-    weights, optimizer, rows = final_state(run_dir)
-    expected_weights, expected_optimizer, expected_rows = final_state(tmp_path / "models" / "calm")
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(optimizer, expected_optimizer, strict=True))  # fmt: skip
-    assert rows == expected_rows
+    assert run(path, *AUTO) == 0
+    assert not differences(run_dir, final_state(tmp_path / "models" / "calm"))
     figures.count("kills survived", kills, kills)
-
-
-@pytest.mark.promise(3)
-@pytest.mark.parametrize("stop", [3, 5])
-def test_resume_is_exact_with_workers_and_dropout(stop, config_file, tmp_path):
-    """The workers' seeds must not come from the generator that draws the dropout masks."""
-    path = config_file(
-        model__type="GPT2",
-        model__resid_pdrop=0.1,
-        training__dataloader_num_workers=1,
-        training__save_steps=1,
-        training__logging_steps=1,
-    )
-    assert train.main(["--config", str(path), "--model_name", "calm"]) == 0
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == stop:
-                raise KeyboardInterrupt
-
-    with added_callback(Stop()):
-        assert train.main(["--config", str(path)]) == 130
-    assert train.main(["--config", str(path), *AUTO]) == 0
-    models = tmp_path / "models"
-    assert timeless(rows_of(models / "tiny")) == timeless(rows_of(models / "calm"))
-    weights = (models / "tiny" / "model.safetensors").read_bytes()
-    assert weights == (models / "calm" / "model.safetensors").read_bytes()
 
 
 # ---- a full disk -----------------------------------------------------------------------------------
