@@ -24,46 +24,21 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import hashlib
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama import cli
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
-from babyllama.files import (
-    exclusive_folder,
-    is_model,
-    model_sha256,
-    sha256,
-    weights_sha256,
-    write_json,
-)
+from babyllama.files import exclusive_folder, is_model, weights_sha256, write_json
 from babyllama.submission import official
 from babyllama.submission.glue_tasks import GLUE_TASKS
+from babyllama.submission.jobs import Job, joint_hash, run_jobs, size_of, weights_hash
 from babyllama.submission.official import Requirements
 
 log = logging.getLogger(__name__)
 STAGES = ("zero_shot", "fast", "aoa", "glue")
-MADE_FILE = "made_from.json"  # what each output was made from, so that a rerun can keep it
-
-
-@dataclass
-class Job:
-    """One piece of work: it writes `outputs` from a model and data."""
-
-    stage: str
-    name: str
-    outputs: list[Path]
-    data: list[Path]
-    command: str  # downloads the data
-    weights: str  # hash
-    cost: float  # relative time
-    run: Callable[[], None]
 
 
 # ---- jobs ---------------------------------------------------------------------------------------
@@ -74,22 +49,17 @@ def plan_jobs(
 ) -> list[Job]:
     """Return the jobs of the selected stages in order; those whose data are missing too."""
     jobs = []
-    run_dir = Path(args.run)
     for stage in args.stages:
-        if stage == "aoa" and not checkpoints:
-            continue
-        if stage == "aoa":
-            jobs.append(acquisition_job(args, results, checkpoints))
-            continue
         if stage == "glue":
             jobs += [glue_job(args, results, name) for name in needed.glue_sizes]
-            continue
-        models = [run_dir] if stage == "zero_shot" else checkpoints
-        for model in models:
-            for name, task in needed.zero_shot.items():
-                source = task.full if stage == "zero_shot" else task.fast
-                if source is not None:
-                    jobs.append(zero_shot_job(args, results, stage, model, name, source))
+        elif stage == "aoa":
+            jobs += [acquisition_job(args, results, checkpoints)] if checkpoints else []
+        else:
+            for model in [Path(args.run)] if stage == "zero_shot" else checkpoints:
+                for name, task in needed.zero_shot.items():
+                    source = task.full if stage == "zero_shot" else task.fast
+                    if source is not None:
+                        jobs.append(zero_shot_job(args, results, stage, model, name, source))
     return jobs
 
 
@@ -144,7 +114,7 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
         tokenizer = AutoTokenizer.from_pretrained(args.run, local_files_only=True)
         write_json(outputs[2], acquisition_score(surprisals, ages_file, tokenizer, outputs[1]))
 
-    weights = hashlib.sha256("".join(map(weights_hash, checkpoints)).encode()).hexdigest()
+    weights = joint_hash(map(weights_hash, checkpoints))
     data = [contexts_file, ages_file]
     cost = size_of(contexts_file) * len(checkpoints)
     return Job("aoa", "age of acquisition", outputs, data, DOWNLOAD, weights, cost, run)
@@ -189,89 +159,6 @@ def open_model(path: Path, device: str):
     return load_model(path, device)
 
 
-weights_hash = functools.cache(model_sha256)  # hashing large weights takes seconds
-
-
-def files_of(data: Path) -> list[Path]:
-    """Return a file, or the files of a folder in order."""
-    return sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
-
-
-@functools.cache
-def size_of(data: Path) -> int:
-    """Return the size of a file or a folder in bytes, as an estimate of the work; 0 if missing."""
-    return sum(path.stat().st_size for path in files_of(data)) if data.exists() else 0
-
-
-@functools.cache
-def data_hash(data: Path) -> str:
-    """Return one hash of the content of a file or a folder."""
-    return hashlib.sha256("".join(map(sha256, files_of(data))).encode()).hexdigest()
-
-
-# ---- running ------------------------------------------------------------------------------------
-
-
-def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool) -> int:
-    """Run the jobs whose outputs are missing or were made from something else.
-
-    A job that fails does not stop the others. Return the number of those that failed.
-    """
-    made_file = output / MADE_FILE
-    try:
-        made = json.loads(made_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        made = {}
-
-    def facts(job: Job) -> dict[str, str]:
-        outputs = {path.name: sha256(path) for path in job.outputs}
-        data = "".join(map(data_hash, job.data))
-        return {"weights": job.weights, "data": data, "seed": str(seed), **outputs}
-
-    def is_done(job: Job) -> bool:
-        if not all(path.is_file() for path in job.outputs):
-            return False
-        return made.get(str(job.outputs[-1].relative_to(output))) == facts(job)
-
-    missing = {}
-    for job in jobs:
-        for path in job.data:
-            if not path.exists():
-                missing.setdefault(path, job)
-    for path, job in missing.items():
-        log.warning("missing: %s; in babylm-eval/strict: %s", path, job.command)
-    ready = [job for job in jobs if all(path.exists() for path in job.data)]
-    if jobs and not ready:
-        raise FileNotFoundError("none of the data are there: see the commands above")
-    todo = [job for job in ready if not is_done(job)]
-    log.info("%d of %d steps are done, %d to do", len(ready) - len(todo), len(ready), len(todo))
-    if dry_run:
-        for job in todo:
-            log.info("  %s: %s", job.stage, job.name)
-        return 0
-
-    failed = 0
-    started = time.monotonic()
-    finished = 0.0
-    total = sum(job.cost for job in todo)
-    for number, job in enumerate(todo, 1):
-        left = ""
-        if finished:
-            seconds = (time.monotonic() - started) * (total - finished) / finished
-            left = f", about {cli.duration(seconds)} left"
-        log.info("[%d/%d%s] %s: %s", number, len(todo), left, job.stage, job.name)
-        finished += job.cost
-        try:
-            job.run()
-        except ValueError as error:
-            cli.print_error(ValueError(f"{job.stage}: {job.name}: {error}"))
-            failed += 1
-            continue
-        made[str(job.outputs[-1].relative_to(output))] = facts(job)
-        write_json(made_file, made)
-    return failed
-
-
 # ---- results ------------------------------------------------------------------------------------
 
 
@@ -300,6 +187,12 @@ def write_results(
     document = page.fast_document(results, Path(args.run), eval_data, needed)
     write_text(output / "index.html", page.page(results.name, scores, problems, document))
 
+    print_scores(scores)
+    return problems
+
+
+def print_scores(scores: dict) -> None:
+    """Print the nine columns of the leaderboard with their intervals, and the overall score."""
     for name, column in scores["columns"].items():
         if column is None:
             print(f"{name:<16} missing, counts 0")
@@ -307,7 +200,6 @@ def write_results(
         low_high = "[{:.2f}, {:.2f}]".format(*column["ci95"]) if column["ci95"] else ""
         print(f"{name:<16} {column['percent']:6.2f}  {low_high}")
     print(f"{'overall':<16} {scores['overall_2026']:6.2f}")
-    return problems
 
 
 def check_file(path: str) -> int:
@@ -362,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
+    for name in (__name__, "babyllama.submission"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
     def body() -> int:
         if args.check:
@@ -407,7 +300,7 @@ def submit(args: argparse.Namespace) -> int:
             publish(args)
         return 0
     with exclusive_folder(output, "name another --output"):
-        failed = run_jobs(jobs, output, args.seed, dry_run=False)
+        failed = run_jobs(jobs, output, args.seed)
         problems = write_results(args, run, results, output, needed)
     for problem in problems:
         log.warning("%s", problem)

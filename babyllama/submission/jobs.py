@@ -1,0 +1,146 @@
+"""Run the jobs of a submission that are not done yet, and show how much time is left.
+
+    job = Job("zero_shot", "main blimp", [predictions], [data], command, weights, cost, run)
+    failed = run_jobs([job], output_folder, seed=42)
+
+A job is done if its outputs are as it left them and were made from the same weights, data and seed.
+made_from.json in the output folder records the hashes. This module knows no task and no model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyllama import cli
+from babyllama.files import model_sha256, sha256, write_json
+
+log = logging.getLogger(__name__)
+MADE_FILE = "made_from.json"
+
+
+@dataclass
+class Job:
+    """One piece of work: it writes `outputs` from a model and data."""
+
+    stage: str
+    name: str
+    outputs: list[Path]
+    data: list[Path]
+    command: str  # downloads the data
+    weights: str  # hash
+    cost: float  # relative time
+    run: Callable[[], None]
+
+
+class Record:
+    """What the outputs in a folder were made from, by job; the content of made_from.json."""
+
+    def __init__(self, output: Path, seed: int):
+        self.output = output
+        self.seed = seed
+        try:
+            self.made = json.loads((output / MADE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.made = {}
+
+    def is_done(self, job: Job) -> bool:
+        if not all(path.is_file() for path in job.outputs):
+            return False
+        return self.made.get(self._key(job)) == self._facts(job)
+
+    def add(self, job: Job) -> None:
+        """Record a job that has just written its outputs."""
+        self.made[self._key(job)] = self._facts(job)
+        write_json(self.output / MADE_FILE, self.made)
+
+    def _key(self, job: Job) -> str:
+        return str(job.outputs[-1].relative_to(self.output))
+
+    def _facts(self, job: Job) -> dict[str, str]:
+        outputs = {path.name: sha256(path) for path in job.outputs}
+        data = "".join(map(data_hash, job.data))
+        return {"weights": job.weights, "data": data, "seed": str(self.seed), **outputs}
+
+
+def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) -> int:
+    """Run the jobs whose data are there and that are not done; a dry run only lists them.
+
+    A job that fails does not stop the others. Return the number of those that failed.
+    """
+    ready = [job for job in jobs if all(path.exists() for path in job.data)]
+    warn_about_missing_data(jobs)
+    if jobs and not ready:
+        raise FileNotFoundError("none of the data are there: see the commands above")
+    record = Record(output, seed)
+    todo = [job for job in ready if not record.is_done(job)]
+    log.info("%d of %d steps are done, %d to do", len(ready) - len(todo), len(ready), len(todo))
+    if dry_run:
+        for job in todo:
+            log.info("  %s: %s", job.stage, job.name)
+        return 0
+
+    failed = 0
+    started = time.monotonic()
+    finished = 0.0
+    total = sum(job.cost for job in todo)
+    for number, job in enumerate(todo, 1):
+        left = ""
+        if finished:
+            seconds = (time.monotonic() - started) * (total - finished) / finished
+            left = f", about {cli.duration(seconds)} left"
+        log.info("[%d/%d%s] %s: %s", number, len(todo), left, job.stage, job.name)
+        finished += job.cost
+        try:
+            job.run()
+        except ValueError as error:
+            cli.print_error(ValueError(f"{job.stage}: {job.name}: {error}"))
+            failed += 1
+            continue
+        record.add(job)
+    return failed
+
+
+def warn_about_missing_data(jobs: list[Job]) -> None:
+    """Warn about each file or folder that is not there, with the command that fetches it."""
+    commands = {}
+    for job in jobs:
+        for path in job.data:
+            if not path.exists():
+                commands.setdefault(path, job.command)
+    for path, command in commands.items():
+        log.warning("missing: %s; in babylm-eval/strict: %s", path, command)
+
+
+# ---- hashes and sizes ---------------------------------------------------------------------------
+
+
+weights_hash = functools.cache(model_sha256)  # hashing large weights takes seconds
+
+
+def joint_hash(hashes: Iterable[str]) -> str:
+    """Return one hash of several."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def files_of(data: Path) -> list[Path]:
+    """Return a file, or the files of a folder in order."""
+    return sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
+
+
+@functools.cache
+def data_hash(data: Path) -> str:
+    """Return one hash of the content of a file or a folder."""
+    return joint_hash(map(sha256, files_of(data)))
+
+
+@functools.cache
+def size_of(data: Path) -> int:
+    """Return the size of a file or a folder in bytes, as an estimate of the work; 0 if missing."""
+    return sum(path.stat().st_size for path in files_of(data)) if data.exists() else 0
