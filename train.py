@@ -40,6 +40,7 @@ from babyllama.schema import SECTIONS
 from babyllama.training import distributed, ending
 from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
 from babyllama.training.run_dir import (
+    CURVES_FILE,
     LOG_FILE,
     check_checkpoint_step,
     checkpoint_step,
@@ -52,6 +53,7 @@ from babyllama.training.run_dir import (
     start_run_dir,
 )
 from babyllama.training.sweep import run_sweep
+from babyllama.training.tracking import open_trackers, run_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -350,8 +352,11 @@ def make_benchmark(config: dict, model, tokenizer):
 # ---- 5. training --------------------------------------------------------------------------------
 
 
-def train_and_save(run: PreparedRun, status: ending.Status) -> None:
-    """Train the model, then write and print the results."""
+def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, trackers: list) -> None:
+    """Train the model, then write and print the results.
+
+    The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
+    """
     from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog, SaveWhenInterrupted
@@ -370,13 +375,14 @@ def train_and_save(run: PreparedRun, status: ending.Status) -> None:
         plan["flops_per_token"],
         plan["matmul_flops"],
         history,
+        trackers,
     )
     make_trainer = LMTrainer
     if "distillation" in config:
         make_trainer = functools.partial(make_distillation_trainer, config, run.data.report)
     trainer = make_trainer(
         model=run.model,
-        args=training_arguments(config, run.run_dir, plan["precision"], plan["steps"]),
+        args=training_arguments(config, run.run_dir, plan["precision"], plan["steps"], facts),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
@@ -399,6 +405,8 @@ def train_and_save(run: PreparedRun, status: ending.Status) -> None:
     with distributed.main_first():
         if distributed.is_main():
             metrics = write_results(run, trainer, model, run_log, word_counter)
+            for tracker in trackers:
+                tracker.log_results(metrics, [run.run_dir / CURVES_FILE])
             print_summary(run.run_dir, metrics)
 
 
@@ -474,7 +482,9 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             status = stack.enter_context(ending.recorded(run_dir, step))
             if writes:
                 start_run_dir(run_dir, config, data.report, checkpoint)
-        train_and_save(prepared, status)
+        facts = run_facts(config, prepared.plan, data.report)
+        with open_trackers(config, run_dir, facts) as trackers:
+            train_and_save(prepared, status, facts, trackers)
 
 
 def memory_advice(args: argparse.Namespace) -> str:

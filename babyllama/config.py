@@ -186,7 +186,8 @@ def _allowed_option(node: dict) -> str:
         return f"a section with the keys {', '.join(node['properties'])}"
     if node.get("type") == "array":
         texts = node["items"].get("type") == "string"
-        return f"a list of {node.get('minItems', 0)} or more {'texts' if texts else 'values'}"
+        count = f"{node['minItems']} or more " if "minItems" in node else ""
+        return f"a list of {count}{'texts' if texts else 'values'}"
     words = TYPE_NAMES.get(node.get("type"), "any value")
     if "minimum" in node and "maximum" in node:
         words += f" from {_number(node['minimum'])} to {_number(node['maximum'])}"
@@ -422,6 +423,9 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
         )
     if config["logging"]["wandb"] and not config["logging"]["project"]:
         yield "logging.project: missing; required with wandb: true (the Weights & Biases project)"
+    for tracker in ("wandb", "tensorboard"):
+        if tracker in config["logging"]["report_to"]:
+            yield f"logging.report_to: {tracker} has its own key; use logging.{tracker}: true"
 
 
 def unusual_values(config: dict) -> list[str]:

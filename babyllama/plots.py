@@ -7,7 +7,10 @@ import math
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLUE = "#3367d6"
 ORANGE = "#e8710a"
@@ -40,6 +43,13 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 def label(text: Any) -> str:
     """Return text that matplotlib shows unchanged: a `$` would start a formula."""
     return str(text).replace("$", r"\$")
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Return the pixels of a PNG file, (height, width, channels), from 0 to 1."""
+    from matplotlib.image import imread
+
+    return imread(path)
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -202,9 +202,16 @@ class TrainingSection(Section):
 
 class LoggingSection(Section):
     wandb: bool = _key(
-        "Log to Weights & Biases (needs the wandb package; offline without an API key)", False
+        "Log to Weights & Biases; if you are not logged in, to files that `wandb sync` uploads",
+        False,
     )
     project: str | None = _key("Weights & Biases project; required with wandb: true", None)
+    tensorboard: bool = _key("Write event files for TensorBoard into the run directory", False)
+    report_to: list[str] = _key(
+        "Other trackers by the name that Hugging Face's Trainer has for them, such as trackio or "
+        "mlflow; install their packages yourself",
+        [],
+    )
     output_dir: str = _key("Directory that holds the run directories", "./models/", min_length=1)
 
 

@@ -65,7 +65,13 @@ def test_defaults_are_filled_in():
     assert config["data"]["seq_length"] == 128
     assert config["data"]["eval_samples"] == 256
     assert config["training"]["gradient_accumulation_steps"] == 1
-    assert config["logging"] == {"wandb": False, "project": None, "output_dir": "./models/"}
+    assert config["logging"] == {
+        "wandb": False,
+        "project": None,
+        "tensorboard": False,
+        "report_to": [],
+        "output_dir": "./models/",
+    }
 
 
 def test_usual_intermediate_size():
@@ -111,6 +117,8 @@ def test_none_and_empty_values_are_null(config_file, text):
         ({"model__resid_pdrop": 0.1}, "model.resid_pdrop: 0.1: Llama has no dropout"),
         ({"model__n_head": 64}, "model.n_head: 64: hidden_size / n_head is 1; rotary positions need an even number"),
         ({"logging__wandb": True}, "logging.project: missing; required with wandb: true"),
+        ({"logging__report_to": ["wandb"]}, "logging.report_to: wandb has its own key; use logging.wandb: true"),
+        ({"logging__report_to": "trackio"}, "logging.report_to: 'trackio' is not allowed; a list of texts"),
         ({"training__fp16": True, "training__bf16": True}, "training.fp16, training.bf16: both are true"),
         ({"training__bf16": True, "training__precision": "fp32"}, "training.bf16: true, but training.precision is"),
         ({"training__epochs": 3}, "training.epochs: unknown key; did you mean training.num_epochs?"),

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
 from babyllama.training import distributed
+from babyllama.training.tracking import flatten
 
 
 def training_arguments(
-    config: dict[str, Any], run_dir: Path, precision: str, steps: int = -1
+    config: dict[str, Any],
+    run_dir: Path,
+    precision: str,
+    steps: int = -1,
+    facts: dict[str, Any] | None = None,
 ) -> TrainingArguments:
-    """Return the TrainingArguments of a run of `steps` optimizer steps in total."""
+    """Return the TrainingArguments of a run of `steps` optimizer steps in total.
+
+    `facts` is what the trackers of logging.report_to record as hyperparameters (run_facts).
+    """
     training = config["training"]
     early_stopping = training["early_stopping_patience"] is not None
     n_workers = training["dataloader_num_workers"]
@@ -28,7 +36,7 @@ def training_arguments(
     if precision == "fp32":
         # a launcher may have set another precision here, which would win over the arguments
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    arguments = TrainingArguments(
+    arguments = RunArguments(
         output_dir=str(run_dir),
         run_name=config["model"]["name"],
         # steps
@@ -61,7 +69,8 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # the default logs a NaN loss as 0
         disable_tqdm=True,
-        report_to=["wandb"] if config["logging"]["wandb"] else [],
+        report_to=config["logging"]["report_to"],
+        project=config["logging"]["project"] or "babyllama",
         # evaluation and checkpoints
         eval_strategy="steps" if training["eval_steps"] else "epoch",
         eval_steps=training["eval_steps"],
@@ -78,7 +87,21 @@ def training_arguments(
         # Trainer writes this into config.json; our forward passes turn the cache off themselves
         use_cache=True,
     )
+    arguments.facts = facts or config
     return keep_one_gpu(arguments)
+
+
+class RunArguments(TrainingArguments):
+    """Describe a run to Trainer's trackers by our configuration.
+
+    The optimizer and the schedule are ours (optimizers.py), so Trainer's values for them, such as
+    weight_decay, are defaults that are not used.
+    """
+
+    facts: ClassVar[dict[str, Any]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return flatten(self.facts, ".")
 
 
 def keep_one_gpu(arguments: TrainingArguments) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on a signal, wandb.
+"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on a signal.
 
 run_log = RunLog(run_dir / "metrics.jsonl", words_per_token, flops_per_token, matmul_flops)
 trainer = LMTrainer(..., callbacks=[run_log, SaveWhenInterrupted(status)])
@@ -8,11 +8,8 @@ with ending.deferred_signals():
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,15 +24,13 @@ from babyllama.files import write_text
 from babyllama.training import distributed, ending
 from babyllama.training.run_dir import BENCHMARK_PREFIX, changes_at
 
-log = logging.getLogger(__name__)
-
 
 class RunLog(TrainerCallback):
     """Show a progress bar with the time left, and log to metrics.jsonl, one JSON object per line.
 
     The clock stops while the model is evaluated or saved, so that the speed is that of training
     alone. After a resume, `seconds` and `tokens` continue from the log, so they always describe the
-    complete run.
+    complete run. Each row is also sent to the `trackers` (tracking.py).
     """
 
     def __init__(
@@ -45,6 +40,7 @@ class RunLog(TrainerCallback):
         flops_per_token: float,
         matmul_flops: float,
         history: Sequence[dict[str, Any]] = (),
+        trackers: Sequence = (),
     ):
         """Set up a log; `matmul_flops` is the machine's matmul speed in operations per second."""
         self.path = path
@@ -53,6 +49,7 @@ class RunLog(TrainerCallback):
         self.matmul_flops = matmul_flops
         self.history = history
         self.changes: dict[str, list] = {}  # what the next row records
+        self.trackers = trackers
         self.rows: list[dict[str, Any]] = []
         self.bar = None
         self.step_started: float | None = None  # None while the clock is stopped
@@ -76,6 +73,8 @@ class RunLog(TrainerCallback):
             self.rows = [row for row in rows if row["step"] <= state.global_step]
         rows = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
         write_text(self.path, "".join(rows))  # a new file, even if a link had this name
+        for row in self.rows:
+            self._send(row)
 
         self.changes = changes_at(self.history, state.global_step)
 
@@ -136,7 +135,12 @@ class RunLog(TrainerCallback):
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._send(row)
         self._print(row)
+
+    def _send(self, row: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log_row(row)
 
     def _speed(self, args, state) -> dict[str, float]:
         """Return the speed since the last row, the peak memory and the estimated time left."""
@@ -222,26 +226,3 @@ class SaveWhenInterrupted(TrainerCallback):
         if self.signal:
             distributed.barrier()  # the launcher ends all ranks with the first: wait for the seal
             raise ending.Interrupted(self.signal)
-
-
-# ---- wandb --------------------------------------------------------------------------------------
-
-
-def prepare_wandb(config: dict) -> None:
-    """Set wandb's project, and its offline mode if there is no API key.
-
-    Without a key wandb would ask for a login and wait. Offline it writes files instead, which can
-    be uploaded later. Raise ValueError if wandb is not installed.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "logging.wandb: true, but the wandb package is not installed: pip install wandb"
-        )
-    os.environ["WANDB_PROJECT"] = config["logging"]["project"]
-    netrc = Path.home() / ".netrc"
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
-    if netrc.is_file():
-        has_key |= "wandb" in netrc.read_text(errors="replace")
-    if not has_key and "WANDB_MODE" not in os.environ:
-        os.environ["WANDB_MODE"] = "offline"
-        log.warning("wandb: found no API key; logging to files (upload them with: wandb sync)")

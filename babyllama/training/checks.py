@@ -16,6 +16,7 @@ from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.training import distributed
 from babyllama.training.run_dir import CHANGEABLE, check_output_dir, check_teacher_exists
+from babyllama.training.tracking import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +77,7 @@ def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None
         raise ValueError("--overwrite starts over, --resume_from_checkpoint continues; choose one")
     check_allowed_changes(args, config)
     check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
-    if config["logging"]["wandb"]:
-        from babyllama.training.callbacks import prepare_wandb
-
-        prepare_wandb(config)
+    check_trackers(config["logging"])
     if config["training"]["fsdp"]:
         distributed.require_gpus()
 

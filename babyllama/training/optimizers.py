@@ -24,6 +24,11 @@ NEWTON_SCHULZ_STEPS = 5  # torch's default
 STACK_ELEMENTS = 2**23
 
 
+def warmup_steps(training: dict[str, Any], total_steps: int) -> int:
+    """Return the number of steps of warm-up, which may be given as a share of all steps."""
+    return training["warmup_steps"] or math.ceil((training["warmup_ratio"] or 0) * total_steps)
+
+
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
     """Return a function that maps a step (0, 1, ...) to a factor of `lr`.
 
@@ -31,7 +36,7 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
     says. wsd (warm-up, stable, decay) keeps `lr` and falls linearly over the last fifth of all
     steps.
     """
-    warmup = training["warmup_steps"] or math.ceil((training["warmup_ratio"] or 0) * total_steps)
+    warmup = warmup_steps(training, total_steps)
     kind = training["lr_scheduler"]
     min_factor = training["min_lr"] / training["lr"]
 

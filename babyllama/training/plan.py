@@ -69,6 +69,7 @@ def describe_run(
         "processes": processes,
         "tokens_per_step": chunks_per_step * seq_length,
         "steps": steps,
+        "warmup_steps": optimizers.warmup_steps(training, steps),
         "epochs": round(chunks / n_chunks, 4),
         "words": round(report["words"] / report["tokens"] * chunks * seq_length),
         "tokens": chunks * seq_length,

@@ -22,6 +22,7 @@ from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.run_dir import (
     BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
+    CURVES_FILE,
     METRICS_FILE,
     RETRAIN,
     changes_at,
@@ -117,7 +118,7 @@ def write_documents(run_dir: Path, metrics: dict, rows: list[dict]) -> None:
     `metrics` is the content of training_metrics.json, `rows` the training log.
     """
     title = metrics["config"]["model"]["name"]
-    plot_training(rows, run_dir / "training_curves.png", title, _floor_loss(metrics["results"]))
+    plot_training(rows, run_dir / CURVES_FILE, title, _floor_loss(metrics["results"]))
     write_text(run_dir / "README.md", model_card(metrics))
     if metrics["babylm"]:
         write_json(run_dir / COMPLIANCE_FILE, metrics["babylm"])

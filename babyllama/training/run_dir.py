@@ -7,6 +7,7 @@ start, resume or replace another one. Nothing here trains, scores or imports tor
         training_config.yaml  data_report.json             before step 0: what is trained
         status.json                                        running, preempted, failed or finished
         metrics.jsonl  checkpoint-<step>/  chck_<N>M/      during training
+        wandb/  wandb_run_id.txt  tensorboard/             with logging.wandb, logging.tensorboard
         damaged-checkpoint-<step>/                         a checkpoint that a resume had to skip
         config.json  generation_config.json  model.safetensors         at the end: the model,
         tokenizer.json  tokenizer_config.json                          its tokenizer
@@ -50,7 +51,10 @@ DATA_REPORT_FILE = "data_report.json"
 LOG_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 METRICS_FILE = "training_metrics.json"
+CURVES_FILE = "training_curves.png"
 COMPLIANCE_FILE = "compliance.json"
+WANDB_ID_FILE = "wandb_run_id.txt"  # so that a resumed run continues its W&B run
+TENSORBOARD_DIR = "tensorboard"  # event files
 MANIFEST = "complete.json"  # in a checkpoint: the size and hash of each of its files
 KEPT_CHECKPOINTS = 2  # so that one is left if the newest is damaged
 BENCHMARK_PREFIX = "benchmark/"  # of the scores of training.benchmark: benchmark/<task>
@@ -64,7 +68,7 @@ RESULTS = (
     "config.json",
     "generation_config.json",
     "README.md",
-    "training_curves.png",
+    CURVES_FILE,
 )
 # Files that evaluate.py and benchmark.py write beside the model.
 MEASURED = (
@@ -87,6 +91,8 @@ FREE_ON_RESUME = {
     "training.benchmark",
     "logging.wandb",
     "logging.project",
+    "logging.tensorboard",
+    "logging.report_to",
     "logging.output_dir",
 }
 # Keys that may change when a run is resumed with --allow-change. It continues with the first chunk
@@ -429,7 +435,8 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
 
     A new run deletes all earlier checkpoints. A resumed run keeps its milestones, and its
     checkpoints up to `checkpoint`; it deletes the later ones, because its steps may differ from
-    here on. Damaged ones are not deleted but renamed, so that somebody can look at them.
+    here on. Damaged ones are not deleted but renamed, so that somebody can look at them. Event
+    files of TensorBoard always go, because a resumed run writes its earlier rows again.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (*RESULTS, *MEASURED):
@@ -439,6 +446,9 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
     else:
         step = checkpoint_step(checkpoint)
         outdated = [folder for folder in checkpoints(run_dir) if checkpoint_step(folder) > step]
+    if checkpoint is None:
+        (run_dir / WANDB_ID_FILE).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
     for folder in outdated:
         if checkpoint and checkpoint_error(folder):
             _set_aside(folder)
