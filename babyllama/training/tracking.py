@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import textwrap
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -227,7 +226,7 @@ class TensorBoardTracker:
 
     def _add_text(self, name: str, text: str) -> None:
         # TensorBoard reads Markdown; an indented block keeps the text as it is
-        self.writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), self.step)
+        self.writer.add_text(name, "    " + text.replace("\n", "\n    "), self.step)
 
     def close(self, failed: bool) -> None:
         """Write what is left."""

@@ -93,27 +93,35 @@ def wandb_records(file: Path) -> list:
     return records
 
 
-def values_of(items) -> dict:
-    """Return the keys and values of the items of a record; a nested key is joined with dots."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+def add_values(values: dict, items) -> None:
+    """Add the keys and values of the items of a record, which may be nested, to a dict."""
+    for item in items:
+        *parents, key = [item.key] if item.key else item.nested_key
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[key] = json.loads(item.value_json)
 
 
 class OfflineRun:
     """What W&B has recorded of one run."""
 
     def __init__(self, file: Path):
-        self.config, self.summary, self.history, self.exit_code = {}, {}, [], None
+        self.config = {}
+        self.summary = {}
+        self.history = []
         for record in wandb_records(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run = record.run
-                self.config |= values_of(record.run.config.update)
+                add_values(self.config, record.run.config.update)
             elif kind == "config":
-                self.config |= values_of(record.config.update)
+                add_values(self.config, record.config.update)
             elif kind == "summary":
-                self.summary |= values_of(record.summary.update)
+                add_values(self.summary, record.summary.update)
             elif kind == "history":
-                self.history.append(values_of(record.history.item))
+                self.history.append({})
+                add_values(self.history[-1], record.history.item)
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 
@@ -242,7 +250,7 @@ def test_tensorboard_shows_curves_samples_and_figures(tracked):
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("comet_ml", "logging.report_to: CometCallback requires comet-ml to be installed"),
+        ("comet_ml", "logging.report_to: CometCallback requires comet-ml"),
         ("trackyo", "logging.report_to: trackyo is not supported, only"),
     ],
 )
