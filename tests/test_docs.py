@@ -30,7 +30,7 @@ EXPERIMENTS = sorted(
 )
 OTHER_COMMANDS = {"python3", "source", "pip", ".venv/bin/python"}
 LM_EVAL_FLAGS = {"--model", "--model_args", "--include_path", "--tasks"}
-OTHER_FLAGS = {"--help", "--check", "--index-url", *LM_EVAL_FLAGS}
+OTHER_FLAGS = {"--help", "--check", "--index-url", "--logdir", *LM_EVAL_FLAGS}
 ids = [str(path.relative_to(ROOT)) for path in DOCS]
 
 
