@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from babyllama.files import describe_environment
+from babyllama.files import describe_environment, write_text
 from babyllama.training import distributed
 from babyllama.training.run_dir import BENCHMARK_PREFIX, TENSORBOARD_DIR, WANDB_ID_FILE
 
@@ -143,7 +143,7 @@ class WandbTracker:
             mode = "offline"
         self.run = self.run or wandb.init(**options, mode=mode)
         if not self.run.disabled:
-            id_file.write_text(self.run.id + "\n", encoding="utf-8")
+            write_text(id_file, self.run.id + "\n")
         self.samples = []  # (step, text)
 
     def log_row(self, row: dict[str, Any]) -> None:

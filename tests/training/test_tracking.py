@@ -52,8 +52,16 @@ def tracked(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     ]
     tasks = {"tasks": {"pairs": {"type": "minimal_pairs", "items": pairs}}}
     (root / "tasks.yaml").write_text(yaml.safe_dump(tasks))
+    (root / "dev").mkdir()
+    for seed, domain in enumerate(("childes", "toy")):  # each domain has its scores
+        (root / "dev" / f"{domain}.dev").write_text("\n".join(sentences(60, seed=seed)))
     config = tiny_config(
-        root, tokenizer_file, corpus_dir, training__benchmark=str(root / "tasks.yaml"), **SETTINGS
+        root,
+        tokenizer_file,
+        corpus_dir,
+        data__eval_path=str(root / "dev"),
+        training__benchmark=str(root / "tasks.yaml"),
+        **SETTINGS,
     )
     (root / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
@@ -186,8 +194,11 @@ def test_wandb_gets_samples_as_tables_and_the_results_in_the_summary(wandb_run, 
         for key, value in wandb_run.summary.items()
         if key.startswith("final/") and key != "final/samples"
     }
-    assert final == {k: v for k, v in metrics["results"].items() if v is not None}
-    assert {"eval_loss", "benchmark/pairs", "words_trained"} <= set(final)
+    results = metrics["results"]
+    for domain, scores in results.pop("eval_by_domain").items():
+        results |= {f"eval_by_domain/{domain}/{key}": score for key, score in scores.items()}
+    assert final == {key: value for key, value in results.items() if value is not None}
+    assert {"eval_loss", "eval_by_domain/toy/bits_per_byte", "benchmark/pairs"} <= set(final)
     assert wandb_run.summary["training_curves"]["path"].endswith(".png")
 
 
