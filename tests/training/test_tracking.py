@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -93,11 +95,24 @@ def wandb_records(file: Path) -> list:
             position += left_in_block
             continue
         length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        if position + 7 + length > len(content):
+            break
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
             records.append(Record.FromString(parts))
             parts = b""
+    return records
+
+
+def finished_records(file: Path) -> list:
+    """Return the records once the file is complete: W&B writes its end a moment after finish()."""
+    deadline = time.monotonic() + 60
+    records = wandb_records(file)
+    while not records or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, "W&B did not finish its file"
+        time.sleep(0.1)
+        records = wandb_records(file)
     return records
 
 
@@ -118,7 +133,7 @@ class OfflineRun:
         self.config = {}
         self.summary = {}
         self.history = []
-        for record in wandb_records(file):
+        for record in finished_records(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run = record.run
@@ -213,11 +228,13 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_failed_one_is_marked(
     with pytest.raises(KeyboardInterrupt), open_trackers(config, tmp_path, {}) as (tracker,):
         tracker.log_row({"step": 1, "loss": 3.0})
         raise KeyboardInterrupt
+    first = OfflineRun(*offline_files(tmp_path))
+    shutil.rmtree(tmp_path / "wandb")  # W&B names folders by the second
     with open_trackers(config, tmp_path, {}) as (tracker,):
         # RunLog sends the rows before the checkpoint once more
         for step in (1, 2):
             tracker.log_row({"step": step, "loss": 3.0 / step})
-    first, second = map(OfflineRun, offline_files(tmp_path))
+    second = OfflineRun(*offline_files(tmp_path))
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert first.run.run_id == second.run.run_id
     assert [row["train/loss"] for row in second.history] == [3.0, 1.5]
