@@ -138,3 +138,24 @@ def test_document_figures_draws_a_finished_run(script, workshop, tmp_path):
     module = script("document_figures")
     module.draw_quickstart(workshop / "models" / "quickstart", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_of_two_programs_are_compared_row_by_row(script):
+    experiment = script("babylm_agreement")
+    row = experiment.Row()
+    ours = [{"id": "a_0", "pred": "x"}, {"id": "a_1", "pred": "y"}]
+    experiment.compare_rows(row, ours, [ours[0], {"id": "a_1", "pred": "z"}], ("pred",))
+    assert (row.items, row.different) == (2, 1)
+    ours = [{"id": 0, "pred": 1.0, "prev_pred": None}]
+    theirs = [{"id": 0, "pred": 1.5, "prev_pred": float("nan")}]
+    experiment.compare_rows(row, ours, theirs, ("pred", "prev_pred"))
+    assert (row.items, row.different, row.score_difference) == (3, 1, 0.5)
+
+    first = {"same": [1, 2], "near": 0.1, "far": [{"a": 0.1}], "ours": 1}
+    second = {"same": [1, 2], "near": 0.1 + 1e-12, "far": [{"a": 0.2}], "theirs": 1}
+    differences = sorted(experiment.find_differences(first, second))
+    assert differences == [
+        "/far/0/a: 0.1, official 0.2",
+        "/ours: only ours",
+        "/theirs: only official",
+    ]
