@@ -285,7 +285,8 @@ def submit(args: argparse.Namespace) -> int:
         )
     needed = official.requirements(run["babylm"]["track"])
     checkpoints = [run_dir / name for name in needed.checkpoints if is_model(run_dir / name)]
-    absent = [name for name in needed.checkpoints if run_dir / name not in checkpoints]
+    reached = [checkpoint["name"] for checkpoint in run["babylm"]["checkpoints"]]
+    absent = [name for name in reached if run_dir / name not in checkpoints]
     if absent:
         log.warning(
             "%s has no %s; BabyLM asks for all up to the end of training",

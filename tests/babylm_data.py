@@ -11,6 +11,7 @@ from pathlib import Path
 from babyllama.evaluation.tasks import READING_FIELDS
 from babyllama.submission.official import Requirements, requirements
 
+EEG_FIELDS = ("ELAN", "LAN", "N400", "P600", "EPNP", "PNP")  # of reading times; we ignore them
 GLUE_FIELDS = {
     "boolq": ("question", "passage"),
     "mnli": ("premise", "hypothesis"),
@@ -139,7 +140,8 @@ def _write_reading(path: Path, n: int, texts: Iterator[str], rng) -> None:
             row["prev_word"] = words[i - 1] if i > 1 else ""
             if i <= 1:
                 row["prev_item"] = ""
-            row |= {field: round(rng.uniform(1, 400), 2) for field in READING_FIELDS}
+            fields = (*READING_FIELDS, *EEG_FIELDS)
+            row |= {field: round(rng.uniform(1, 400), 2) for field in fields}
             rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -196,7 +196,8 @@ def test_check_finds_the_wrong_sizes_of_a_tiny_file(submission, capsys):
     assert submit.main(["--check", str(file)]) == 2
     output = capsys.readouterr().out
     assert "blimp adjunct_island: 4 predictions, expected 928" in output
-    assert "chck_100M is missing" in output
+    assert "aoa_surprisals: chck_4M, chck_5M, " in output
+    assert "chck_90M, chck_100M are missing" in output
 
 
 def test_check_accepts_what_submit_has_written(submission, needed):

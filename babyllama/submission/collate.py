@@ -15,7 +15,7 @@ import functools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,15 @@ def collate(
             collated["glue"] |= content
 
     collated[FAST] = {task.key: [] for task in needed.zero_shot.values() if task.fast}
+    absent = [name for name in needed.checkpoints if not (results / name).is_dir()]
+    problems += _missing("predictions of checkpoints", absent)
     for checkpoint in needed.checkpoints:
         for name, task in needed.zero_shot.items():
             if task.fast is None:
                 continue
-            content = _read(official.predictions_file(results, name, checkpoint), problems)
+            content = None
+            if checkpoint not in absent:
+                content = _read(official.predictions_file(results, name, checkpoint), problems)
             wrong = _zero_shot_problems(name, task, content, fast=True) if content else []
             problems += [f"{checkpoint}: {line}" for line in wrong]
             scores = None
@@ -219,11 +223,18 @@ def _row_problems(
             yield f"{label}: {what}{more}"
 
 
-def _subset_problems(label: str, names: set[str], expected: set[str]) -> Iterator[str]:
-    for name in sorted(expected - names):
-        yield f"{label}: {name} is missing"
-    for name in sorted(names - expected):
+def _subset_problems(label: str, names: Iterable[str], expected: Collection[str]) -> Iterator[str]:
+    names = set(names)
+    yield from _missing(label, [name for name in expected if name not in names])
+    for name in sorted(names.difference(expected)):
         yield f"{label}: {name} is not a subset of this task"
+
+
+def _missing(label: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield one line that names what is missing, if anything is."""
+    if names:
+        verb = "is" if len(names) == 1 else "are"
+        yield f"{label}: {', '.join(names)} {verb} missing"
 
 
 def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool) -> list[str]:
@@ -237,9 +248,7 @@ def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool)
         sizes = dict.fromkeys(content, 1)
     else:
         # BLiMP's own names have capitals, as in complex_NP_island; the sizes' names have none
-        problems += _subset_problems(
-            task.key, {subset.lower() for subset in content}, set(expected)
-        )
+        problems += _subset_problems(task.key, map(str.lower, content), expected)
         sizes = {name: expected[name.lower()] for name in content if name.lower() in expected}
     for subset in sizes:
         rows = content[subset]
@@ -276,7 +285,7 @@ def _is_reading_row(row: dict) -> bool:
 def _glue_problems(content: Any, sizes: Sizes) -> list[str]:
     if not isinstance(content, dict):
         return [f"glue: {_short(content)} is not an object of tasks"]
-    problems = [*_subset_problems("glue", set(content), set(sizes))]
+    problems = [*_subset_problems("glue", content, sizes)]
     for name in sizes.keys() & content.keys():
         labels = range(GLUE_TASKS[name].labels)
         problems += _row_problems(
@@ -301,7 +310,7 @@ def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
         step = str(row.get("step"))
         questions[step].append((row.get("target_word"), row.get("context_id")))
         invalid[step] += not _is_number(row.get("surprisal"))
-    problems += _subset_problems("aoa_surprisals", set(questions), set(needed.checkpoints))
+    problems += _subset_problems("aoa_surprisals", questions, needed.checkpoints)
     for step in needed.checkpoints:
         asked = questions.get(step, [])
         if not asked:
@@ -322,7 +331,7 @@ def _fast_problems(content: Any, needed: Requirements) -> list[str]:
         return [f"{FAST}: {_short(content)} is not an object of tasks"]
     problems = []
     tasks = {task.key: (name, task) for name, task in needed.zero_shot.items() if task.fast}
-    problems += _subset_problems(FAST, set(content), set(tasks))
+    problems += _subset_problems(FAST, content, tasks)
     for key, (name, task) in tasks.items():
         if key not in content:
             continue
@@ -335,10 +344,12 @@ def _fast_problems(content: Any, needed: Requirements) -> list[str]:
         subsets = set(task.fast_sizes or {name})
         if TASKS[name].metric != "accuracy":
             subsets = {"spr", "rt"}
-        for checkpoint, row in zip(needed.checkpoints, scores, strict=True):
+        by_checkpoint = dict(zip(needed.checkpoints, scores, strict=True))
+        problems += _missing(label, [name for name, row in by_checkpoint.items() if row is None])
+        for checkpoint, row in by_checkpoint.items():
             if row is None:
-                problems.append(f"{label}: {checkpoint} is missing")
-            elif not isinstance(row, dict) or {subset.lower() for subset in row} != subsets:
+                continue
+            if not isinstance(row, dict) or {subset.lower() for subset in row} != subsets:
                 problems.append(f"{label}: {checkpoint} does not have the subsets of this task")
             elif not all(_is_number(value) and value <= 1 for value in row.values()):
                 problems.append(f"{label}: {checkpoint} has a score that is no number up to 1")
