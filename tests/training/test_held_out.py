@@ -14,11 +14,13 @@ import train
 from babyllama.data.tokenizer import byte_lengths
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
+from babyllama.training.run_dir import training_scores
 
 FILES = {  # name -> its domain; the shards of one domain are not next to each other
     "books-1-of-2.dev": "books",
     "letters.dev": "letters",
     "wiki.dev": "wiki",
+    "z/books-2-of-2.dev": "books",
 }
 LENGTH = 32
 
@@ -28,7 +30,7 @@ def dev(tmp_path) -> Path:
     """Return a folder with held-out text of three domains; books has two files."""
     folder = tmp_path / "held-out"
     folder.mkdir()
-    for number, name in enumerate([*FILES, "z/books-2-of-2.dev"]):
+    for number, name in enumerate(FILES):
         documents = ["\n".join(sentences(4 + number, seed=10 * number + i)) for i in range(5)]
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("\n\n\n".join(documents) + "\n")
@@ -38,18 +40,19 @@ def dev(tmp_path) -> Path:
 def naive_tokens(folder: Path, tokenizer) -> list[tuple[int, str]]:
     """Return the id and the domain of each token of the text."""
     tokens = []
-    for name in [*FILES, "z/books-2-of-2.dev"]:
+    for name, domain in FILES.items():
         for document in (folder / name).read_text().rstrip("\n").split("\n\n\n"):
             ids = tokenizer.encode(document, add_special_tokens=False)
-            domain = FILES.get(name, "books")
-            tokens += [
-                (id_, domain) for id_ in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)
-            ]
+            ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            tokens += [(id_, domain) for id_ in ids]
     return tokens
 
 
 def naive_scores(model, folder: Path, tokenizer, rows) -> dict[str, list[float]]:
-    """Return nats, tokens and bytes of each domain in these chunks, one token at a time."""
+    """Return nats, tokens and bytes of each domain in these chunks, one token at a time.
+
+    The rows are token ids only; their domains come from the same chunk of the tokenized files.
+    """
     tokens = naive_tokens(folder, tokenizer)
     chunks = [tokens[i : i + LENGTH] for i in range(0, len(tokens) - LENGTH + 1, LENGTH)]
     by_ids = {tuple(id_ for id_, _ in chunk): chunk for chunk in chunks}
@@ -64,10 +67,10 @@ def naive_scores(model, folder: Path, tokenizer, rows) -> dict[str, list[float]]
             logits = model(input_ids=ids[None]).logits[0]
         for i in range(1, LENGTH):
             id_, domain = chunk[i]
-            own = sums.setdefault(domain, [0.0, 0, 0])
-            own[0] -= torch.log_softmax(logits[i - 1], -1)[id_].item()
-            own[1] += 1
-            own[2] += 0 if id_ in special else len(tokenizer.decode([id_]).encode())
+            domain_sums = sums.setdefault(domain, [0.0, 0, 0])
+            domain_sums[0] -= torch.log_softmax(logits[i - 1], -1)[id_].item()
+            domain_sums[1] += 1
+            domain_sums[2] += 0 if id_ in special else len(tokenizer.decode([id_]).encode())
     model.float()
     return sums
 
@@ -95,8 +98,8 @@ def prepare(folder: Path, corpus_dir: Path, tokenizer, samples: int):
         "train_path": str(corpus_dir / "train"),
         "eval_path": str(folder),
         "seq_length": LENGTH,
+        "eval_samples": samples,
     }
-    section["eval_samples"] = samples
     _, rows, reports = train.prepare_datasets_with_report({"data": section}, tokenizer)
     report = reports["validation"]
     chosen = train.held_out_chunks(report["chunks"], samples)
@@ -154,6 +157,7 @@ def test_a_run_reports_its_domains(dev, config_file, tokenizer, tmp_path, capsys
     metrics = json.loads((run_dir / "training_metrics.json").read_text())
     results = metrics["results"]
     by_domain = results["eval_by_domain"]
+    assert training_scores(run_dir)["eval_by_domain"] == by_domain  # for the page of benchmark.py
     _, rows = train.prepare_datasets_modern(metrics["config"], tokenizer)
     model = AutoModelForCausalLM.from_pretrained(run_dir)
     check_against_naive(by_domain, naive_scores(model, dev, tokenizer, rows))
