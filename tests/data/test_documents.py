@@ -400,6 +400,8 @@ def test_short_rows_are_lines_of_documents_that_blank_rows_separate(tmp_path):
     assert report["rows_joined"] == 7
     assert report["words"] == 5
     assert "7 rows of tables are lines" in documents.rows_joined_text(report)
+    lines = sentences(30)
+    assert read_rows(tmp_path, lines)[0] == ["\n".join(lines)]
 
 
 def test_the_rows_of_wikitext_are_articles(tmp_path):
