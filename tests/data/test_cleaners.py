@@ -322,7 +322,7 @@ def test_loosely_written_credits_are_removed(line):
 @pytest.mark.parametrize(
     "line",
     ["I downloaded from the net yesterday", "the subtitles by the door", "He was captioned by mistake",
-     "Encoded by mistake, the file", "Mail me @home", "(I don't know.)", "(Really?)", "We are #1", "At 10:30"],
+     "Encoded by mistake, the file", "Encoded by mistake", "Mail me @home", "(I don't know.)", "(Really?)", "We are #1", "At 10:30"],
 )  # fmt: skip
 def test_sentences_with_the_words_and_marks_of_subtitles_stay(line):
     assert DomainCleaners.subtitles(f"Hello.\n{line}\nGood day.") == f"Hello.\n{line}\nGood day."
