@@ -5,7 +5,7 @@
         for document in read_documents(path):
             text = "".join(document)
 
-Reads .train, .dev, .test, .txt and .jsonl files, gzipped or not, and the `text` column of .parquet
+Reads .train, .dev, .valid, .test, .txt and .jsonl files, gzipped or not, and the `text` column of .parquet
 files and of the .arrow files that `datasets` saves. Files, documents and lines may be larger than
 memory: a document is an iterator over parts of its text, and a very long line is read in pieces.
 Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning is left to
@@ -135,7 +135,8 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
         content = f"it is {_not_a_file(root)}"
     else:
         content = "there is no such file or folder"
-    expected = ", ".join([*(f".{name}" for name in splits), *any_text])
+    split_endings = [f".{name}" for name in SPLITS if SPLITS[name] in splits]
+    expected = ", ".join([*split_endings, *any_text])
     raise FileNotFoundError(
         f"{root}: no {split} text; expected a file ending in {expected}, or these and .gz; "
         f"{content}"
