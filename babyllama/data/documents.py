@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 READER_VERSION = 3
 BLOCK = 1 << 18  # characters that are read at a time
 LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
+# A compressed file may be a bomb: a few kilobytes that fill the disk. Text shrinks to a fifth.
+MAX_RATIO = 200  # of text to file, once there is this much text:
+UNCHECKED = 100_000_000  # characters
 ROWS = 256  # of a table that are read at a time
 LINE = 200  # characters; rows whose median is at most as long can be lines of a text
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
@@ -250,6 +253,15 @@ def _check_is_text(path: Path, block: str) -> None:
         )
 
 
+def _check_ratio(path: Path, n_characters: int, n_bytes: int) -> None:
+    """Raise ValueError if more text than can be meant came out of the bytes read so far."""
+    if n_characters > max(UNCHECKED, MAX_RATIO * n_bytes):
+        raise ValueError(
+            f"{path}: its text is more than {MAX_RATIO} times as large as the file, which no real "
+            "text is; if it is meant, decompress it first"
+        )
+
+
 def _read_lines(path: Path, report: dict) -> Iterator[str]:
     """Yield the repaired lines of a file, each with a newline at its end.
 
@@ -258,6 +270,7 @@ def _read_lines(path: Path, report: dict) -> Iterator[str]:
     """
     bytes_before = report["bytes_on_disk"]
     lines_before = 0
+    n_characters = 0
     line_start = ""  # of the line that the next block continues
     with path.open("rb") as raw:
         data = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -272,6 +285,8 @@ def _read_lines(path: Path, report: dict) -> Iterator[str]:
             blocks = itertools.chain([first_block], blocks)
             for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
                 report["bytes_on_disk"] = bytes_before + raw.tell()
+                n_characters += len(block)
+                _check_ratio(path, n_characters, raw.tell())
                 text = _repair(block, path, lines_before, report)
                 lines_before += block.count("\n")
                 *lines, line_start = (line_start + text).split("\n")
@@ -314,6 +329,21 @@ def _count(text: str, report: dict) -> str:
     return text
 
 
+def _counted_lines(text: str, report: dict) -> Iterator[str]:
+    """Yield the lines of a text, and add them to the report; a very long line comes in pieces."""
+    start = 0
+    while start < len(text):
+        limit = start + LONG_LINE
+        end = text.find("\n", start, limit) + 1
+        if not end and limit < len(text):
+            end = text.rfind(" ", start, limit) + 1 or limit
+        end = end or len(text)
+        if start and not (text[start - 1].isspace() or text[start].isspace()):
+            report["words"] -= 1  # the rest of a word that is counted already
+        yield _count(text[start:end], report)
+        start = end
+
+
 def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not empty, each with the number of the document it belongs to.
 
@@ -351,8 +381,8 @@ def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterat
             continue
         number += 1
         if record.strip():
-            for text_line in io.StringIO(_record_text(record, path, number, report), newline="\n"):
-                yield number, _count(text_line, report)
+            for piece in _counted_lines(_record_text(record, path, number, report), report):
+                yield number, piece
         record = ""
 
 
@@ -383,8 +413,8 @@ def _number_rows(path: Path, report: dict) -> Iterator[tuple[int, str]]:
         yield from _number_lines(lines, has_titles, report)
         return
     for number, text in enumerate(texts, 1):
-        for line in io.StringIO(text, newline="\n"):
-            yield number, _count(line, report)
+        for piece in _counted_lines(text, report):
+            yield number, piece
 
 
 def _are_lines(texts: list[str]) -> bool:
