@@ -521,7 +521,7 @@ def select_tasks(config: str | None, names: list[str] | None) -> dict[str, Bench
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    cli.log_to_stderr("%(message)s")
     log.setLevel(logging.INFO)
     if args.output:
         output = Path(args.output)

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script
 from babyllama.data.documents import domain_of, find_files, new_report, read_documents
 from babyllama.files import (
     check_model_exists,
@@ -537,7 +537,8 @@ def print_report(report: dict) -> None:
     if len(by_domain) > MAX_DOMAINS:
         print(f"\n{len(by_domain) - MAX_DOMAINS} more domains are in the results file")
     for sample in results["generation"]["generation_samples"][:3]:
-        print(f"\n> {_printable(sample['prompt'] + '|' + sample['generations'][0])}")
+        text = f"{sample['prompt']}|{sample['generations'][0]}"
+        print(f"\n> {' '.join(text.split())}")
     for note in report["notes"]:
         print(f"\nnote: {note}")
 
@@ -549,12 +550,6 @@ def _print_figure(label: str, figures: dict, key: str) -> None:
     low, high = figures.get(f"{key}_ci95") or (None, None)
     interval = "" if low is None or high is None else f"   {low:.4f} .. {high:.4f}"
     print(f"{label:32}{number:>10}{interval}")
-
-
-def _printable(text: str) -> str:
-    """Return a text on one line, without control characters that could change the terminal."""
-    line = " ".join(text.split())
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -611,9 +606,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
-    )
+    log_to_stderr()
     return run_script(
         lambda: run(args), memory_advice="use a smaller --batch-size, or another --device"
     )

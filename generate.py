@@ -12,11 +12,10 @@ context is full.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script
 
 
 def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) -> Iterator[str]:
@@ -86,9 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
-    )
+    log_to_stderr()
     return run_script(
         lambda: run(args),
         interrupted="\ninterrupted",

@@ -34,7 +34,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.cli import add_flag, run_script
+from babyllama.cli import add_flag, printable, run_script
 from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
 from babyllama.data.documents import (
@@ -576,7 +576,7 @@ def print_overlap(overlap: dict | None) -> None:
     if overlap["places"]:
         places = ", ".join(overlap["places"][:10]) + ", ..." * (len(overlap["places"]) > 10)
         print(
-            f"warning: dev documents in train, which inflate held-out scores: {places}",
+            f"warning: dev documents in train, which inflate held-out scores: {printable(places)}",
             file=sys.stderr,
         )
 

@@ -253,7 +253,7 @@ def select_stages(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    cli.log_to_stderr("%(message)s")
     for name in (__name__, "babyllama.submission"):
         logging.getLogger(name).setLevel(logging.INFO)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babyllama.architectures import ARCHITECTURES
-from babyllama.cli import add_flag, run_script
+from babyllama.cli import add_flag, log_to_stderr, run_script
 from babyllama.config import (
     check_config,
     check_model_section,
@@ -545,7 +545,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    log_to_stderr(level=logging.INFO)
     if args.sweep or args.seeds:
         body = functools.partial(run_sweep, args, argv, load_checked_config)
         advice = "the same command continues"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# control characters, marks that reverse text, and the bytes of a file name that are not UTF-8
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable by which a sweep asks its runs for their errors
 
 
@@ -42,14 +46,37 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def printable(text: str) -> str:
+    r"""Return a text with escapes, such as \x1b, for all that could control a terminal."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class SafeOutput:
+    """Write text to a stream as `printable` returns it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def log_to_stderr(form: str = "%(levelname)s: %(message)s", level: int = logging.WARNING) -> None:
+    """Show log messages of this level and above on stderr."""
+    logging.basicConfig(level=level, format=form, stream=SafeOutput(sys.stderr))
+
+
 def print_error(error: BaseException) -> None:
     """Print an error on stderr: one line, starting with "error: ", for each problem it lists.
 
     A sweep also reads it from the file that $BABYLLAMA_ERROR_FILE names.
     """
     if path := os.environ.get(ERROR_FILE):
-        Path(path).write_text(str(error), encoding="utf-8")
-    for line in str(error).splitlines() or [type(error).__name__]:
+        Path(path).write_text(printable(str(error)), encoding="utf-8")
+    for line in printable(str(error)).splitlines() or [type(error).__name__]:
         _print_last_words(f"error: {line}")
 
 
@@ -72,9 +99,11 @@ def run_script(
     exit code is 2; running out of memory is reported the same way, with `memory_advice`. Ctrl-C
     gives exit code 130 and one line, either the message of the KeyboardInterrupt or `interrupted`;
     an empty string prints nothing. Any other exception is a bug of ours, so it keeps its traceback.
+    Names of files and generated text reach stdout without control characters.
     """
     try:
-        code = body()
+        with contextlib.redirect_stdout(SafeOutput(sys.stdout)):
+            code = body()
         sys.stdout.flush()  # so that a full disk is an error, and not only an exit code of Python's
         return code
     except (ValueError, OSError) as error:

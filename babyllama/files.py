@@ -107,9 +107,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8 with Unix line endings, and flush it to disk."""
-    with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    """Write a text file atomically, as UTF-8 with Unix line endings, and flush it to disk.
+
+    A byte of a file name that is not UTF-8 is written as an escape, such as \\udcff.
+    """
+    with atomic_write(path) as draft, draft.open("wb") as file:
+        file.write(text.encode(errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+from babyllama.cli import printable
+from babyllama.files import atomic_write
+
 BLUE = "#3367d6"
 ORANGE = "#e8710a"
 GREEN = "#188038"
@@ -40,9 +43,15 @@ def new_figure(rows: int, columns: int, width: float, height: float):
     return figure, axes
 
 
+def save_figure(figure, path: Path) -> None:
+    """Write a figure to a PNG file atomically."""
+    with atomic_write(path) as draft:
+        figure.savefig(draft, dpi=DPI)
+
+
 def label(text: Any) -> str:
     """Return text that matplotlib shows unchanged: a `$` would start a formula."""
-    return str(text).replace("$", r"\$")
+    return printable(str(text)).replace("$", r"\$")
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -111,7 +120,7 @@ def plot_training(
     if tasks:
         axes[3].set(ylabel="score", title="benchmark")
         axes[3].legend(frameon=False)
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
@@ -164,7 +173,7 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
     with warnings.catch_warnings():
         # the font may lack a generated character
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(path, dpi=DPI)
+        save_figure(figure, path)
 
 
 def _draw_perplexity(axis, metrics: dict) -> None:
@@ -281,8 +290,8 @@ def _draw_samples(axis, metrics: dict) -> None:
     lines = []
     for sample in metrics["generation_samples"][:4]:
         text = f"{sample['prompt']} | {sample['generations'][0]}"
-        printable = "".join(c if c.isprintable() else " " for c in text)
-        wrapped = textwrap.wrap(" ".join(printable.split()), 88)
+        visible = "".join(c if c.isprintable() else " " for c in text)
+        wrapped = textwrap.wrap(" ".join(visible.split()), 88)
         lines += [*wrapped[:4], ""]
 
     axis.set_axis_off()
@@ -362,7 +371,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     axis.set_ylabel("score with 95 % interval; dotted: chance")
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None:
@@ -375,7 +384,7 @@ def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None
     figure, (axes,) = new_figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
     for axis, key in zip(axes, keys, strict=True):
         _draw_sweep(axis, key, finished, best)
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
@@ -454,4 +463,4 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
     axis.legend(
         frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="final accuracy"
     )
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)

@@ -10,10 +10,12 @@ import math
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jinja2 import Template
+from jinja2 import Environment
 
+from babyllama.cli import printable
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.files import write_json, write_text
@@ -216,9 +218,15 @@ def model_card(metrics: dict) -> str:
     history = metrics["data"].get("history", [])
     changes = {part["step"]: changes_at(history, part["step"]) for part in history[1:]}
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    return Template(template, keep_trailing_newline=True).render(
+    environment = Environment(finalize=_as_markdown, keep_trailing_newline=True)
+    return environment.from_string(template).render(
         **metrics,
         changes=changes,
         max_domains=MAX_DOMAINS,
         header=yaml.safe_dump(header, sort_keys=False).strip(),
     )
+
+
+def _as_markdown(value: Any) -> Any:
+    """Return a value so that Markdown shows it as text: a `<` would start a tag."""
+    return printable(value).replace("<", "&lt;") if isinstance(value, str) else value
