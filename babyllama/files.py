@@ -155,6 +155,14 @@ def check_replaceable(path: Path, is_ours: bool, remedy: str) -> None:
         raise ValueError(f"{path} exists and was not written by this script; {remedy}")
 
 
+def check_utf8(folder: Path) -> None:
+    """Raise ValueError if a path is not UTF-8, because no model can be saved or read there."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: the name is not UTF-8; rename it, or choose another") from None
+
+
 def check_results_file(file: Path, flag: str, is_ours: Callable | None = None) -> None:
     """Raise ValueError if a results file cannot be written, before the work that produces it.
 

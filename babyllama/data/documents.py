@@ -64,7 +64,8 @@ WIKI_DOMAINS = ("simple_wiki", "simple_wikipedia", "wikipedia")
 
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
 _NAME = re.compile(
-    r"(?P<domain>.+?)(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?(?:\.(?P<split>train|dev|valid|validation|test))?"
+    r"(?s)(?P<domain>.+?)(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?"
+    r"(?:\.(?P<split>train|dev|valid|validation|test))?"
     r"(?:\.(?:txt|jsonl|parquet|arrow))?(?:\.gz)?"
 )
 

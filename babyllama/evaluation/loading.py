@@ -19,7 +19,7 @@ import torch
 from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import tokenizer_class
 from babyllama.device import keep_freed_memory, pick_device
-from babyllama.files import ROOT, check_model_exists, check_weights
+from babyllama.files import ROOT, check_model_exists, check_utf8, check_weights
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
 
     path = Path(path)
     _check_model_dir(path, dtype)
+    check_utf8(path)
     check_weights(path)
     target = pick_device(device)
     if target.type == "cpu":

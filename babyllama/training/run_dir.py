@@ -35,6 +35,7 @@ from babyllama.files import (
     OWNER_FILE,
     ROOT,
     check_replaceable,
+    check_utf8,
     check_weights,
     drafts,
     is_model,
@@ -316,7 +317,11 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
 
 
 def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
-    """Raise ValueError if the run would overwrite one of its teachers or files of the user's."""
+    """Raise ValueError if the run would overwrite one of its teachers or files of the user's.
+
+    A directory whose name is not UTF-8 is refused too, because no tokenizer can be saved there.
+    """
+    check_utf8(run_dir)
     for teacher in teachers:
         if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
             raise ValueError(
