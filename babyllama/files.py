@@ -74,8 +74,8 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 def drafts(folder: Path) -> list[Path]:
     """Return the temporary folders of atomic_write in a folder."""
-    pattern = re.compile(r"\..+\.[a-z0-9_]{8}")
-    return [path for path in sorted(folder.glob(".*.*/")) if pattern.fullmatch(path.name)]
+    hidden = sorted(folder.glob(".*.*/"))
+    return [path for path in hidden if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name)]
 
 
 def remove_abandoned_drafts(folder: Path) -> None:
