@@ -49,7 +49,7 @@ from typing import NamedTuple
 
 from babyllama.cli import add_flag, run_script
 from babyllama.data.documents import find_files
-from babyllama.files import atomic_write, check_replaceable
+from babyllama.files import atomic_write, check_replaceable, read_json
 
 COMPLEXITIES = ("simple", "medium", "complex")
 SENTENCES_PER_DOCUMENT = 10  # mean of the geometric distribution
@@ -337,7 +337,7 @@ def grammar_floor(eval_path: str) -> float | None:
     if [file.name for file in find_files(text, "dev")] != ["synthetic.dev"]:
         return None  # there is other text too
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["floor"]["bits_per_byte"])
+        return float(read_json(path)["floor"]["bits_per_byte"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path}: was not written by create_synthetic_data.py; move it, or run the script again"

@@ -23,7 +23,6 @@ write are never replaced. It does not download, deduplicate or split data.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -46,7 +45,7 @@ from babyllama.data.documents import (
 )
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tokenizer, part_backend
-from babyllama.files import check_replaceable, exclusive_folder, sha256, write_json
+from babyllama.files import check_replaceable, exclusive_folder, read_json, sha256, write_json
 from babyllama.schema import TRACKS
 from train_tokenizer import check_request, summary_text, train_on_files
 
@@ -283,7 +282,7 @@ def read_manifest(path: Path) -> dict:
     if not path.exists():
         return {"splits": {}, "tokenizer": None, "word_budget": None, "overlap": None}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         recorded_hashes(manifest)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(

@@ -102,8 +102,8 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raise ValueError if it is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path}: brackets are nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 
 def write_text(path: Path, text: str) -> None:

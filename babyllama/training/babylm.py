@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import logging
 import math
 import shutil
@@ -29,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from babyllama.data.documents import find_files, new_report, read_documents, source_of
 from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
-from babyllama.files import atomic_write, describe_environment, sha256
+from babyllama.files import atomic_write, describe_environment, read_json, sha256
 from babyllama.schema import MAX_EPOCHS, TRACKS
 from babyllama.training.run_dir import (
     CONFIG_FILE,
@@ -294,10 +293,10 @@ def count_text(folder: str) -> list[dict]:
 
 def teacher_sources(path: str) -> list[dict] | None:
     """Return the files that the teacher at `path` was trained on, or None if it has no record."""
-    report = Path(path, DATA_REPORT_FILE)
-    if not report.is_file():
+    try:
+        return read_json(Path(path, DATA_REPORT_FILE))["train"].get("sources")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return json.loads(report.read_text(encoding="utf-8"))["train"].get("sources")
 
 
 def check_budget(config: dict) -> dict[str, Any]:

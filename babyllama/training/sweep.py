@@ -35,7 +35,7 @@ from typing import Any
 
 from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import ConfigError, read_yaml_file
-from babyllama.files import ROOT, describe_environment, write_json, write_text
+from babyllama.files import ROOT, describe_environment, read_json, write_json, write_text
 from babyllama.plots import plot_sweep
 from babyllama.training import distributed, ending
 from babyllama.training.run_dir import (
@@ -340,7 +340,7 @@ def check_flags(args: argparse.Namespace, kind: str) -> None:
 
 def read_results(run_dir: Path) -> dict[str, float]:
     """Return the results of a finished run that the table shows, and those of its benchmark."""
-    metrics = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics = read_json(run_dir / METRICS_FILE)
     results = metrics["results"]
     benchmark = {key: results[key] for key in results if key.startswith(BENCHMARK_PREFIX)}
     return {key: results[key] for key in COLUMNS} | benchmark

@@ -10,6 +10,7 @@ lost.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -21,7 +22,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from babyllama.files import atomic_write, default_cache_dir, is_model, weights_sha256, write_json
+from babyllama.files import (
+    atomic_write,
+    default_cache_dir,
+    is_model,
+    read_json,
+    weights_sha256,
+    write_json,
+)
 from babyllama.training.chunks import collate_chunks
 from babyllama.training.kernels import pick_precision
 from babyllama.training.run_dir import check_teacher_exists
@@ -87,10 +95,11 @@ def _cached_teachers(facts: dict[str, Any]) -> list[dict[str, str]]:
     """Return {path: sha256} of the teachers of each cache that differs in its teachers at most."""
     cached = []
     for file in default_cache_dir().glob(f"teachers-*/{ABOUT_FILE}"):
-        their_facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
-        teachers = their_facts["teachers"]
-        if {**their_facts, "teachers": []} == facts:
-            cached.append({teacher["path"]: teacher["sha256"] for teacher in teachers})
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # skip a damaged file
+            their_facts = read_json(file)["facts"]
+            teachers = {teacher["path"]: teacher["sha256"] for teacher in their_facts["teachers"]}
+            if {**their_facts, "teachers": []} == facts:
+                cached.append(teachers)
     return cached
 
 
@@ -212,7 +221,7 @@ def measure_error(cached: CachedChunks, ensemble: Ensemble, student) -> dict[str
 
 def describe_cache(folder: Path) -> str:
     """Return a sentence about what a cache holds and what truncation lost."""
-    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    about = read_json(folder / ABOUT_FILE)
     megabytes = about["bytes"] / 1e6
     kl = about["sample_kl"]
     kl_cached = about["sample_kl_cached"]

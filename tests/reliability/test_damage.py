@@ -17,6 +17,7 @@ import train
 from babyllama.config import format_yaml, parse_yaml
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.evaluation.loading import load_model
+from babyllama.training.babylm import teacher_sources
 from babyllama.training.callbacks import RunLog
 from babyllama.training.run_dir import (
     CONFIG_FILE,
@@ -333,3 +334,10 @@ def test_a_damaged_cache_is_named_and_prepared_again(
     figures.count("damages of a cache noticed", detected, made)
     assert made >= 4 * (4 + flips)
     assert detected == made
+
+
+@pytest.mark.promise(2)
+@pytest.mark.parametrize("content", [DEEP, "[]", "{}", '{"train": 5}', "{", "\0"])
+def test_a_damaged_record_of_a_teacher_counts_as_none(content, tmp_path):
+    (tmp_path / DATA_REPORT_FILE).write_text(content)
+    assert teacher_sources(str(tmp_path)) is None
