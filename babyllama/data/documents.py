@@ -5,11 +5,11 @@
         for document in read_documents(path):
             text = "".join(document)
 
-Reads .train, .dev, .valid, .test, .txt and .jsonl files, gzipped or not, and the `text` column of .parquet
-files and of the .arrow files that `datasets` saves. Files, documents and lines may be larger than
-memory: a document is an iterator over parts of its text, and a very long line is read in pieces.
-Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning is left to
-the caller, who can pass a function from cleaners.py.
+Reads .train, .dev, .valid, .test, .txt and .jsonl files, gzipped or not, and the `text` column of
+.parquet files and of the .arrow files that `datasets` saves. Files, documents and lines may be
+larger than memory: a document is an iterator over parts of its text, and a very long line is read
+in pieces. Bytes that no tokenizer accepts (invalid UTF-8, NUL) are repaired and counted. Cleaning
+is left to the caller, who can pass a function from cleaners.py.
 """
 
 from __future__ import annotations
