@@ -155,7 +155,7 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "
             f"kept the weights of step {results['steps']:,}"
         )
-    print_verdict(metrics["babylm"])
+    print_verdict(metrics.get("babylm"))
     device = metrics["environment"]["device"]
     print(f"tokens per second {results['tokens_per_second']:,.0f} ({device})")
     for number, sample in enumerate(metrics["samples"], 1):
