@@ -23,6 +23,9 @@ from babyllama.evaluation.loading import can_start
 from babyllama.evaluation.minimal_pairs import score_task, scored_spans
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
+# tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
+SECONDS_PER_ITEM = 0.6e-3
+
 
 class TrainingBenchmark:
     """Hold the tasks of a benchmark and the model that scores them; `tokens` counts all texts.
@@ -60,16 +63,18 @@ class TrainingBenchmark:
         return {**scores, "benchmark_seconds": time.perf_counter() - started}
 
     def cost(self, plan: dict[str, Any], times: int) -> dict[str, Any]:
-        """Return the numbers of items, tokens and times, and how long each time takes at least.
+        """Return the numbers of items, tokens and times, and about how long each time takes.
 
         The time is that of one forward pass over all tokens at the measured speed of matrix
-        products. A small model spends much more, on tokenizing and in Python. One process scores,
-        and a forward pass is a third of a training step.
+        products, and SECONDS_PER_ITEM. One process scores, and a forward pass is a third of a
+        training step.
         """
         flops_per_second = plan["matmul_flops"] / plan["processes"]
+        n_items = sum(len(task.items) for task in self.tasks.values())
+        forward_seconds = self.tokens * plan["flops_per_token"] / 3 / flops_per_second
         return {
             "items": {name: len(task.items) for name, task in self.tasks.items()},
             "tokens": self.tokens,
             "times": times,
-            "expected_seconds": self.tokens * plan["flops_per_token"] / 3 / flops_per_second,
+            "expected_seconds": forward_seconds + n_items * SECONDS_PER_ITEM,
         }

@@ -176,8 +176,8 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
     if benchmark := plan["benchmark"]:
         items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
         rows["benchmark"] = (
-            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, at "
-            f"least {duration(benchmark['expected_seconds'])} each, not included in the time"
+            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, about "
+            f"{duration(benchmark['expected_seconds'])} each, not included in the time"
         )
     rows["time"] = f"about {time} ({speed}, {work})"
     rows["example"] = repr(example)
