@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, build_tiny_model, errors_of, rows_of, sentences, timeless
+from test_run_dir import back_to_checkpoint
 
 import train
 from babyllama import plots
 from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.evaluation.tasks import READING_FIELDS
-from babyllama.training.benchmark import TrainingBenchmark
+from babyllama.training.benchmark import SECONDS_PER_ITEM, TrainingBenchmark
 from benchmark import BenchmarkSuite
 
 
@@ -87,8 +88,23 @@ def test_a_benchmark_reports_the_scores_and_does_not_change_the_training(
     cost = metrics["plan"]["benchmark"]
     assert cost["items"] == {"pairs": 40, "completion": 2}
     assert cost["times"] == len(scored)
+    assert cost["expected_seconds"] > 42 * SECONDS_PER_ITEM
     assert f"items: completion 2, pairs 40; {cost['tokens']:,} tokens, {len(scored)} times" in out
     assert f"benchmark/pairs   {expected['benchmark/pairs']:.4f}" in out
+
+
+def test_a_resumed_run_has_the_benchmark_rows_of_an_uninterrupted_one(
+    config_file, benchmark_file, tmp_path
+):
+    changes = {"training__eval_steps": 3, "training__save_steps": 4, "training__max_steps": 8}
+    path = config_file(training__benchmark=str(benchmark_file), **changes)
+    assert train.main(["--config", str(path)]) == 0
+    run_dir = tmp_path / "models" / "tiny"
+    rows = benchmark_rows(rows_of(run_dir))
+    assert back_to_checkpoint(run_dir) == "checkpoint-4"
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    assert timeless(benchmark_rows(rows_of(run_dir))) == timeless(rows)
 
 
 def test_each_milestone_is_scored_once(config_file, benchmark_file, tmp_path, monkeypatch):
