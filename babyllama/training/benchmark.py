@@ -24,7 +24,7 @@ from babyllama.evaluation.minimal_pairs import score_task, scored_spans
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
-SECONDS_PER_ITEM = 0.6e-3
+SECONDS_PER_ITEM = 0.5e-3
 
 
 class TrainingBenchmark:
