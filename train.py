@@ -168,7 +168,10 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
         pad_token_id=getattr(tokenizer, "pad_token_id", None),
         **options,
     )
-    return transformers.AutoModelForCausalLM.from_config(model_config)
+    language_model = transformers.AutoModelForCausalLM.from_config(model_config)
+    # where other tools stop by default: GPT-2 and GPT-J cannot go past their context
+    language_model.generation_config.max_length = settings["seq_length"]
+    return language_model
 
 
 # ---- 3. the data --------------------------------------------------------------------------------

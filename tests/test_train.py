@@ -395,6 +395,38 @@ def test_a_finished_run_is_a_plain_model_directory(finished):
     assert (run_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_model_card_is_valid_and_its_example_runs(finished, monkeypatch, capsys):
+    from huggingface_hub import ModelCard
+
+    _, run_dir = finished
+    card = ModelCard.load(run_dir / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.language is None  # nobody said which
+    (loss, *_) = card.data.eval_results
+    metrics = json.loads((run_dir / "training_metrics.json").read_text())
+    assert loss.metric_value == round(metrics["results"]["eval_loss"], 4)
+    (example,) = re.findall(r"^```python\n(.*?)^```", card.text, re.M | re.S)
+    monkeypatch.chdir(run_dir.parent)
+    capsys.readouterr()
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("The")
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+def test_pipelines_stop_at_the_context(kind, tokenizer, tmp_path):
+    from transformers import pipeline
+
+    torch.manual_seed(0)
+    section = {"type": kind, "name": "tiny", "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    model = train.create_model({"data": {"seq_length": 32}, "model": section}, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    never = [[tokenizer.eos_token_id]]  # so that only the context ends the text
+    (text,) = generator("The cat", return_tensors=True, bad_words_ids=never)
+    assert len(text["generated_token_ids"]) == 32
+
+
 def test_the_saved_model_has_the_reported_loss(finished, tokenizer):
     """Compute the held-out loss from the saved files with a plain float64 loop."""
     from transformers import AutoModelForCausalLM

@@ -209,7 +209,6 @@ def model_card(metrics: dict) -> str:
     }
     track = [metrics["babylm"]["track"]] if metrics["babylm"] else []
     header = {
-        "language": "en",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],

@@ -359,6 +359,7 @@ class LMTrainer(Trainer):
             return None
         model = AutoModelForCausalLM.from_config(self.model.config)
         model.load_state_dict(weights)
+        model.generation_config = self.model.generation_config
         return model.to(self.args.device)
 
     def kept_step(self) -> int:
