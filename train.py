@@ -47,7 +47,6 @@ from babyllama.training.run_dir import (
     checkpoints,
     find_checkpoint,
     finished_metrics,
-    milestones,
     resolve_checkpoint,
     run_history,
     start_run_dir,
@@ -467,6 +466,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             # reading the text may take long, so first check everything that does not need it
             config = load_config(args.config, args)
             budget = check_inputs(config)
+            distributed.set_timeout(config["training"]["process_timeout_minutes"])
             run_dir = run_dir_of(config)
             check_request(args, config, run_dir)
 
@@ -485,6 +485,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             status = stack.enter_context(ending.recorded(run_dir, step))
             if writes:
                 start_run_dir(run_dir, config, data.report, checkpoint)
+        distributed.connect()
         facts = run_facts(config, prepared.plan, data.report)
         with open_trackers(config, run_dir, facts) as trackers:
             train_and_save(prepared, status, facts, trackers)
@@ -495,15 +496,8 @@ def memory_advice(args: argparse.Namespace) -> str:
     from babyllama.training import kernels
 
     config = load_config(args.config, args)
-    advice = kernels.memory_advice(config["training"])
-    saved = [*checkpoints(run_dir_of(config)), *milestones(run_dir_of(config))]
-    if saved:
-        advice = (
-            f"{saved[0].name} is intact, and the unchanged run resumes with "
-            "--resume_from_checkpoint auto if other programs used the memory; else start a run "
-            f"with another --model_name: {advice}"
-        )
-    return advice
+    saved = checkpoints(run_dir_of(config))
+    return kernels.memory_advice(config["training"], saved[0].name if saved else None)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -167,6 +167,12 @@ class TrainingSection(Section):
         "replicating them",
         False,
     )
+    process_timeout_minutes: float = _key(
+        "With several processes: end the run if one of them does not answer for this long",
+        10.0,
+        gt=0,
+        typical=(1, 120),
+    )
     ema: float | None = _key(
         "Decay of an exponential moving average of the weights, which is then evaluated and "
         "saved; null: no average",

@@ -7,6 +7,7 @@ nothing, so their callers need not care. Nothing here knows about configurations
     distributed.start()                # after the command line is parsed
     with distributed.main_first():     # rank 0 first, then the others; an error ends all of them
         dataset = prepare()
+    distributed.connect()              # before the first collective operation
     if distributed.is_main():
         write()
 """
@@ -19,6 +20,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,9 +34,10 @@ from babyllama import cli
 if TYPE_CHECKING:
     from babyllama.training.steps import Steps
 
-# the launcher's key-value store, the number of main_first blocks that have begun, and the group of
-# processes for tensors on the CPU (None: the default group)
-_group = SimpleNamespace(store=None, block=0, on_cpu=None)
+# the launcher's key-value store, the GPU of this process, the number of main_first blocks that have
+# begun, and the group of processes for tensors on the CPU (None: the default group)
+_group = SimpleNamespace(store=None, device=None, block=0, on_cpu=None, timeout=600.0, ended=None)
+BEAT_SECONDS = 1.0  # how often each process shows in the store that it is alive
 
 
 class OtherRankError(ValueError):
@@ -62,7 +65,7 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Join the process group, take a GPU if there are any, and silence all ranks except 0.
+    """Meet the other processes, take a GPU if there are any, and silence all ranks except 0.
 
     Raise ValueError if this machine has fewer GPUs than processes, or if accelerate is configured
     to shard the model itself.
@@ -77,8 +80,6 @@ def start() -> None:
     import torch
     import torch.distributed as dist
 
-    backend = "gloo"
-    device = None
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         n_gpus = torch.cuda.device_count()
@@ -87,9 +88,8 @@ def start() -> None:
                 f"no GPU for process {local_rank + 1} of this machine: "
                 f"use --nproc_per_node={n_gpus}"
             )
-        backend = "nccl"
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        _group.device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(_group.device)
     else:
         # accelerate would use cpu:0, but older releases of torch cannot load a checkpoint to it
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -97,16 +97,9 @@ def start() -> None:
     from transformers import Trainer  # noqa: F401
 
     store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank(),
-        world_size=world_size(),
-        timeout=datetime.timedelta(hours=1),
-        device_id=device,
-    )
-    _group.on_cpu = dist.new_group(backend="gloo") if backend == "nccl" else None
     _group.store = dist.PrefixStore("babyllama", store)
+    _group.ended = threading.Event()
+    threading.Thread(target=_beat, args=(_group.ended,), daemon=True).start()
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -114,12 +107,48 @@ def start() -> None:
         warnings.simplefilter("ignore")
 
 
+def _beat(ended: threading.Event) -> None:
+    """Count in the store, as a sign of life, until the run has ended."""
+    while not ended.wait(BEAT_SECONDS):
+        try:
+            _group.store.add(f"{rank()}.beats", 1)
+        except (RuntimeError, AttributeError):  # the store is gone
+            return
+
+
+def set_timeout(minutes: float) -> None:
+    """Set how long another process may be silent; call it before connect()."""
+    _group.timeout = 60 * minutes
+
+
+def connect() -> None:
+    """Join the process group, once all processes are ready to train."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=_group.timeout)
+    dist.init_process_group(
+        "nccl" if _group.device else "gloo",
+        store=_group.store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=_group.device,
+    )
+    _group.on_cpu = dist.new_group(backend="gloo", timeout=timeout) if _group.device else None
+
+
 def stop() -> None:
     """Leave the process group, at the end of a run."""
     if _group.store:
         import torch.distributed as dist
 
-        dist.destroy_process_group()
+        _group.ended.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         _group.store = None
 
 
@@ -164,7 +193,7 @@ def main_first() -> Iterator[None]:
         return
     _group.block += 1
     if not is_main():
-        _raise_if_failed(_wait_for(f"{_group.block}.0"))
+        _raise_if_failed(_wait_for(f"{_group.block}.0", 0))
     outcome_key = f"{_group.block}.{rank()}"
     try:
         yield
@@ -177,18 +206,33 @@ def main_first() -> Iterator[None]:
         raise
     _group.store.set(outcome_key, "ok")
     for other_rank in range(world_size()):
-        _raise_if_failed(_wait_for(f"{_group.block}.{other_rank}"))
+        _raise_if_failed(_wait_for(f"{_group.block}.{other_rank}", other_rank))
 
 
-def _wait_for(key: str) -> str:
-    """Wait until a process sets this key in the store, and return its value.
+def _wait_for(key: str, other_rank: int) -> str:
+    """Wait until another process sets this key in the store, and return its value.
 
-    This polls, because preparing the data may take hours and Ctrl-C cannot interrupt the store's
-    blocking `get`.
+    Preparing the data may take hours, so this waits as long as the other process shows that it is
+    alive; raise ConnectionError if it has been silent for the timeout. It polls, because Ctrl-C
+    cannot interrupt the store's blocking `get`.
     """
-    while not _group.store.check([key]):
-        time.sleep(0.02)
-    return _group.store.get(key).decode()
+    beats = None
+    heard_at = time.monotonic()
+    try:
+        while not _group.store.check([key]):
+            count = _group.store.add(f"{other_rank}.beats", 0)
+            if count != beats:
+                beats = count
+                heard_at = time.monotonic()
+            if time.monotonic() - heard_at > _group.timeout:
+                raise ConnectionError(
+                    f"process {other_rank} has been silent for {_group.timeout / 60:g} minutes "
+                    "(training.process_timeout_minutes): it hangs, or was stopped or killed"
+                )
+            time.sleep(0.02)
+        return _group.store.get(key).decode()
+    except RuntimeError as error:  # the process that holds the store is gone
+        raise lost_process_error(error) from None
 
 
 def _raise_if_failed(outcome: str) -> None:
@@ -221,7 +265,7 @@ def print_error(error: Exception) -> None:
         printed_key = f"{_group.block}.printed"
         if is_main():
             _group.store.set(printed_key, "")
-        _wait_for(printed_key)
+        _wait_for(printed_key, 0)
 
 
 def is_lost_process_error(error: RuntimeError) -> bool:
@@ -234,8 +278,9 @@ def lost_process_error(error: RuntimeError) -> ConnectionError:
     """Return the error to report instead of one that is_lost_process_error."""
     reason = str(error).strip().splitlines()[0]
     return ConnectionError(
-        "lost the connection to another process: it was killed, perhaps because memory ran out, "
-        f"or its own error is printed above ({reason})"
+        "lost the connection to another process: it was killed, perhaps because memory ran out, it "
+        "was silent for longer than training.process_timeout_minutes, or its own error is printed "
+        f"above ({reason})"
     )
 
 

@@ -196,18 +196,32 @@ def optimizer_seconds(plan: dict[str, Any]) -> float:
     return flops / matmul_flops(precision) / expected_mfu(precision, False)
 
 
-def memory_advice(training: dict[str, Any]) -> str:
-    """Return flags with which a step of this training section needs less memory."""
+def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
+    """Return flags with which a step of this training section needs less memory.
+
+    `saved` names a checkpoint of the run, which the advice must not cost.
+    """
     batch_size = training["batch_size"]
     accumulation = training["gradient_accumulation_steps"]
     half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
     keys = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true"
     if torch.cuda.is_available():
         keys = f"--set training.cuda_graphs=false, {keys}"
-    if batch_size == 1:
-        shorter = "a smaller model and a shorter data.seq_length"
-        return f"{keys} save memory; so do{half and half + ','} {shorter}"
     smaller_batch = (
         f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
     )
+    if saved:
+        unchanged = (
+            f"{saved} is intact, and the same command resumes with --resume_from_checkpoint auto, "
+            "if it was another program that used the memory"
+        )
+        if batch_size == 1:
+            return f"{unchanged}; other settings need a run with another --model_name"
+        return (
+            f"{unchanged}; with less memory it resumes if you also add {smaller_batch} "
+            "--allow-change training.batch_size --allow-change training.gradient_accumulation_steps"
+        )
+    if batch_size == 1:
+        shorter = "a smaller model and a shorter data.seq_length"
+        return f"{keys} save memory; so do{half and half + ','} {shorter}"
     return f"the same step fits in less with {smaller_batch}{half}; {keys} save more"

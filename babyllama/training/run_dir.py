@@ -89,6 +89,7 @@ FREE_ON_RESUME = {
     "training.save_steps",
     "training.eval_steps",
     "training.cuda_graphs",
+    "training.process_timeout_minutes",
     "training.benchmark",
     "logging.wandb",
     "logging.project",

@@ -312,14 +312,15 @@ class LMTrainer(Trainer):
     def log_benchmark(self) -> None:
         """Score the benchmark, if there is one, and log the scores, once for the current step.
 
-        Only the main process does it. The others go on and wait for its next gradients.
+        Only the main process does it. The others wait for as long as it takes.
         """
         step = self.state.global_step
-        if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
-            return
-        scores = self.benchmark.scores(self.average.module if self.average else self.model)
-        self.benchmarked = (step, scores)
-        self.log(dict(scores))
+        with distributed.main_first():
+            if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
+                return
+            scores = self.benchmark.scores(self.average.module if self.average else self.model)
+            self.benchmarked = (step, scores)
+            self.log(dict(scores))
 
     def _samples(self, model) -> list[str]:
         """Generate one text from nothing and one from held-out words.

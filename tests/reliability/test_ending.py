@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import added_callback, errors_of
+from forks import run_in_child, signal_before
 from transformers import TrainerCallback
 
 import data_utils
@@ -27,47 +27,8 @@ AUTO = ["--resume_from_checkpoint", "auto"]
 NAMES = [signal.Signals(number).name for number in SIGNALS]
 
 
-def run_in_child(arguments: list[str], folder: Path, prepare: Callable = lambda: None) -> tuple:
-    """Train in a forked child, after `prepare`; return its exit code and its lines on stderr.
-
-    A fork costs a second less than a new Python, which would have to import torch.
-    """
-    errors = folder / "stderr"
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            for number in SIGNALS:  # pytest may run in the background, where SIGINT is ignored
-                signal.signal(number, signal.SIG_DFL)
-            with errors.open("w") as file, contextlib.redirect_stderr(file):
-                os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-                os.dup2(file.fileno(), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                prepare()
-                code = train.main(arguments)
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, errors.read_text().splitlines()
-
-
 def status_of(run_dir: Path) -> dict:
     return json.loads((run_dir / STATUS_FILE).read_text())
-
-
-def signal_before(target, name: str, number: int, call: int = 1) -> None:
-    """Make this process send itself a signal in the n-th call of a function."""
-    original = getattr(target, name)
-    calls = 0
-
-    def function(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
-
-    setattr(target, name, function)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +107,7 @@ def check_interrupted(place: str, number: int, command: list[str], tmp_path: Pat
     assert errors[-1] == line == status["message"]
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize(
     ("place", "number"),
     zip(("tokenizing", "run directory", "step", "final save"), SIGNALS, strict=False),
@@ -154,6 +116,7 @@ def test_a_signal_ends_the_run_with_one_line(place, number, command, tmp_path):
     check_interrupted(place, number, command, tmp_path)
 
 
+@pytest.mark.promise(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
 @pytest.mark.parametrize("place", PLACES)
@@ -164,7 +127,10 @@ def test_an_interrupted_run_ends_like_one_that_is_not(place, number, command, ca
     assert_equal_runs(tmp_path / "tiny", calm[1])
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.promise(7)
+@pytest.mark.parametrize(
+    "second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_during_the_save_corrupts_nothing(second, command, calm, tmp_path):
     """SIGTERM lets the save finish; Ctrl-C stops at once, and the checkpoint does not count."""
     run_dir = tmp_path / "tiny"
@@ -184,6 +150,7 @@ def test_a_second_signal_during_the_save_corrupts_nothing(second, command, calm,
     assert_equal_runs(run_dir, calm[1])
 
 
+@pytest.mark.promise(7)
 def test_signals_that_are_ignored_stay_ignored(command, tmp_path):
     """Under nohup a closed terminal does not end the run."""
 
@@ -197,6 +164,7 @@ def test_signals_that_are_ignored_stay_ignored(command, tmp_path):
     assert status["state"] == "finished" and status["step"] == 1
 
 
+@pytest.mark.promise(7)
 def test_signal_handlers_are_restored_after_a_run():
     before = [signal.getsignal(number) for number in SIGNALS]
     assert train.main(["--config", "nowhere.yaml"]) == 2
@@ -206,6 +174,7 @@ def test_signal_handlers_are_restored_after_a_run():
 # ---- kill -9 ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(7)
 def test_a_killed_run_leaves_running_and_a_dead_process(command, tmp_path):
     def prepare():
         signal_before(trainer.LMTrainer, "compute_loss", signal.SIGKILL, call=11)
@@ -219,6 +188,7 @@ def test_a_killed_run_leaves_running_and_a_dead_process(command, tmp_path):
         os.kill(status["pid"], 0)
 
 
+@pytest.mark.promise(7)
 def test_the_next_run_removes_what_a_killed_one_left_in_the_cache(command, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("BABYLLAMA_CACHE", str(cache))
@@ -237,6 +207,7 @@ def test_the_next_run_removes_what_a_killed_one_left_in_the_cache(command, tmp_p
 # ---- status.json -----------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(7)
 def test_status_is_that_of_the_run_and_not_of_a_refused_one(calm, capsys):
     path, run_dir = calm
     status = status_of(run_dir)
@@ -247,6 +218,7 @@ def test_status_is_that_of_the_run_and_not_of_a_refused_one(calm, capsys):
     assert status_of(run_dir) == status
 
 
+@pytest.mark.promise(7)
 def test_a_failed_run_says_why(command, tmp_path):
     class Fail(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -259,6 +231,7 @@ def test_a_failed_run_says_why(command, tmp_path):
     assert status["state"] == "failed" and status["message"] == "no more"
 
 
+@pytest.mark.promise(7)
 def test_a_run_whose_summary_cannot_be_printed_is_finished(command, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left")
@@ -302,16 +275,24 @@ def check_out_of_memory(error, place: str, command, calm, tmp_path, capsys) -> N
     saved = checkpoints(tmp_path / "tiny")[0].name
     assert saved == {"step": "checkpoint-6", "evaluation": "checkpoint-3"}[place]
     assert "out of memory: " + saved in line and "--resume_from_checkpoint auto" in line
-    assert "--batch-size 4" in line and "--overwrite" not in line
+    assert "--overwrite" not in line
     assert status_of(tmp_path / "tiny")["state"] == "failed"
+    copy = shutil.copytree(tmp_path / "tiny", tmp_path / "less" / "tiny")
     assert train.main(command) == 0
     assert_equal_runs(tmp_path / "tiny", calm[1])
+    # the other half of the advice: the same run with less memory
+    flags = line.split("you also add ")[1].split()
+    assert flags[:4] == ["--batch-size", "4", "--gradient-accumulation-steps", "6"]
+    assert train.main([*command, "--set", f"logging.output_dir={copy.parent}", *flags]) == 0
+    assert status_of(copy)["step"] == 8
 
 
+@pytest.mark.promise(8)
 def test_out_of_memory_costs_no_checkpoint(command, calm, tmp_path, capsys):
     check_out_of_memory(OUT_OF_MEMORY["python"], "step", command, calm, tmp_path, capsys)
 
 
+@pytest.mark.promise(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
@@ -326,6 +307,7 @@ def free_bytes(monkeypatch, n: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(n, 0, n))
 
 
+@pytest.mark.promise(5)
 def test_a_disk_that_is_too_small_is_found_before_the_first_step(
     command, calm, tmp_path, monkeypatch, capsys
 ):
@@ -345,8 +327,14 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_step(
     assert train.main(["--config", str(calm[0]), "--overwrite", "--dry-run"]) == 0
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize(
-    "changes", [{}, {"ema": 0.9}, {"optimizer": "muon"}], ids=["adamw", "average", "muon"]
+    "changes",
+    [
+        {"ema": 0.9, "optimizer": "muon"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"ema": 0.9}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(changes, command, tmp_path):
     """The state of the run and the tokenizer come on top: some ten kilobytes."""
@@ -359,3 +347,28 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(changes, command
         "checkpoint_bytes"
     ]
     assert 0 < written - expected < 60_000
+
+
+@pytest.mark.promise(5)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", range(2_000, 400_000, 40_000))
+def test_a_disk_that_is_full_at_any_byte_costs_no_checkpoint(size, command, calm, tmp_path):
+    """A limit on the size of files stands in for a full disk; the optimizer's is 390 kB."""
+    run_dir = tmp_path / "tiny"
+
+    def prepare():
+        def seal(folder):
+            original(folder)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # after the first checkpoint
+
+        original = trainer.seal_checkpoint
+        trainer.seal_checkpoint = seal
+
+    code, errors = run_in_child(command, tmp_path, prepare)
+    assert code == 2, errors
+    assert not any("Traceback" in line for line in errors)
+    assert len([line for line in errors if line.startswith("error: ")]) == 1
+    (saved,) = checkpoints(run_dir)
+    assert saved.name == "checkpoint-3" and checkpoint_error(saved) is None
+    assert train.main(command) == 0
+    assert_equal_runs(run_dir, calm[1])

@@ -140,6 +140,7 @@ def main(config: str, folder: str) -> None:
         patch.setattr(distributed, "stop", lambda: None)  # several runs in one pair of processes
         distributed.start()
         check_main_first(Path(folder) / "prepared")
+        distributed.connect()
         check_evaluation()
         train_and_resume(config, "llama")
         # every checkpoint has a row in the log, for which all processes gather the loss
