@@ -1,12 +1,12 @@
 """Compare submit.py with BabyLM's own evaluation pipeline, on the same weights and data.
 
     python experiments/babylm_agreement.py models/babylm-strict-small --eval-data evaluation_data \\
-        --official ../babylm-eval/strict --python ../official/bin/python --output agreement
+        --official ../babylm-eval/strict --interpreter ../official/bin/python3 --output agreement
 
-`--official` is the folder strict/ of a checkout of babylm-org/babylm-eval, `--python` the Python of
-an environment with its requirements (transformers 4.51.3). Each piece of work is done by their
-pipeline and by submit.py in turn. With `--collate`, both programs collate and score the predictions
-that `--output` holds, for example those that submit.py wrote.
+`--official` is the folder strict/ of a checkout of babylm-org/babylm-eval, `--interpreter` the
+Python of an environment with its requirements (transformers 4.51.3). Each piece of work is done by
+their pipeline and by submit.py in turn. With `--collate`, both programs collate and score the
+predictions that `--output` holds, for example those that submit.py wrote.
 
 Each program runs in one process, so the seconds do not include the start of a process for each task
 and checkpoint, as in the shell scripts of the pipeline. CPU seconds count all threads. Fine-tuning
@@ -106,7 +106,7 @@ class Row:
         self.items += other.items
         if other.different is not None:
             self.different = (self.different or 0) + other.different
-        self.score_difference = np.fmax(self.score_difference, other.score_difference)
+        self.score_difference = float(np.fmax(self.score_difference, other.score_difference))
         self.official_seconds += other.official_seconds
         self.our_seconds += other.our_seconds
         self.official_cpu_seconds += other.official_cpu_seconds
@@ -144,7 +144,7 @@ class Comparison:
         names = [path.name for path in self.checkpoints]
         self.log = (self.output / "official.log").open("w")
         self.worker = subprocess.Popen(
-            [self.args.python, "-c", WORKER, *names],
+            [self.args.interpreter, "-c", WORKER, *names],
             cwd=self.args.official,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -166,7 +166,7 @@ class Comparison:
         """Run a Python process of the official pipeline; return its seconds and its output."""
         started = time.perf_counter()
         child = subprocess.run(
-            [self.args.python, *arguments],
+            [self.args.interpreter, *arguments],
             cwd=self.args.official,
             env=self.environment,
             capture_output=True,
@@ -313,7 +313,8 @@ def compare_rows(row: Row, ours: list[dict], theirs: list[dict], numbers: tuple[
         for key, value in our_row.items():
             other = their_row[key]
             if key in numbers and isinstance(value, float) and isinstance(other, float):
-                row.score_difference = np.fmax(row.score_difference, abs(value - other))
+                difference = abs(value - other)
+                row.score_difference = float(np.fmax(row.score_difference, difference))
             elif value != other and not (value is None and math.isnan(other)):
                 equal = False
         row.different += not equal
@@ -347,8 +348,9 @@ def print_table(rows: dict[tuple[str, str], Row]) -> None:
     print("|" + "---|" * 11)
     total = Row()
     for (stage, task), row in [*rows.items(), (("all", ""), total)]:
+        within = "-" if math.isnan(row.score_difference) else f"{row.score_difference:.1e}"
         print(
-            f"| {stage} | {task} | {row.items:,} | {row.different} | {row.score_difference:.1e} "
+            f"| {stage} | {task} | {row.items:,} | {row.different} | {within} "
             f"| {row.official_seconds:.1f} | {row.our_seconds:.1f} "
             f"| {row.official_seconds / row.our_seconds:.1f} "
             f"| {row.official_cpu_seconds:.1f} | {row.our_cpu_seconds:.1f} "
@@ -363,7 +365,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", help="run directory with a babylm section")
     parser.add_argument("--eval-data", required=True, metavar="DIR", help="evaluation_data")
     parser.add_argument("--official", required=True, metavar="DIR", help="babylm-eval/strict")
-    parser.add_argument("--python", required=True, metavar="FILE", help="Python of the pipeline")
+    parser.add_argument("--interpreter", required=True, metavar="FILE", help="their Python")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder to fill")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages of submit.py")
     parser.add_argument("--collate", action="store_true", help="collate and score what is there")
