@@ -33,14 +33,14 @@ def check_inputs(config: dict) -> dict | None:
         if not Path(data[key]).exists():
             size = "100m" if config.get("babylm", {}).get("track") == "strict" else "10m"
             raise FileNotFoundError(
-                f"{data[key]} not found{seen_from(data[key])} (data.{key}): prepare the text "
+                f"{data[key]} not found (data.{key}){seen_from(data[key])}: prepare the text "
                 f"first: python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
                 f"--output-dir {Path(data['train_path']).parent} --tokenizer-output {tokenizer}, "
                 "or python create_synthetic_data.py"
             )
     if not Path(tokenizer).exists():
         raise FileNotFoundError(
-            f"{tokenizer} not found{seen_from(tokenizer)} (data.tokenizer_path): train a tokenizer "
+            f"{tokenizer} not found (data.tokenizer_path){seen_from(tokenizer)}: train a tokenizer "
             f"first: python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
         )
     distillation = config.get("distillation")
