@@ -381,10 +381,10 @@ def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterat
         if not line.endswith("\n"):  # the rest of a long line follows
             continue
         number += 1
-        if record.strip():
-            for piece in _counted_lines(_record_text(record, path, number, report), report):
-                yield number, piece
-        record = ""
+        text = _record_text(record, path, number, report) if record.strip() else ""
+        record = ""  # a long one takes memory
+        for piece in _counted_lines(text, report):
+            yield number, piece
 
 
 def _record_text(record: str, path: Path, number: int, report: dict) -> str:
