@@ -426,7 +426,7 @@ def _named_if_unreadable(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError | MemoryError) or is_out_of_memory(error):
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
         raise ValueError(
             f"{checkpoint} cannot be resumed: a file in it is damaged, or was not written by this "
