@@ -201,6 +201,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def replace_surrogates(text: str) -> tuple[str, int]:
     """Return (text with U+FFFD for lone surrogates, their number); UTF-8 cannot encode them."""
+    if text.isascii():  # encoding a long text would take memory
+        return text, 0
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -381,7 +383,7 @@ def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterat
         if not line.endswith("\n"):  # the rest of a long line follows
             continue
         number += 1
-        text = _record_text(record, path, number, report) if record.strip() else ""
+        text = "" if record.isspace() else _record_text(record, path, number, report)
         record = ""  # a long one takes memory
         for piece in _counted_lines(text, report):
             yield number, piece
