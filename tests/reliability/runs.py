@@ -33,9 +33,10 @@ def final_state(run_dir: Path) -> dict:
     """Return the weights, the last checkpoint's states and the log of a run, byte for byte."""
     last = checkpoints(run_dir)[0]
     state = {name: (last / name).read_bytes() for name in STATE_FILES}
+    weights = run_dir / "model.safetensors"
     return state | {
         "checkpoint": last.name,
-        "final weights": (run_dir / "model.safetensors").read_bytes(),
+        "final weights": weights.read_bytes() if weights.is_file() else None,
         "log": timeless(rows_of(run_dir)),
     }
 
@@ -76,6 +77,7 @@ def in_child(act: Callable[[], int]) -> int:
     """
     pid = os.fork()
     if pid == 0:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         try:
             code = act()
         except BaseException:
