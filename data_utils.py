@@ -13,7 +13,7 @@ generator that takes a little from the step before it and hands it on:
     documents.text_parts       lines     -> parts of at most 32,768 characters
     documents.clean_parts      parts     -> cleaned parts
     DataProcessor._batches     documents -> lists of <s>, parts, </s>, about a million characters
-    DataProcessor._tokenize    lists     -> arrays of token ids
+    DataProcessor._tokenize    documents -> arrays of token ids, by way of these lists
 
 DataProcessor._write_chunks joins the arrays, cuts them into chunks, and writes them to the cache.
 train_tokenizer.py trains tokenizers, and prepare_data.py writes cleaned text files.
@@ -145,7 +145,8 @@ class DataProcessor:
 
         All documents form one row of tokens, BOS, text, EOS, BOS, text, EOS, so no chunk is padded
         and a chunk may contain the end of one document and the start of the next. The last partial
-        chunk is dropped and counted in `reports`. `clean` applies clean_text.
+        chunk is dropped and counted in `reports`. `clean` applies clean_text; train.py leaves it
+        off, because prepare_data.py has cleaned its text.
 
         Preparing a corpus can take minutes, so chunks and report are cached in cache_dir under a
         hash of everything they depend on; a damaged cache is prepared again. num_proc limits the

@@ -7,10 +7,10 @@
     python train.py --config config/llama-10M.yaml --sweep sweep.yaml
     python train.py --config config/llama-10M.yaml --seeds 1 2 3
 
-Read it from top to bottom and you have read what happens in a run: load and check the
-configuration, create the model, tokenize the text, set up the run, train, write the results. The
-text must be clean and have a tokenizer already (prepare_data.py makes both), and comparing the
-finished models is benchmark.py's task.
+Start reading at prepare_and_train, near the end: it checks the configuration, tokenizes the text,
+creates the model, trains it and writes the results. torch is imported inside functions, so that
+--help and the errors of a configuration appear at once. The text must be clean and have a tokenizer
+already (prepare_data.py makes both), and comparing the finished models is benchmark.py's task.
 """
 
 from __future__ import annotations

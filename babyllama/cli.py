@@ -9,11 +9,13 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 EXIT_BAD_INPUT = 2
+TRACEBACK = "BABYLLAMA_TRACEBACK"  # the variable by which developers see where an error came from
 EXIT_INTERRUPTED = 130
 # control characters, marks that reverse text, and the bytes of a file name that are not UTF-8
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -107,6 +109,8 @@ def run_script(
         sys.stdout.flush()  # so that a full disk is an error, and not only an exit code of Python's
         return code
     except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
         print_error(error)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as error:

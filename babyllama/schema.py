@@ -15,7 +15,7 @@ from babyllama import architectures
 MUON_LR = 8e-3  # Muon's best learning rates are above AdamW's (docs/results.md)
 TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM: words of training text
 MAX_EPOCHS = 10  # in both tracks of BabyLM
-WITH_DROPOUT = ", ".join(architectures.WITH_DROPOUT)
+DROPOUT_MODELS = ", ".join(architectures.WITH_DROPOUT)
 
 
 def _key(
@@ -92,13 +92,13 @@ class ModelSection(Section):
     )
     tie_word_embeddings: bool = _key("Share one matrix between embedding and output layer", False)
     resid_pdrop: float = _key(
-        f"Dropout on the residual branches ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the residual branches ({DROPOUT_MODELS})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
     embd_pdrop: float = _key(
-        f"Dropout on the embeddings ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the embeddings ({DROPOUT_MODELS})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
     attn_pdrop: float = _key(
-        f"Dropout on the attention weights ({WITH_DROPOUT})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
+        f"Dropout on the attention weights ({DROPOUT_MODELS})", 0.0, ge=0, lt=1, typical=(0.0, 0.3)
     )
 
 

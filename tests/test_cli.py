@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from babyllama import cli
 from babyllama.cli import add_flag, check_at_least, duration, run_script
 
 
@@ -60,6 +61,17 @@ def test_output_on_a_full_disk_exits_with_2(streams, expected, body):
     assert done.returncode == 2
     if body.startswith("print"):
         assert (done.stderr or b"") == expected
+
+
+def test_a_developer_can_see_where_a_mistake_was_raised(monkeypatch, capsys):
+    def body():
+        raise ValueError("wrong")
+
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert cli.run_script(body) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback")
+    assert last == "error: wrong"
 
 
 def test_a_bug_keeps_its_traceback():

@@ -5,7 +5,7 @@ saves a model directory chck_<N>M as soon as it has seen N million words, and wr
 verdict into compliance.json. Without the section it only counts the words (data/words.py).
 
     seen = SeenWords(counts, order=lambda epoch: np.arange(n), steps=steps)
-    print(seen.after[100], seen.first_step(1_000_000), seen.by_domain(100))
+    print(seen.words[100], seen.first_step(1_000_000), seen.by_domain(100))
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class SeenWords:
-    """Tell how many words a run has seen after each step; `after` is int64 (steps + 1,).
+    """Tell how many words a run has seen after each step; `words` is int64 (steps + 1,).
 
     The seed and the epoch determine the order of the chunks, so all words can be counted before the
     first step. Counting them while training would be harder: each chunk would need its word count
@@ -71,12 +71,12 @@ class SeenWords:
             words = counts.per_chunk(offset(epoch))[order(epoch)]
             first_chunks = [chunks.start for chunks in steps.slices(epoch)]
             words_per_step.append(np.add.reduceat(words, first_chunks))
-        self.after = np.cumsum(np.concatenate([[0], *words_per_step]))
+        self.words = np.cumsum(np.concatenate([[0], *words_per_step]))
 
     def first_step(self, words: int) -> int | None:
         """Return the first step after which this many words were seen; None if it never happens."""
-        step = int(np.searchsorted(self.after, words))
-        return step if step < len(self.after) else None
+        step = int(np.searchsorted(self.words, words))
+        return step if step < len(self.words) else None
 
     def words_per_epoch(self, step: int) -> int | float:
         """Return the mean number of words in the chunks of the epochs that were begun by a step.
@@ -93,7 +93,7 @@ class SeenWords:
     def by_domain(self, step: int) -> dict[str, int]:
         """Return the number of words of each domain that were seen after a step."""
         words: Counter[str] = Counter()
-        n_seen = int(self.steps.after[step])
+        n_seen = int(self.steps.chunks_seen[step])
         n_chunks = self.steps.n_chunks
         for epoch in range(math.ceil(n_seen / n_chunks)):
             chunks = self.order(epoch)[: n_seen - epoch * n_chunks]
@@ -174,7 +174,7 @@ class BabyLMCallback(TrainerCallback):
 
     def words_seen(self, step: int) -> int:
         """Return the number of words seen after a step."""
-        return int(self.seen.after[step])
+        return int(self.seen.words[step])
 
     def compliance(self) -> dict[str, Any] | None:
         """Return the content of compliance.json, or None without a budget."""

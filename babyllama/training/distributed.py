@@ -34,9 +34,14 @@ from babyllama import cli
 if TYPE_CHECKING:
     from babyllama.training.steps import Steps
 
-# the launcher's key-value store, the GPU of this process, the number of main_first blocks that have
-# begun, and the group of processes for tensors on the CPU (None: the default group)
-_group = SimpleNamespace(store=None, device=None, block=0, on_cpu=None, timeout=600.0, ended=None)
+_group = SimpleNamespace(
+    store=None,  # the launcher's key-value store
+    device=None,  # the GPU of this process
+    block=0,  # how many main_first blocks have begun
+    on_cpu=None,  # the group of processes for tensors on the CPU; None is the default group
+    timeout=600.0,  # seconds of silence after which a process counts as lost
+    ended=None,  # the event that stops _beat
+)
 BEAT_SECONDS = 1.0  # how often each process shows in the store that it is alive
 
 

@@ -1,7 +1,7 @@
 """End a run so that nobody has to guess how it ended: signals, the last line, status.json.
 
     with ending.catch_signals():                  # from the start of main
-        with ending.recorded(run_dir) as status:  # as soon as the run directory is ours
+        with ending.recorded(run_dir, step=0) as status:  # as soon as the run directory is ours
             with ending.deferred_signals():       # a signal waits for the end of this block
                 train()
 

@@ -21,6 +21,7 @@ from babyllama.training.attention import attention_mask
 # fits into its caches.
 SLICE_ELEMENTS = 2**23
 GPU_SLICE_ELEMENTS = 2**26
+NO_TARGET = -100  # instead of a token id; what F.cross_entropy ignores
 
 
 def next_token_nll(
@@ -28,10 +29,10 @@ def next_token_nll(
 ) -> torch.Tensor:
     """Return the loss in float32 from logits (B, T, V) and input_ids (B, T).
 
-    With reduction="none" it is that of each position (B * T,), 0 at the last one of a chunk.
+    With reduction="none", return the loss of each position (B * T,); it is 0 at the end of a chunk.
     """
     # padding the targets is cheap, whereas logits[:, :-1] would copy the logits
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)  # (B, T)
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET)  # (B, T)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
@@ -49,7 +50,8 @@ def slice_nll(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of logits (N, V), and its gradient as factors G (N, V) and s (N, 1).
 
-    targets (N,) holds -1 for positions that predict nothing. With m the largest logit of a row:
+    targets (N,) holds NO_TARGET for positions that predict nothing. With m the largest logit of a
+    row:
 
         Z = sum of exp(logit - m)
         G = exp(logit - m), minus Z at the target
@@ -97,7 +99,7 @@ class HeadLoss(torch.autograd.Function):
         n, length = input_ids.shape
         elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
         rows = max(1, elements // (len(weight) * length)) * length  # complete chunks
-        targets = F.pad(input_ids[:, 1:], (0, 1), value=-1)
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET)
         x = states.flatten(0, 1).to(dtype)  # (N, D)
         w = weight.to(dtype)  # (V, D)
         b = None if bias is None else bias.to(dtype)

@@ -56,7 +56,7 @@ def describe_run(
             training["warmup_steps"],
             steps,
         )
-    chunks = int(layout.after[steps])
+    chunks = int(layout.chunks_seen[steps])
 
     # count the operations: a token attends to T / 2 others on average, once for the scores and once
     # for the values, so attention costs as much as T x hidden_size more weights in each layer

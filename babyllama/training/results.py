@@ -86,7 +86,7 @@ def measure_training(trainer, run_log, word_counter, seq_length: int) -> dict[st
     counts all steps.
     """
     steps = trainer.kept_step()
-    chunks = int(trainer.steps.after[steps])
+    chunks = int(trainer.steps.chunks_seen[steps])
     return {
         "tokens_per_second": run_log.tokens_per_second(),
         "training_seconds": run_log.seconds,

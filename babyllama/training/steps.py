@@ -5,7 +5,7 @@ with another batch size has steps of several sizes; its history (run_dir.py) say
 on.
 
     steps = Steps(n_chunks, config["training"])
-    print(steps.total, steps.after[100])
+    print(steps.total, steps.chunks_seen[100])
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from babyllama.training import distributed
 
 
 class Steps:
-    """Hold the number of chunks that were seen after each step; `after` is int64 (steps + 1,).
+    """Hold the number of chunks that were seen after each step, `chunks_seen` (steps + 1,).
 
-    `after` and `epoch_ends` (epochs + 1,), which counts steps, cover all epochs that the run
+    `chunks_seen` and `epoch_ends` (epochs + 1,), which counts steps, cover all epochs that the run
     begins. The run ends after `total` steps, of the `available` ones of training.num_epochs.
     """
 
@@ -51,7 +51,7 @@ class Steps:
         self.total = min(self.available, training["max_steps"] or self.available)
         n_epochs = math.ceil(after[self.total] / n_chunks)
         self.epoch_ends = np.searchsorted(after, n_chunks * np.arange(n_epochs + 1))
-        self.after = after[: self.epoch_ends[-1] + 1]
+        self.chunks_seen = after[: self.epoch_ends[-1] + 1]
 
     @property
     def epochs(self) -> int:
@@ -66,7 +66,7 @@ class Steps:
     def slices(self, epoch: int) -> list[slice]:
         """Return the chunks of each step of an epoch, as slices of the epoch's order."""
         first = self.epoch_ends[epoch]
-        bounds = self.after[first : self.epoch_ends[epoch + 1] + 1] - epoch * self.n_chunks
+        bounds = self.chunks_seen[first : self.epoch_ends[epoch + 1] + 1] - epoch * self.n_chunks
         return [
             slice(*pair) for pair in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         ]
@@ -79,7 +79,7 @@ class Steps:
         this is 0, unless the size has changed.
         """
         part = self._last_part
-        epoch, rest = divmod(int(self.after[part["step"]]), self.n_chunks)
+        epoch, rest = divmod(int(self.chunks_seen[part["step"]]), self.n_chunks)
         per_epoch = len(_step_ends(0, self.n_chunks, part))
         return epoch * per_epoch + rest / _chunks_per_step(part) - part["step"]
 

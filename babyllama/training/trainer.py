@@ -2,8 +2,8 @@
 
 Trainer decides when to step, log, evaluate and save. LMTrainer replaces the parts that would
 misreport or lose work: Trainer's evaluation loss is a mean of batch means, its log shows a NaN loss
-as 0, it writes checkpoints in place, and nothing marks a checkpoint as complete. The methods that
-start with an underscore are Trainer's private ones and are overridden only in this file; a test
+as 0, it writes checkpoints in place, and nothing marks a checkpoint as complete. Eight of Trainer's
+private methods are overridden, only in this file; tests/training/test_trainer.py lists them, and
 fails if a release of transformers changes what we rely on. Building the model and reading the
 configuration is train.py's job.
 """
@@ -133,21 +133,26 @@ class LMTrainer(Trainer):
     # -- a step --
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return what this batch contributes to the loss of the step.
-
-        The loss of a step is the mean over all tokens it predicts, in every batch and process;
-        `num_items_in_batch` is their number, despite its name.
-        """
-        with self.accelerator.autocast():
-            nll = self.loss(model, inputs["input_ids"])
-        # DDP and FSDP average gradients over the processes, but the division has done that already
-        loss = nll / num_items_in_batch * self.accelerator.num_processes
+        """Return batch_loss, and note it."""
+        loss = self.batch_loss(model, inputs["input_ids"], num_items_in_batch)
         self._note_batch(loss.detach(), inputs["input_ids"].shape[1])
         return loss
 
+    def batch_loss(self, model, input_ids: torch.Tensor, step_tokens: torch.Tensor) -> torch.Tensor:
+        """Return what a batch (B, T) contributes to the loss of its step.
+
+        The loss of a step is the mean over all `step_tokens` tokens that it predicts, in every
+        batch and process. A trainer with another loss overrides this method, which CUDA graphs
+        record too.
+        """
+        with self.accelerator.autocast():
+            nll = self.loss(model, input_ids)
+        # DDP and FSDP average gradients over the processes, but the division has done that already
+        return nll / step_tokens * self.accelerator.num_processes
+
     def _note_batch(self, loss: torch.Tensor, length: int) -> None:
         """Count the tokens seen, and the batches whose loss is NaN or infinite."""
-        chunks = int(self.steps.after[self.state.global_step + 1])
+        chunks = int(self.steps.chunks_seen[self.state.global_step + 1])
         self.state.num_input_tokens_seen = chunks * length
         # read only when logging, so that steps never wait for the GPU
         self._nonfinite_losses += ~torch.isfinite(loss)
@@ -166,8 +171,7 @@ class LMTrainer(Trainer):
 
         CudaGraphStep records this, so nothing in it may wait for the GPU.
         """
-        with self.accelerator.autocast():
-            loss = self.loss(self.model, input_ids) / items
+        loss = self.batch_loss(self.model, input_ids, items)
         loss.backward()
         return loss.detach()
 
@@ -212,7 +216,9 @@ class LMTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         """Raise TrainingError if the loss or a weight is NaN, before such a model is saved."""
         # Trainer counts in batches, whose number depends on the batch size
-        self.state.epoch = float(self.steps.after[self.state.global_step] / self.steps.n_chunks)
+        self.state.epoch = float(
+            self.steps.chunks_seen[self.state.global_step] / self.steps.n_chunks
+        )
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate:
             # the sum over processes makes all of them stop at the same step

@@ -144,8 +144,8 @@ def test_words_seen_are_those_in_the_batches_of_all_processes(
                     by_domain["a" if chunk == 0 else "b"] += words[chunk]
                 after.append(seen)
                 assert words_seen.by_domain(len(after) - 1) == by_domain
-    assert words_seen.after.tolist() == after
-    assert words_seen.after[-1] == epochs * sum(words)
+    assert words_seen.words.tolist() == after
+    assert words_seen.words[-1] == epochs * sum(words)
     for target in {1, seen // 2, seen, seen + 1} - {0}:
         crossing = next((step for step, words in enumerate(after) if words >= target), None)
         assert words_seen.first_step(target) == crossing
@@ -160,7 +160,7 @@ def test_words_seen_with_another_offset_in_each_epoch(tokenizer):
         steps=Steps(3, training),
         offset=lambda epoch: 9 * min(epoch, 1),
     )
-    assert words_seen.after.tolist() == [0, 14 + 5, 23, 23 + 11 + 6, 45, 45 + 11 + 6, 67]
+    assert words_seen.words.tolist() == [0, 14 + 5, 23, 23 + 11 + 6, 45, 45 + 11 + 6, 67]
     assert words_seen.by_domain(6) == {"a": 3, "b": 64}
 
 

@@ -116,7 +116,7 @@ def test_every_chunk_is_in_one_batch_of_one_process(processes, count, batch_size
         steps = chunks_by_step(batches_by_rank, accumulation)
         assert steps == expected
         two_epochs = [len(step) for step in 2 * steps]
-        assert layout.after.tolist() == list(itertools.accumulate(two_epochs, initial=0))
+        assert layout.chunks_seen.tolist() == list(itertools.accumulate(two_epochs, initial=0))
         assert layout.epoch_ends.tolist() == [0, len(steps), 2 * len(steps)]
 
 

@@ -9,7 +9,7 @@ from conftest import build_tiny_model
 from babyllama.device import compiler_missing
 from babyllama.training import loss
 from babyllama.training.attention import prepare_for_chunks
-from babyllama.training.loss import HeadLoss, NextTokenLoss, slice_nll
+from babyllama.training.loss import NO_TARGET, HeadLoss, NextTokenLoss, slice_nll
 
 KINDS = ("Llama", "GPT2", "GPTJ")
 
@@ -65,7 +65,9 @@ def test_slice_nll_of_extreme_logits_equals_float64(logits, target):
     exact = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     expected = -exact.log_softmax(-1)[0, target]
     (expected_gradient,) = torch.autograd.grad(expected, exact)
-    nll, gradient, scale = slice_nll(torch.tensor(logits).expand(2, -1), torch.tensor([target, -1]))
+    nll, gradient, scale = slice_nll(
+        torch.tensor(logits).expand(2, -1), torch.tensor([target, NO_TARGET])
+    )
     assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
     both_rows = torch.cat([expected_gradient, torch.zeros_like(expected_gradient)]).float()
     assert torch.allclose(gradient * scale, both_rows, atol=1e-7)

@@ -46,7 +46,7 @@ def test_each_epoch_takes_each_chunk_once_whatever_changes(n, epochs, parts):
         seen.append(seen[-1] + (left if left - taken < current["processes"] else taken))
 
     steps = Steps(n, training_section(epochs), history)
-    assert steps.after.tolist() == seen
+    assert steps.chunks_seen.tolist() == seen
     assert [seen[step] for step in steps.epoch_ends] == [n * epoch for epoch in range(epochs + 1)]
     for epoch in range(epochs):
         taken = [i for chunks in steps.slices(epoch) for i in range(chunks.start, chunks.stop)]
@@ -69,10 +69,10 @@ def test_the_schedule_goes_by_text_seen(kind):
     keys = {"lr": 1.0, "min_lr": 0.1, "lr_scheduler": kind, "warmup_steps": 0, "warmup_ratio": 0.2}
     usual = Steps(96, training_section(2), [part(0, 16)])
     expected = schedule(keys, usual.total)
-    rates = {int(usual.after[step]): expected(step) for step in range(usual.total)}
+    rates = {int(usual.chunks_seen[step]): expected(step) for step in range(usual.total)}
     changed = Steps(96, training_section(2), [part(0, 8), part(6, 16)])
     factor = schedule(keys, changed.total + changed.schedule_lead)
     for step in range(6, changed.total):
         rate = factor(step + changed.schedule_lead)
-        assert rate == pytest.approx(rates[int(changed.after[step])])
+        assert rate == pytest.approx(rates[int(changed.chunks_seen[step])])
     assert usual.schedule_lead == 0

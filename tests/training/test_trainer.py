@@ -240,7 +240,6 @@ def test_the_private_methods_that_we_override_exist():
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
-        "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_run_epoch",
