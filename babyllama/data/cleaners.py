@@ -17,7 +17,7 @@ from collections.abc import Callable
 from html.entities import html5
 
 # It is part of cache keys and manifests: increase it when the output of a cleaner changes.
-CLEANER_VERSION = 6
+CLEANER_VERSION = 7
 
 # A pattern that looks far ahead again and again would take minutes on a long line. So each pattern
 # either consumes what it looks at or looks at a bounded stretch. Something that is removed within a
@@ -443,9 +443,13 @@ class DomainCleaners:
     @staticmethod
     def childes(text: str) -> str:
         """Resolve the marks of CHAT transcripts, &-um dog@o (be)cause, and clean as dialogue."""
-        text = _WORD_FORM.sub("", _EVENT.sub(" ", _FILLER.sub("", _plain_text(text))))
-        for _ in range(NESTED if "(" in text else 0):
+        text = _plain_text(text)
+        for _ in range(NESTED):  # a mark that is removed may complete another one
+            earlier = text
+            text = _WORD_FORM.sub("", _EVENT.sub(" ", _FILLER.sub("", text)))
             text = _UNSPOKEN.sub(lambda match: re.sub("[()]", "", match[0]), text)
+            if text == earlier:
+                break
         return DomainCleaners.dialogue(text)
 
     @staticmethod

@@ -210,6 +210,8 @@ fragment_text = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 @example(text="<b [http://x[glossary: {START OF THIS PROJECT GUTENBERG#(laughing) -->=}a[[")
 @example(text="[glossary:a|[glossary:+...</i>]]+")
 @example(text="[http://x[http://x]=]")
+@example(text="dog@o@o")
+@example(text="&=(be)cause &-(be)cause (be)&-cause")
 def test_cleaning_twice_changes_nothing_more(name, text):
     once = CLEANERS[name](text)
     assert CLEANERS[name](once) == once
