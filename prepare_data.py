@@ -155,20 +155,29 @@ def prepare_and_print(args: argparse.Namespace) -> int:
     tokenizer = manifest["tokenizer"]
     counted = f"tokens counted with {tokenizer['path']}" if tokenizer else "tokens not counted"
     print(f"wrote {written}; {counted}")
-    print(f"next  {next_command(args)}")
+    if command := next_command(args):
+        print(f"next  {command}")
     return 0
 
 
-def next_command(args: argparse.Namespace) -> str:
-    """Return the command to run next: train a model, or first a tokenizer."""
+def next_command(args: argparse.Namespace) -> str | None:
+    """Return the command to run next: train a model, or first a tokenizer.
+
+    Return None if there is no text to train on, or none to evaluate on.
+    """
     train_path = args.output_dir / "train"
-    if args.skip_tokenizer:
+    dev_path = args.output_dir / "dev"
+    if not train_path.is_dir():
+        return None
+    if args.skip_tokenizer or not args.tokenizer_output.is_file():
         return shlex.join(["python", "train_tokenizer.py", "--data-dir", str(train_path)])
+    if not dev_path.is_dir():
+        return None
     return training_command(
         "babylm-strict.yaml" if args.babylm_100m else "llama-10M.yaml",
         tokenizer_path=args.tokenizer_output,
         train_path=train_path,
-        eval_path=args.output_dir / "dev",
+        eval_path=dev_path,
     )
 
 

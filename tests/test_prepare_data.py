@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -281,11 +282,23 @@ def test_preparing_one_split_keeps_the_other_and_its_record(run, tmp_path, capsy
     before = manifest_of(tmp_path)
     assert "earlier run" not in capsys.readouterr().out
     assert run("--skip-cleaning", train=None) == 0
-    assert "note: train is from an earlier run" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "note: train is from an earlier run" in output
+    assert "next  python train.py" in output
     after = manifest_of(tmp_path)
     assert after["splits"]["train"] == before["splits"]["train"]
     assert after["word_budget"] == before["word_budget"]
     assert after["splits"]["dev"]["cleaner_version"] is None and after["overlap"] is None
+
+
+def test_no_command_is_printed_that_would_miss_a_split(run, tmp_path, capsys):
+    assert run(train=None) == 0
+    assert "next  " not in capsys.readouterr().out  # there is nothing to train on
+    shutil.rmtree(tmp_path / "out")
+    assert run(dev=None) == 0
+    assert "next  " not in capsys.readouterr().out  # nor here to evaluate on
+    assert run(train=None) == 0
+    assert f"--set data.eval_path={tmp_path / 'out' / 'dev'}" in capsys.readouterr().out
 
 
 def test_the_word_budget_of_the_track_is_reported(run, raw, tmp_path, capsys, monkeypatch):
