@@ -161,6 +161,18 @@ def training_command(name: str, **data: str | Path) -> str:
     return shlex.join(command)
 
 
+def flatten(values: dict[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return a dict without dicts in it: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner = flatten(value, separator)
+            flat |= {f"{key}{separator}{name}": inner[name] for name in inner}
+        else:
+            flat[key] = value
+    return flat
+
+
 # ---- from pydantic's errors to sentences --------------------------------------------------------
 
 TYPE_NAMES = {

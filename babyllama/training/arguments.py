@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from babyllama.config import flatten
 from babyllama.training import distributed
-from babyllama.training.tracking import flatten
 
 
 def training_arguments(
@@ -101,7 +101,7 @@ class RunArguments(TrainingArguments):
     facts: ClassVar[dict[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        return flatten(self.facts, ".")
+        return flatten(self.facts)
 
 
 def keep_one_gpu(arguments: TrainingArguments) -> TrainingArguments:

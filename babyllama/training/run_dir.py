@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import format_yaml, read_yaml_file
+from babyllama.config import flatten, format_yaml, read_yaml_file
 from babyllama.files import (
     LOCK_FILE,
     OWNER_FILE,
@@ -272,22 +272,14 @@ def _read_run_file(path: Path) -> dict:
     raise ValueError(f"{path} is corrupted; restore it, or {RETRAIN}")
 
 
-def _flatten(config: dict) -> dict:
-    """Return a configuration as one dictionary, {"section.key": value}."""
-    flat = {}
-    for section, keys in config.items():
-        flat |= {f"{section}.{key}": value for key, value in keys.items()}
-    return flat
-
-
 def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     """Compare the run in `run_dir` with a new configuration and data report.
 
     Return a dictionary with a sentence for every difference, {key: "key: was ..., is ..."}. It is
     empty if both describe the same run.
     """
-    old = _flatten(_read_run_file(run_dir / CONFIG_FILE))
-    new = _flatten(config)
+    old = flatten(_read_run_file(run_dir / CONFIG_FILE))
+    new = flatten(config)
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
     new_report = dict(report)
     old_report.pop("history", None)
@@ -416,7 +408,7 @@ def run_history(
 
 def _settings(config: dict, report: dict) -> dict[str, Any]:
     """Return the CHANGEABLE settings of a run."""
-    values = _flatten(config) | {"processes": report.get("processes", 1)}
+    values = flatten(config) | {"processes": report.get("processes", 1)}
     return {key: values.get(key) for key in CHANGEABLE}
 
 

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from babyllama.config import flatten
 from babyllama.files import describe_environment, write_text
 from babyllama.training import distributed
 from babyllama.training.run_dir import BENCHMARK_PREFIX, TENSORBOARD_DIR, WANDB_ID_FILE
@@ -61,17 +62,6 @@ def run_facts(config: dict, plan: dict, report: dict) -> dict[str, Any]:
     return {**config, "plan": plan, "data_report": report, "environment": describe_environment()}
 
 
-def flatten(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Return a dict without dicts in it: {"a": {"b": 1}} becomes {"a.b": 1}."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 # ---- what is sent -------------------------------------------------------------------------------
 
 
@@ -94,7 +84,7 @@ def row_scalars(row: dict[str, Any]) -> dict[str, float]:
 
 def final_scalars(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the numbers in the results of training_metrics.json: final/eval_loss and so on."""
-    results = flatten(metrics["results"], "/", "final/")
+    results = flatten({"final": metrics["results"]}, "/")
     return {key: value for key, value in results.items() if isinstance(value, int | float)}
 
 
