@@ -33,7 +33,6 @@ import argparse
 import datetime
 import functools
 import gc
-import json
 import logging
 import re
 import shlex
@@ -456,9 +455,11 @@ def check_nothing_is_lost(output: Path, models: list[str], tasks: dict[str, Benc
 
     Results cannot be added to the file, because a comparison needs the scores of all items.
     """
+    from babyllama.files import read_json
+
     if not output.is_file() or not output.stat().st_size:
         return
-    earlier = json.loads(output.read_bytes())
+    earlier = read_json(output)
     lost = [task for task in earlier.get("configs", ()) if task not in tasks]
     if isinstance(earlier["results"], dict):
         lost += [model for model in earlier["results"] if model not in models]

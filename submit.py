@@ -24,14 +24,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import logging
 import sys
 from pathlib import Path
 
 from babyllama import cli
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
-from babyllama.files import exclusive_folder, is_model, weights_sha256, write_json
+from babyllama.files import exclusive_folder, is_model, read_json, weights_sha256, write_json
 from babyllama.submission import official
 from babyllama.submission.glue_tasks import GLUE_TASKS
 from babyllama.submission.jobs import Job, joint_hash, run_jobs, size_of, weights_hash
@@ -173,7 +172,7 @@ def write_results(
     collated, problems = collate.collate(results, eval_data, needed)
     write_json(official.collated_file(results), collated)
     acquisition = official.acquisition_folder(results) / "acquisition.json"
-    known = json.loads(acquisition.read_text("utf-8")) if acquisition.is_file() else None
+    known = read_json(acquisition) if acquisition.is_file() else None
     scores = {
         "model": args.run,
         "track": run["babylm"]["track"],
@@ -206,7 +205,7 @@ def check_file(path: str) -> int:
     """Print a line for each problem of a collated file; return the exit code."""
     from babyllama.submission import collate
 
-    collated = collate.read_collated(Path(path))
+    collated = read_json(Path(path))
     track = collate.track_of(collated)
     problems = collate.check(collated, official.requirements(track))
     for problem in problems:

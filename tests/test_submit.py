@@ -11,7 +11,7 @@ from conftest import errors_of, sentences, tiny_config
 
 import submit
 import train
-from babyllama.submission import collate, official
+from babyllama.submission import collate, jobs, official
 from babyllama.training import run_dir
 
 
@@ -198,6 +198,21 @@ def test_check_finds_the_wrong_sizes_of_a_tiny_file(submission, capsys):
     assert "blimp adjunct_island: 4 predictions, expected 928" in output
     assert "aoa_surprisals: chck_4M, chck_5M, " in output
     assert "chck_90M, chck_100M are missing" in output
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_check_names_a_file_that_is_not_json(content, tmp_path, capsys):
+    file = tmp_path / "collated.json"
+    file.write_text(content)
+    assert submit.main(["--check", str(file)]) == 2
+    (line,) = errors_of(capsys)
+    assert f"{file} is not valid JSON" in line
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000])
+def test_a_damaged_record_of_jobs_counts_as_empty(content, tmp_path):
+    (tmp_path / jobs.MADE_FILE).write_text(content)
+    assert jobs.Record(tmp_path, seed=1).made == {}
 
 
 def test_check_accepts_what_submit_has_written(submission, needed):

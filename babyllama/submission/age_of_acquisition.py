@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 import time
 import warnings
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from babyllama.cli import duration
-from babyllama.files import check_replaceable, holds_results, model_sha256, write_json
+from babyllama.files import check_replaceable, holds_results, model_sha256, read_json, write_json
 from babyllama.training.run_dir import MILLION
 
 AGES = range(16, 31)  # months; the columns of cdi_human.csv
@@ -42,7 +41,7 @@ def read_contexts(path: str | Path) -> dict[str, list[str]]:
     Words of one letter are not part of the task. Raise ValueError for a file of another format.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         contexts = {
             word: [row["context"] for row in rows]
             for word, rows in content.items()
@@ -138,7 +137,7 @@ def _finished_rows(
 ) -> dict[str, list[dict]]:
     """Return the rows of the checkpoints that `output` holds completely, {name: rows}."""
     try:
-        content = json.loads(output.read_text(encoding="utf-8"))
+        content = read_json(output)
         measured = content["metadata"]["weights_sha256"]
         rows_of = defaultdict(list)
         for row in content["results"]:

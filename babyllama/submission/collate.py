@@ -2,7 +2,7 @@
 
     needed = requirements("strict-small")
     collated, problems = collate(Path("results/my-model"), Path("evaluation_data"), needed)
-    check(json.loads(Path("another_team.json").read_text()), needed)  # a line for each problem
+    check(read_json(Path("another_team.json")), needed)  # a line for each problem
     score(collated, Path("evaluation_data"))["overall_2026"]
 
 The file holds the predictions of the final model, and the scores of every checkpoint on the fast
@@ -12,7 +12,6 @@ tasks. Predictions of a wrong size become null, and the leaderboard counts null 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 from babyllama.evaluation import grading, metrics
 from babyllama.evaluation.tasks import TASKS, Item, read_items
+from babyllama.files import read_json
 from babyllama.submission import official
 from babyllama.submission.glue_tasks import GLUE_TASKS, read_examples
 from babyllama.submission.official import OfficialTask, Requirements, Sizes
@@ -87,11 +87,11 @@ def collate(
 def _read(path: Path, problems: list[str]) -> Any:
     """Return the content of a JSON file; if there is none, add a line to `problems`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         problems.append(f"{path} is missing")
     except ValueError as error:
-        problems.append(f"{path} is not JSON ({error})")
+        problems.append(str(error))
     return None
 
 
@@ -145,14 +145,6 @@ def candidate_scores(name: str, predictions: dict, items: Sequence[Item]) -> np.
 
 
 # ---- check --------------------------------------------------------------------------------------
-
-
-def read_collated(path: Path) -> Any:
-    """Read a collated file; ValueError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
 
 
 def track_of(collated: Any) -> str:

@@ -6,11 +6,10 @@ answers["unknown"]  # the questions that only the team can answer
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from babyllama.files import weights_sha256
+from babyllama.files import read_json, weights_sha256
 from babyllama.training.run_dir import METRICS_FILE
 
 
@@ -22,7 +21,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     file = run_dir / METRICS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{run_dir} is no finished run: it has no {METRICS_FILE}")
-    run = json.loads(file.read_text(encoding="utf-8"))
+    run = read_json(file)
     if not run.get("babylm"):
         raise ValueError(
             f"{run_dir} was trained without a babylm section; add `babylm: {{track: strict-small}}`"
@@ -44,7 +43,7 @@ def form_answers(
     plan = run["plan"]
     results = run["results"]
     babylm = run["babylm"]
-    model_config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    model_config = read_json(run_dir / "config.json")
     vocabulary = model_config["vocab_size"]
     hours = results["training_seconds"] / 3600
     on_gpu = not run["environment"]["device"].startswith("CPU")

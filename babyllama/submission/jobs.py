@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama import cli
-from babyllama.files import model_sha256, sha256, write_json
+from babyllama.files import model_sha256, read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 MADE_FILE = "made_from.json"
@@ -46,9 +45,9 @@ class Record:
         self.output = output
         self.seed = seed
         try:
-            self.made = json.loads((output / MADE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.made = {}
+            self.made = dict(read_json(output / MADE_FILE))
+        except (OSError, ValueError, TypeError):
+            self.made = {}  # all jobs run again
 
     def is_done(self, job: Job) -> bool:
         if not all(path.is_file() for path in job.outputs):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from babyllama.evaluation import grading, report
 from babyllama.evaluation.tasks import TASKS
+from babyllama.files import read_json
 from babyllama.submission import official
 from babyllama.submission.collate import candidate_scores, read_task
 from babyllama.submission.official import Requirements
@@ -33,7 +33,7 @@ def fast_document(
         items = read_task(task, eval_data / "fast_eval" / spec.fast)
         by_task[task] = {}
         for name, file in zip(checkpoints, files, strict=True):
-            predictions = json.loads(file.read_text(encoding="utf-8"))
+            predictions = read_json(file)
             scores = candidate_scores(task, predictions, items)
             by_task[task][name] = grading.score_items(task, items, scores)
     if not by_task:
