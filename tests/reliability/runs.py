@@ -103,6 +103,8 @@ def run(config: Path, *flags: str) -> int:
 def ledger_of(path: Path) -> Iterator[None]:
     """Write a line "step chunk" to `path` for every chunk that a training step is given."""
     original = LMTrainer.training_step
+    with path.open("a") as file:
+        file.write("attempt\n")
 
     def record(self, model, inputs, *args, **kwargs):
         step = self.state.global_step + 1
@@ -120,9 +122,10 @@ def ledger_of(path: Path) -> Iterator[None]:
 def read_ledger(path: Path) -> list[tuple[int, str]]:
     """Return (step, chunk) of the steps that count: a step that was trained again counts once."""
     entries: list[tuple[int, str]] = []
-    for line in path.read_text().splitlines():
-        step, chunk = line.split()
-        if entries and int(step) < entries[-1][0]:  # resumed: the later steps are lost
-            entries = [entry for entry in entries if entry[0] < int(step)]
-        entries.append((int(step), chunk))
+    for attempt in path.read_text().split("attempt\n"):
+        lines = [line.split() for line in attempt.splitlines()]
+        if lines:  # the steps that this attempt trains again are lost, also one half done
+            first_step = int(lines[0][0])
+            entries = [entry for entry in entries if entry[0] < first_step]
+        entries += [(int(step), chunk) for step, chunk in lines]
     return entries

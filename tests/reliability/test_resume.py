@@ -62,11 +62,11 @@ def test_a_run_whose_settings_change_sees_each_chunk_once(config_file, tmp_path,
     path = config_file(training__save_steps=1, training__logging_steps=1)
     run_dir = tmp_path / "models" / "tiny"
     flags = []
+    for step, next_flags in CHANGES:
+        with ledger_of(tmp_path / "ledger"), added_callback(Stop(step)):
+            assert run(path, *flags, *AUTO, *ALLOW) == 130
+        flags += next_flags
     with ledger_of(tmp_path / "ledger"):
-        for step, next_flags in CHANGES:
-            with added_callback(Stop(step)):
-                assert run(path, *flags, *AUTO, *ALLOW) == 130
-            flags += next_flags
         assert run(path, *flags, *AUTO, *ALLOW) == 0
 
     complete, epochs = check_ledger(tmp_path / "ledger", epochs=2)
@@ -104,13 +104,13 @@ def test_a_resume_before_a_change_forgets_it(config_file, tmp_path):
     """The steps after the checkpoint are trained again, with the settings of the resume."""
     path = config_file(training__save_steps=2)
     run_dir = tmp_path / "models" / "tiny"
+    change = ["--batch-size", "4", "--allow-change", "training.batch_size", *AUTO]
+    with ledger_of(tmp_path / "ledger"), added_callback(Stop(4)):
+        assert run(path) == 130
+    with ledger_of(tmp_path / "ledger"), added_callback(Stop(6)):
+        assert run(path, *change) == 130
+    shutil.rmtree(run_dir / "checkpoint-6")
     with ledger_of(tmp_path / "ledger"):
-        with added_callback(Stop(4)):
-            assert run(path) == 130
-        change = ["--batch-size", "4", "--allow-change", "training.batch_size", *AUTO]
-        with added_callback(Stop(6)):
-            assert run(path, *change) == 130
-        shutil.rmtree(run_dir / "checkpoint-6")
         assert run(path, *change[2:]) == 0
     assert "history" not in json.loads((run_dir / DATA_REPORT_FILE).read_text())
     assert check_ledger(tmp_path / "ledger", epochs=2) == (2, 2)
