@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jinja2
 
 from babyllama import plots
+from babyllama.cli import printable
 from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import write_json, write_text
@@ -114,10 +114,9 @@ def is_of_2025(task_type: str) -> bool:
     return task_type in TASKS and bool(TASKS[task_type].official) and not TASKS[task_type].column
 
 
-def printable(text: Any, max_length: int = 2000) -> str:
-    """Replace control characters and lone surrogates, and truncate."""
-    control = r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]"
-    return re.sub(control, "\N{REPLACEMENT CHARACTER}", str(text)[:max_length])
+def printable_start(text: Any, max_length: int = 2000) -> str:
+    """Return the start of a text, with escapes for control characters, as on the terminal."""
+    return printable(str(text)[:max_length])
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ def render(template: Path, **values: Any) -> str:
         "difference": difference_text,
         "overall": overall_text,
         "overall_2026": overall_2026_text,
-        "printable": printable,
+        "printable": printable_start,
     }
     return environment.get_template(template.name).render(chart=CHART, **values)
 

@@ -142,8 +142,7 @@ class LMTrainer(Trainer):
         """Return what a batch (B, T) contributes to the loss of its step.
 
         The loss of a step is the mean over all `step_tokens` tokens that it predicts, in every
-        batch and process. A trainer with another loss overrides this method, which CUDA graphs
-        record too.
+        batch and process. CUDA graphs record this method too.
         """
         with self.accelerator.autocast():
             nll = self.loss(model, input_ids)

@@ -58,7 +58,7 @@ def make_speed() -> dict:
 
 
 def make_repetition() -> dict:
-    text = 'and "><img src=http://x onerror=alert(1)>\x00\x1b[31m'
+    text = 'and "><img src=http://x onerror=alert(1)>\x00\x1b[31m\u202e'
     return {
         "metric": "avg_repetition_score",
         "avg_repetition_score": 0.2,
@@ -287,7 +287,7 @@ def test_names_and_generated_text_are_escaped():
     assert "&lt;script&gt;" in text
     assert EVIL not in text
     assert "\x00" not in text
-    assert "\x1b" not in text
+    assert "\x1b" not in text and "\u202e" not in text
 
 
 def test_failed_models_are_at_the_top_of_the_page():
