@@ -30,7 +30,6 @@ has no score. babyllama/evaluation/grading.py defines accuracies, intervals and 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import logging
@@ -350,7 +349,7 @@ def run(
 
 def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> dict[str, Any]:
     """Return the results document without a model."""
-    from babyllama.files import describe_environment
+    from babyllama.files import describe_environment, utc_now
 
     environment = describe_environment(args.device)
     counts = {name: {"original": task.n, "effective": task.n} for name, task in tasks.items()}
@@ -369,7 +368,7 @@ def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> d
         "configs": {name: task.describe() for name, task in tasks.items()},
         "versions": dict.fromkeys(tasks, 1),
         "n-samples": counts,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": utc_now(),
         "git_hash": environment.pop("git_hash"),
         "environment": environment,
     }

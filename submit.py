@@ -22,7 +22,6 @@ them. Nothing is uploaded without --push. RUN stays as it is.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import logging
 import sys
@@ -165,7 +164,7 @@ def write_results(
     args: argparse.Namespace, run: dict, results: Path, output: Path, needed: Requirements
 ) -> list[str]:
     """Write the collated file, scores.json, form.json and index.html; return the problems."""
-    from babyllama.files import describe_environment, write_text
+    from babyllama.files import describe_environment, utc_now, write_text
     from babyllama.submission import collate, form, page
 
     eval_data = Path(args.eval_data)
@@ -177,7 +176,7 @@ def write_results(
         "model": args.run,
         "track": run["babylm"]["track"],
         "weights_sha256": weights_sha256(args.run),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": utc_now(),
         **collate.score(collated, eval_data, known),
         "git_hash": describe_environment(args.device)["git_hash"],
     }

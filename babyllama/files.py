@@ -7,6 +7,7 @@ the environment that a result came from.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import difflib
 import hashlib
 import json
@@ -298,6 +299,11 @@ def model_sha256(folder: str | Path) -> str:
     """Return one hash of what a score depends on: the weights and, if any, the tokenizer."""
     tokenizer = Path(folder, "tokenizer.json")
     return weights_sha256(folder) + (sha256(tokenizer) if tokenizer.is_file() else "")
+
+
+def utc_now() -> str:
+    """Return the date and time in UTC: 2026-11-29T12:00:00+00:00."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def describe_environment(device: str | None = None) -> dict[str, str | None]:

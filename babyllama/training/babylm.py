@@ -11,7 +11,6 @@ verdict into compliance.json. Without the section it only counts the words (data
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import math
 import shutil
@@ -28,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 from babyllama.data.documents import find_files, new_report, read_documents, source_of
 from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
-from babyllama.files import atomic_write, describe_environment, read_json, sha256
+from babyllama.files import atomic_write, describe_environment, read_json, sha256, utc_now
 from babyllama.schema import MAX_EPOCHS, TRACKS
 from babyllama.training.run_dir import (
     CONFIG_FILE,
@@ -207,7 +206,7 @@ class BabyLMCallback(TrainerCallback):
             "words_seen_by_domain": self.seen.by_domain(last_step),
             "words_seen_by_kept_weights": self.words_seen(kept_step),
             "checkpoints": checkpoints,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": utc_now(),
             "git_hash": describe_environment()["git_hash"],
             "config_sha256": sha256(run_dir / CONFIG_FILE),
         }

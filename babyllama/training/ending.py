@@ -13,7 +13,6 @@ the signal kills. While the model trains, the run first finishes its step and sa
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import platform
 import signal
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from babyllama.files import write_json
+from babyllama.files import utc_now, write_json
 from babyllama.training import distributed
 from babyllama.training.run_dir import MANIFEST, METRICS_FILE, STATUS_FILE, checkpoints
 
@@ -121,7 +120,7 @@ class Status:
             "state": state,
             "step": self.step,
             "message": message,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": utc_now(),
             "pid": os.getpid(),
             "host": platform.node(),
         }
