@@ -177,7 +177,7 @@ class DataProcessor:
 
     def _cache_key(self, sources: list[dict], max_length: int, clean: bool) -> str:
         """Return a hash of the files (name, domain, content), the tokenizer, and all settings."""
-        versions = [CLEANER_VERSION, READER_VERSION, CACHE_VERSION]
+        versions = [CLEANER_VERSION if clean else None, READER_VERSION, CACHE_VERSION]
         special_ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         files = [[source["file"], source["domain"], source["sha256"]] for source in sources]
         parts = [self._backend.to_str(), *versions, PART, max_length, clean, *special_ids, *files]

@@ -268,6 +268,18 @@ def test_a_saved_dataset_in_a_renamed_folder_has_another_domain(tokenizer, tmp_p
             (tmp_path / "one").rename(tmp_path / "two")
 
 
+def test_a_new_cleaner_only_concerns_text_that_is_cleaned(
+    tokenizer, corpus_dir, tmp_path, monkeypatch
+):
+    folders = (str(corpus_dir / "train"), str(corpus_dir / "dev"))
+    for version in (1, 2):
+        monkeypatch.setattr("data_utils.CLEANER_VERSION", version)
+        for clean in (False, True):
+            processor = DataProcessor(tokenizer, cache_dir=tmp_path)
+            processor.prepare_dataset(*folders, max_length=32, clean=clean)
+    assert len(list(tmp_path.glob("train-*.arrow"))) == 3
+
+
 def test_the_environment_can_set_the_cache_folder(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
     assert DataProcessor(tokenizer).cache_dir == tmp_path / "cache"
