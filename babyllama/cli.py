@@ -17,6 +17,7 @@ from typing import Any
 EXIT_BAD_INPUT = 2
 TRACEBACK = "BABYLLAMA_TRACEBACK"  # the variable by which developers see where an error came from
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 # control characters, marks that reverse text, and the bytes of a file name that are not UTF-8
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable by which a sweep asks its runs for their errors
@@ -101,13 +102,18 @@ def run_script(
     exit code is 2; running out of memory is reported the same way, with `memory_advice`. Ctrl-C
     gives exit code 130 and one line, either the message of the KeyboardInterrupt or `interrupted`;
     an empty string prints nothing. Any other exception is a bug of ours, so it keeps its traceback.
-    Names of files and generated text reach stdout without control characters.
+    If nobody reads the output any more, as after `| head`, it ends without a word. Names of files
+    and generated text reach stdout without control characters.
     """
     try:
         with contextlib.redirect_stdout(SafeOutput(sys.stdout)):
             code = body()
         sys.stdout.flush()  # so that a full disk is an error, and not only an exit code of Python's
         return code
+    except BrokenPipeError:
+        # `| head` has read enough; Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()

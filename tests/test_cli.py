@@ -1,6 +1,7 @@
 """What every script does with errors, Ctrl-C and a lack of memory."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_output_on_a_full_disk_exits_with_2(streams, expected, body):
     assert done.returncode == 2
     if body.startswith("print"):
         assert (done.stderr or b"") == expected
+
+
+def test_a_reader_that_has_enough_ends_the_script_without_a_word():
+    code = (
+        "import sys; from babyllama.cli import run_script\n"
+        "sys.exit(run_script(lambda: [print('x' * 999) for _ in range(999)] and 0))"
+    )
+    command = f'{sys.executable} -c "$CODE" | head -c 5; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "CODE": code}, capture_output=True
+    )
+    assert (done.stdout, done.stderr) == (b"xxxxx141\n", b"")
 
 
 def test_a_developer_can_see_where_a_mistake_was_raised(monkeypatch, capsys):
