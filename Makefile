@@ -37,8 +37,9 @@ $(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*
 	$(PY) evaluate.py $(RUN)
 	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json
 
+# A file of tests stays in one process, because its tests share models.
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Includes the slow tests, which "make test" leaves out.
 test-reliability: $(INSTALLED)
