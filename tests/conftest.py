@@ -46,6 +46,16 @@ CLOCK = {  # keys of a log row that depend on the clock
 }  # fmt: skip
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Replace lone surrogates in captured output: pytest-xdist cannot send them to its main process."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="replace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 def write_file(folder: Path, name: str, data: str | bytes) -> Path:
     """Write a file exactly, also its line ends, and return its path."""
     path = folder / name
