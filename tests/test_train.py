@@ -579,7 +579,7 @@ def test_a_missing_tokenizer_is_an_error_with_the_command_that_trains_it(config_
 
 def test_missing_text_or_too_little_text_is_an_error(config_file, tmp_path, capsys):
     assert train.main(["--config", str(config_file(data__train_path="nowhere"))]) == 2
-    assert f"nowhere not found in {Path.cwd()} (data.train_path)" in errors_of(capsys)[0]
+    assert f"nowhere not found (data.train_path) in {Path.cwd()}: " in errors_of(capsys)[0]
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "a.train").write_text("Only this.")
     assert train.main(["--config", str(config_file(data__train_path=str(tmp_path / "few")))]) == 2
