@@ -44,16 +44,21 @@ def run_in_child(
     return code, errors.read_text().splitlines()
 
 
-def signal_before(target, name: str, number: int, call: int = 1) -> None:
-    """Make this process send itself a signal in the n-th call of a function."""
-    original = getattr(target, name)
+def acting_before(original: Callable, act: Callable[[], None], call: int = 1) -> Callable:
+    """Return the function, which calls `act` at the start of its n-th call."""
     calls = 0
 
     def function(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), number)
+            act()
         return original(*args, **kwargs)
 
+    return function
+
+
+def signal_before(target, name: str, number: int, call: int = 1) -> None:
+    """Make this process send itself a signal in the n-th call of a function."""
+    function = acting_before(getattr(target, name), lambda: os.kill(os.getpid(), number), call)
     setattr(target, name, function)

@@ -39,7 +39,7 @@ class Job:
 
 
 class Record:
-    """What the outputs in a folder were made from, by job; the content of made_from.json."""
+    """Remember what the outputs in a folder were made from, by job, in made_from.json."""
 
     def __init__(self, output: Path, seed: int):
         self.output = output

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import added_callback, errors_of
-from forks import run_in_child, signal_before
+from forks import acting_before, run_in_child, signal_before
 from transformers import TrainerCallback
 
 import data_utils
@@ -260,16 +260,11 @@ def check_out_of_memory(
         "step": (trainer.LMTrainer, "compute_loss", 20),  # of step 7
         "evaluation": (trainer, "evaluate_chunks", 1),  # of step 4
     }[place]
-    original = getattr(target, name)
-    calls = 0
 
-    def function(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise error
-        return original(*args, **kwargs)
+    def fail():
+        raise error
 
+    function = acting_before(getattr(target, name), fail, call)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, name, function)
         assert train.main(command) == 2
