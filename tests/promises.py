@@ -7,10 +7,13 @@ A test names the promise that it holds, and counts what it tried:
         figures.count("kills survived", survived, tried)
         figures.worst("intervals lost", intervals)
 
-If the slow tests run too (make test-reliability), the summary has one line for each promise.
+If the slow tests run too (make test-reliability), the summary has one line for each promise. It
+says "passed" only if all tests of the promise ran and passed.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 
@@ -54,13 +57,40 @@ def figures(record_property) -> Figures:
     return Figures(record_property)
 
 
+# how many tests of a promise the command line left out; with pytest-xdist each worker has its own
+DESELECTED = pytest.StashKey[Counter]()
+
+
+def promise_of(item) -> int | None:
+    """Return the number of the promise that a test holds, if it holds one."""
+    marker = item.get_closest_marker("promise")
+    return marker.args[0] if marker else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Write the promise of a test into its report, which is all that the summary sees."""
     report = yield
-    if marker := item.get_closest_marker("promise"):
-        report.promise = marker.args[0]
+    report.promise = promise_of(item)
     return report
+
+
+def pytest_deselected(items):
+    """Count the tests of each promise that were left out."""
+    for item in items:
+        item.config.stash.setdefault(DESELECTED, Counter())[promise_of(item)] += 1
+
+
+def pytest_sessionfinish(session):
+    """Send what a worker of pytest-xdist left out to the main process."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = dict(session.config.stash.get(DESELECTED, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Receive what a worker left out; all workers collect the same tests."""
+    node.config.stash[DESELECTED] = Counter(getattr(node, "workeroutput", {}).get("deselected"))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -68,24 +98,34 @@ def pytest_terminal_summary(terminalreporter, config):
     if "not slow" in config.option.markexpr:
         return
     reports = {
-        outcome: [r for r in terminalreporter.stats.get(outcome, ()) if hasattr(r, "promise")]
+        outcome: [r for r in terminalreporter.stats.get(outcome, ()) if getattr(r, "promise", None)]
         for outcome in ("passed", "failed", "error", "skipped")
     }
     if not any(reports.values()):
         return
     terminalreporter.section("promises (docs/reliability.md)")
+    deselected = config.stash.get(DESELECTED, Counter())
     for number, name in PROMISES.items():
         of_promise = {
             outcome: [r for r in group if r.promise == number] for outcome, group in reports.items()
         }
-        terminalreporter.write_line(promise_line(number, name, of_promise))
+        terminalreporter.write_line(promise_line(number, name, of_promise, deselected[number]))
 
 
-def promise_line(number: int, name: str, reports: dict[str, list]) -> str:
+def promise_line(number: int, name: str, reports: dict[str, list], deselected: int) -> str:
     """Return the line of a promise, from the reports of its tests by their outcome."""
     failed = len(reports["failed"]) + len(reports["error"])
     passed = len(reports["passed"])
-    outcome = "FAILED" if failed else "passed" if passed else "not run"
+    skipped = len(reports["skipped"])
+    if failed:
+        outcome = "FAILED"
+    elif not passed:
+        outcome = "not run"
+    elif skipped or deselected:
+        outcome = "partly"
+    else:
+        outcome = "passed"
+
     counts: dict[str, tuple[int, int]] = {}
     worst: dict[str, float] = {}
     for report in [*reports["passed"], *reports["failed"]]:
@@ -96,11 +136,9 @@ def promise_line(number: int, name: str, reports: dict[str, list]) -> str:
             elif kind == "worst":
                 worst[figure] = max(values[0], worst.get(figure, values[0]))
 
-    parts = []
-    if passed or failed:
-        parts.append(f"tests passed {passed} of {passed + failed}")
+    parts = [f"tests passed {passed} of {passed + failed + skipped + deselected}"]
+    parts += [f"skipped {skipped}"] if skipped else []
+    parts += [f"deselected {deselected}"] if deselected else []
     parts += [f"{figure} {n} of {tried}" for figure, (n, tried) in counts.items()]
     parts += [f"{figure} {value:.3g}" for figure, value in worst.items()]
-    if reports["skipped"]:
-        parts.append(f"skipped {len(reports['skipped'])}")
-    return f"{number:>2} {outcome:<7} {name}{': ' if parts else ''}{', '.join(parts)}"
+    return f"{number:>2} {outcome:<7} {name}: {', '.join(parts)}"
