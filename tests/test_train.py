@@ -1,5 +1,6 @@
 """Train real tiny models from YAML files, and check models, losses, runs and errors."""
 
+import importlib
 import json
 import math
 import re
@@ -288,6 +289,25 @@ def test_pinned_loss(tmp_path):
 
 
 PINNED = (6.02206, 5.48683)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_plain_loop_has_the_same_losses(
+    config_file, tokenizer, tmp_path, monkeypatch, optimizer
+):
+    """Compare from text to loss, to the last bit, also in the short last step of an epoch."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    changes = {"optimizer": optimizer, "warmup_steps": 3, "logging_steps": 1}
+    path = config_file(**{f"training__{key}": value for key, value in changes.items()})
+    config = train.load_config(str(path))
+    rows = list(train.prepare_datasets_modern(config, tokenizer)[0])
+    torch.manual_seed(config["training"]["seed"])
+    model = train.create_model(config, tokenizer).train()
+    make_trainer(tmp_path, model, rows, **changes).train()
+
+    assert len(rows) % 24
+    expected = [row["loss"] for row in rows_of(tmp_path) if "loss" in row]
+    assert importlib.import_module("plain_loop").train(config) == expected
 
 
 def test_nan_stops_the_run_and_saves_nothing(tmp_path):

@@ -1,0 +1,105 @@
+"""Train as train.py does, in one plain loop. If you are new here, read this file first.
+
+    python experiments/plain_loop.py --config config/quickstart.yaml --set training.max_steps=20
+
+This is the path from a text file to trained weights, and nothing else: one device, float32, and no
+Trainer, evaluation, checkpoint, cache or compilation. It leaves out random_offset, document_mask,
+teachers and the moving average of the weights. The losses of train.py on a CPU are the same to the
+last bit with training.precision=fp32, chunked_loss=false and compile=false; a test compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+
+import common  # noqa: F401  (puts the repository on sys.path)
+import torch
+import torch.nn.functional as F
+
+from babyllama.cli import add_flag, run_script
+from babyllama.data.documents import find_files, read_documents
+from babyllama.data.tokenizer import load_tokenizer
+from babyllama.device import pick_device
+from babyllama.training.optimizers import make_optimizer, schedule
+from train import create_model, load_config
+
+
+def read_chunks(folder: str, tokenizer, seq_length: int) -> torch.Tensor:
+    """Return the text of a folder as token ids (chunks, T): <s> text </s> <s> text </s> ..."""
+    token_ids: list[int] = []
+    for path in find_files(folder, "train"):
+        for document in read_documents(path):
+            text_ids = tokenizer.encode("".join(document), add_special_tokens=False)
+            token_ids += [tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id]
+    n_chunks = len(token_ids) // seq_length  # the rest does not fill a chunk
+    return torch.tensor(token_ids[: n_chunks * seq_length]).view(n_chunks, seq_length)
+
+
+def train(config: dict) -> list[float]:
+    """Train a model, print the loss of each step in nats per token, and return these losses."""
+    training = config["training"]
+    device = pick_device()
+    tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
+    chunks = read_chunks(config["data"]["train_path"], tokenizer, config["data"]["seq_length"])
+
+    torch.manual_seed(training["seed"])
+    model = create_model(config, tokenizer).to(device).train()
+    chunks_per_step = training["batch_size"] * training["gradient_accumulation_steps"]
+    n_steps = training["num_epochs"] * math.ceil(len(chunks) / chunks_per_step)
+    n_steps = min(n_steps, training["max_steps"] or n_steps)
+    optimizer = make_optimizer(model, training)
+    lr_factor = schedule(training, n_steps)  # warm-up, then decay
+
+    def steps():
+        """Yield the chunks of each step: every epoch takes every chunk once, in another order."""
+        for epoch in range(training["num_epochs"]):
+            generator = torch.Generator().manual_seed(1000 * training["seed"] + epoch)
+            yield from torch.randperm(len(chunks), generator=generator).split(chunks_per_step)
+
+    losses = []
+    for step, rows in enumerate(itertools.islice(steps(), n_steps)):
+        n_predicted = chunks[rows, 1:].numel()  # nothing predicts the first token of a chunk
+        loss = torch.zeros((), device=device)
+        for batch in chunks[rows].tensor_split(math.ceil(len(rows) / training["batch_size"])):
+            input_ids = batch.to(device)  # (B, T)
+            logits = model(input_ids).logits  # (B, T, V)
+            targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)  # -100: no target
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            batch_loss = nll / n_predicted
+            batch_loss.backward()
+            loss += batch_loss.detach()
+
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training["max_grad_norm"])
+        for group in optimizer.param_groups:
+            group["lr"] = training["lr"] * lr_factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        print(f"step {step + 1:6}  loss {loss:.4f}  lr {training['lr'] * lr_factor(step):.2e}")
+    return losses
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flag(parser, "config", required=True, help="YAML file, e.g. config/quickstart.yaml")
+    add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="as for train.py")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, and return the exit code."""
+    args = make_parser().parse_args(argv)
+
+    def body() -> int:
+        train(load_config(args.config, args))
+        return 0
+
+    return run_script(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
