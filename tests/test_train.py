@@ -580,6 +580,24 @@ def test_more_steps_than_the_epochs_have_get_a_warning(config_file, caplog):
     assert "training.max_steps: 900, but 2 epochs have only 16 steps" in caplog.text
 
 
+def test_the_plan_says_over_how_many_epochs_weights_forget(config_file, caplog, capsys):
+    """An epoch has 8 steps, and 1 / (3e-3 x 0.1) = 3,333 steps are 3,333 / 8 epochs."""
+    ten_epochs = config_file(training__num_epochs=10)
+    assert train.main(["--config", str(ten_epochs), "--dry-run"]) == 0
+    assert "forget over 3,333 steps, 4" in capsys.readouterr().out
+    (warning,) = [line for line in caplog.messages if "weight_decay" in line]
+    better = warning.split()[-1]
+    caplog.clear()
+    flags = ["--dry-run", "--set", f"training.weight_decay={better}"]
+    assert train.main(["--config", str(ten_epochs), *flags]) == 0
+    assert " steps, 2 epochs" in capsys.readouterr().out
+    flags = ["--dry-run", "--set", "training.weight_decay=0"]
+    assert train.main(["--config", str(ten_epochs), *flags]) == 0
+    assert "decay       none" in capsys.readouterr().out
+    assert train.main(["--config", str(config_file(training__num_epochs=4)), "--dry-run"]) == 0
+    assert "weight_decay" not in caplog.text
+
+
 def test_fsdp_in_one_process_gets_a_warning(config_file, caplog):
     flags = ["--dry-run", "--set", "training.fsdp=true"]
     assert train.main(["--config", str(config_file()), *flags]) == 0

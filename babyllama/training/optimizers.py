@@ -57,6 +57,16 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
     return factor
 
 
+def decay_steps(training: dict[str, Any]) -> float | None:
+    """Return over how many steps the weights forget at the peak learning rate, or None.
+
+    Each step multiplies a weight by 1 - lr x weight_decay. So the update of n steps ago counts
+    exp(-n / steps), with steps = 1 / (lr x weight_decay) (Wang and Aitchison 2024).
+    """
+    decay_per_step = training["lr"] * training["weight_decay"]
+    return 1 / decay_per_step if decay_per_step else None
+
+
 # ---- Muon ---------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,11 @@ from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)
 
+# Repeating a text up to four times teaches almost as much as new text (Muennighoff et al. 2023).
+# Beyond that a run should forget what it memorizes: published recipes do so over 0.2 to 4 epochs.
+FEW_EPOCHS = 4
+MAX_DECAY_EPOCHS = 5
+
 
 def describe_run(
     config: dict, model, report: dict, n_chunks: int, history: Sequence[dict] = ()
@@ -57,6 +62,17 @@ def describe_run(
             steps,
         )
     chunks = int(layout.chunks_seen[steps])
+    decay_steps = optimizers.decay_steps(training)
+    decay_epochs = decay_steps and decay_steps * chunks_per_step / n_chunks
+    if decay_epochs and chunks > FEW_EPOCHS * n_chunks and decay_epochs > MAX_DECAY_EPOCHS:
+        log.warning(
+            "training.weight_decay: with %g, weights forget over %.3g epochs, so decay hardly "
+            "limits what this run of %.3g epochs memorizes; they forget over 2 epochs with %.3g",
+            training["weight_decay"],
+            decay_epochs,
+            chunks / n_chunks,
+            training["weight_decay"] * decay_epochs / 2,
+        )
 
     # count the operations: a token attends to T / 2 others on average, once for the scores and once
     # for the values, so attention costs as much as T x hidden_size more weights in each layer
@@ -74,6 +90,8 @@ def describe_run(
         "words": round(report["words"] / report["tokens"] * chunks * seq_length),
         "tokens": chunks * seq_length,
         "flops_per_token": 6 * (weights + attention),
+        "decay_steps": decay_steps,
+        "decay_epochs": decay_epochs,
         "optimizer_flops_per_step": optimizers.flops_per_step(model, training),
         "checkpoint_bytes": checkpoint_bytes(model, training),
         "seed": training["seed"],
@@ -165,9 +183,15 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
         f"(batch x accumulation x processes x seq_length: {step_factors})",
         "run": f"{plan['steps']:,} steps, {plan['epochs']:g} epochs, "
         f"about {plan['words']:,} words, {plan['tokens']:,} tokens",
+        "decay": "none",
         "precision": f"{plan['precision']} ({plan['precision_reason']})",
         "compile": f"{'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})",
     }
+    if plan["decay_steps"]:
+        rows["decay"] = (
+            f"weights forget over {plan['decay_steps']:,.0f} steps, {plan['decay_epochs']:.3g} "
+            "epochs (1 / (lr x weight_decay))"
+        )
     if torch.cuda.is_available():
         graphs = "yes" if plan["cuda_graphs"] else "no"
         rows["CUDA graphs"] = f"{graphs} ({plan['cuda_graphs_reason']})"
