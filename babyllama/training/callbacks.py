@@ -1,4 +1,4 @@
-"""Follow a run while it trains: progress bar, metrics.jsonl, a checkpoint on a signal.
+"""Act at the steps of a run: write its log, evaluate and save when it is time or on a signal.
 
 run_log = RunLog(run_dir / "metrics.jsonl", words_per_token, flops_per_token, matmul_flops)
 trainer = LMTrainer(..., callbacks=[run_log, SaveWhenInterrupted(status)])
@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.files import write_text
 from babyllama.training import distributed, ending
+from babyllama.training.optimizers import WeightAverage
 from babyllama.training.run_dir import BENCHMARK_PREFIX, changes_at
+from babyllama.training.steps import Steps
 
 
 class RunLog(TrainerCallback):
@@ -226,3 +228,41 @@ class SaveWhenInterrupted(TrainerCallback):
         if self.signal:
             distributed.barrier()  # the launcher ends all ranks with the first: wait for the seal
             raise ending.Interrupted(self.signal)
+
+
+class Intervals(TrainerCallback):
+    """Log, evaluate and save at the intervals of the configuration.
+
+    Trainer restores the intervals from the checkpoint, so a resumed run would ignore a change of
+    the configuration. We also log whenever we save or evaluate: a run that resumes from a
+    checkpoint reads from that row how long training had taken until then.
+    """
+
+    def __init__(self, steps: Steps):
+        self.epoch_ends = set(steps.epoch_ends.tolist())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if hasattr(state, "compute_steps"):  # older releases do this on their own
+            state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Trainer would evaluate an epoch after it has saved the last step, and a run that was
+        # killed in between would lack that evaluation
+        if args.eval_strategy == "epoch":
+            is_last = state.global_step >= state.max_steps
+            control.should_evaluate |= is_last or state.global_step in self.epoch_ends
+        control.should_log |= control.should_save or control.should_evaluate
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate = False
+        control.should_log |= control.should_save
+
+
+class UpdateAverage(TrainerCallback):
+    """Update the moving average of the weights after each step."""
+
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update(model)

@@ -185,7 +185,7 @@ class DistillationTrainer(LMTrainer):
         self._parts_since = None  # the step of the last row
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return what this batch contributes to the loss of the step, as in LMTrainer."""
+        """Return what a batch contributes to the loss of its step, as in LMTrainer."""
         if self._parts_since is None:
             self._parts_since = self.state.global_step
         input_ids = inputs["input_ids"]
@@ -196,9 +196,7 @@ class DistillationTrainer(LMTrainer):
                 predictions = self.ensemble.logits(input_ids)
             sums = self.loss(model, input_ids, *predictions) / num_items_in_batch  # loss, nll, KL
         self._parts += sums[1:].detach()
-        loss = sums[0] * self.accelerator.num_processes
-        self._note_batch(loss.detach(), input_ids.shape[1])
-        return loss
+        return sums[0] * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._parts_since is not None:

@@ -30,7 +30,6 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,6 +39,7 @@ from babyllama.evaluation.generation import generate
 from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
 from babyllama.training.benchmark import TrainingBenchmark
+from babyllama.training.callbacks import Intervals, UpdateAverage
 from babyllama.training.chunks import ShiftedChunks, collate_chunks
 from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
@@ -90,7 +90,7 @@ class LMTrainer(Trainer):
         super().__init__(*args, data_collator=collate_chunks, **kwargs)
         prepare_for_chunks(self.model)
         self.byte_lengths = torch.as_tensor(byte_lengths)
-        self.training = training
+        self.training_config = training
         self.steps = Steps(len(self.train_dataset), training, history)
         self.loss = loss
         self.benchmark = benchmark
@@ -124,59 +124,39 @@ class LMTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # RunLog prints the same numbers, but readably
         if training["early_stopping_patience"]:
             self.add_callback(EarlyStoppingCallback(training["early_stopping_patience"]))
-        self.add_callback(_Intervals(self.steps))
+        self.add_callback(Intervals(self.steps))
         if self.average:
-            self.add_callback(_UpdateAverage(self.average))
+            self.add_callback(UpdateAverage(self.average))
         if isinstance(self.train_dataset, ShiftedChunks):
             self.add_callback(self.train_dataset)
 
-    # -- a step --
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return batch_loss, and note it."""
-        loss = self.batch_loss(model, inputs["input_ids"], num_items_in_batch)
-        self._note_batch(loss.detach(), inputs["input_ids"].shape[1])
-        return loss
-
-    def batch_loss(self, model, input_ids: torch.Tensor, step_tokens: torch.Tensor) -> torch.Tensor:
-        """Return what a batch (B, T) contributes to the loss of its step.
-
-        The loss of a step is the mean over all `step_tokens` tokens that it predicts, in every
-        batch and process. CUDA graphs record this method too.
-        """
-        with self.accelerator.autocast():
-            nll = self.loss(model, input_ids)
-        # DDP and FSDP average gradients over the processes, but the division has done that already
-        return nll / step_tokens * self.accelerator.num_processes
-
-    def _note_batch(self, loss: torch.Tensor, length: int) -> None:
-        """Count the tokens seen, and the batches whose loss is NaN or infinite."""
-        chunks = int(self.steps.chunks_seen[self.state.global_step + 1])
-        self.state.num_input_tokens_seen = chunks * length
-        # read only when logging, so that steps never wait for the GPU
-        self._nonfinite_losses += ~torch.isfinite(loss)
+    # -- Trainer's hooks: a step --
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run both passes of a batch, and count its tokens and whether its loss is finite."""
+        input_ids = inputs["input_ids"]
         if self.graphs is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
-            model.train()
-        loss = self.graphs(inputs["input_ids"], num_items_in_batch)
-        self._note_batch(loss, inputs["input_ids"].shape[1])
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            loss = self.graphs(input_ids, num_items_in_batch)
+        chunks = int(self.steps.chunks_seen[self.state.global_step + 1])
+        self.state.num_input_tokens_seen = chunks * input_ids.shape[1]
+        # read only when logging, so that steps never wait for the GPU
+        self._nonfinite_losses += ~torch.isfinite(loss)
         return loss
 
-    def _loss_and_gradients(self, input_ids: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Compute what Trainer's training_step computes, without its bookkeeping.
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return what a batch, inputs["input_ids"] (B, T), contributes to the loss of its step.
 
-        CudaGraphStep records this, so nothing in it may wait for the GPU.
+        The loss of a step is the mean over all `num_items_in_batch` tokens that it predicts, in
+        every batch and process. CUDA graphs record this method too.
         """
-        loss = self.batch_loss(self.model, input_ids, items)
-        loss.backward()
-        return loss.detach()
-
-    def release_graphs(self) -> None:
-        """Free the memory of the CUDA graphs, which the final evaluation may need."""
-        self.graphs = None
+        with self.accelerator.autocast():
+            nll = self.loss(model, inputs["input_ids"])
+        # DDP and FSDP average gradients over the processes, but the division has done that already
+        return nll / num_items_in_batch * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
         """Return 0, because nothing reads the figure, and Trainer would walk all modules for it."""
@@ -237,17 +217,7 @@ class LMTrainer(Trainer):
                 )
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _has_nonfinite_weights(self) -> bool:
-        """Return True if any process holds a weight that is NaN or infinite."""
-        count = torch.zeros((), device=self.args.device)
-        for parameter in self.model.parameters():
-            weights = parameter.detach()
-            if self.is_fsdp_enabled:
-                weights = weights.to_local()
-            count += ~torch.isfinite(weights).all()
-        return distributed.all_reduce_sum(count).item() > 0
-
-    # -- data, optimizer, schedule --
+    # -- Trainer's hooks: data, optimizer, schedule --
 
     def get_train_dataloader(self) -> DataLoader:
         return distributed.train_loader(
@@ -256,13 +226,15 @@ class LMTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model if model is None else model, self.training)
+            self.optimizer = make_optimizer(
+                self.model if model is None else model, self.training_config
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
             lead = self.steps.schedule_lead
-            factor = schedule(self.training, num_training_steps + lead)
+            factor = schedule(self.training_config, num_training_steps + lead)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: factor(max(0, step + lead))
             )
@@ -276,7 +248,7 @@ class LMTrainer(Trainer):
         if checkpoint is None:
             return
         state = self.lr_scheduler.state_dict()
-        lr = self.training["lr"]
+        lr = self.training_config["lr"]
         current_lr = lr * self.lr_scheduler.lr_lambdas[0](state["last_epoch"])
         groups = self.optimizer.param_groups
         state |= {"base_lrs": [lr] * len(groups), "_last_lr": [current_lr] * len(groups)}
@@ -285,7 +257,7 @@ class LMTrainer(Trainer):
             group["initial_lr"] = lr
             group["lr"] = current_lr
 
-    # -- evaluation --
+    # -- Trainer's hooks: evaluation and checkpoints --
 
     def evaluate(self, ignore_keys=None) -> dict[str, float]:
         started = time.perf_counter()
@@ -313,73 +285,6 @@ class LMTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def log_benchmark(self) -> None:
-        """Score the benchmark, if there is one, and log the scores, once for the current step.
-
-        Only the main process does it. The others wait for as long as it takes.
-        """
-        step = self.state.global_step
-        with distributed.main_first():
-            if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
-                return
-            scores = self.benchmark.scores(self.average.module if self.average else self.model)
-            self.benchmarked = (step, scores)
-            self.log(dict(scores))
-
-    def _samples(self, model) -> list[str]:
-        """Generate one text from nothing and one from held-out words.
-
-        The seed is fixed, so samples differ between evaluations only because the model has changed.
-        """
-        if self.processing_class is None or self.is_fsdp_enabled or not distributed.is_main():
-            return []
-        first_words = self.processing_class.decode(
-            self.eval_dataset[0]["input_ids"][1:9], skip_special_tokens=True
-        )
-        prompts = ["", first_words]
-        continuations = generate(
-            model,
-            self.processing_class,
-            prompts,
-            max_new_tokens=20,
-            temperature=0.8,
-            seed=0,
-            batch_size=1,  # so nothing is padded: prepare_for_chunks made attention ignore masks
-        )
-        return [prompt + text for prompt, (text,) in zip(prompts, continuations, strict=True)]
-
-    # -- saving and loading --
-
-    def best_model(self) -> torch.nn.Module | None:
-        """Return the model to evaluate and save: the average of the weights if we keep one.
-
-        All processes must call this. Under FSDP, rank 0 gets a model with all of the weights and
-        the others get None.
-        """
-        if not self.is_fsdp_enabled:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            return self.average.module if self.average else model
-        weights = self.accelerator.get_state_dict(self.model)
-        if not distributed.is_main():
-            return None
-        model = AutoModelForCausalLM.from_config(self.model.config)
-        model.load_state_dict(weights)
-        model.generation_config = self.model.generation_config
-        return model.to(self.args.device)
-
-    def kept_step(self) -> int:
-        """Return the step whose weights are kept: the best with early stopping, else the last."""
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        return checkpoint_step(Path(best)) if best else self.state.global_step
-
-    def save_plain(self, folder: Path) -> None:
-        """Write best_model() as a model directory. All processes must call this; rank 0 writes."""
-        if self.average is None:
-            self.save_model(str(folder), _internal_call=True)
-        elif self.args.should_save:
-            self.average.module.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial):
         """Save a checkpoint, seal it, and only then delete older ones."""
@@ -414,6 +319,98 @@ class LMTrainer(Trainer):
     def _load_best_model(self):
         super()._load_best_model()
         self._load_average(self.state.best_model_checkpoint)
+
+    # -- what train.py and callbacks call --
+
+    def release_graphs(self) -> None:
+        """Free the memory of the CUDA graphs, which the final evaluation may need."""
+        self.graphs = None
+
+    def log_benchmark(self) -> None:
+        """Score the benchmark, if there is one, and log the scores, once for the current step.
+
+        Only the main process does it. The others wait for as long as it takes.
+        """
+        step = self.state.global_step
+        with distributed.main_first():
+            if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
+                return
+            scores = self.benchmark.scores(self.average.module if self.average else self.model)
+            self.benchmarked = (step, scores)
+            self.log(dict(scores))
+
+    def best_model(self) -> torch.nn.Module | None:
+        """Return the model to evaluate and save: the average of the weights if we keep one.
+
+        All processes must call this. Under FSDP, rank 0 gets a model with all of the weights and
+        the others get None.
+        """
+        if not self.is_fsdp_enabled:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            return self.average.module if self.average else model
+        weights = self.accelerator.get_state_dict(self.model)
+        if not distributed.is_main():
+            return None
+        model = AutoModelForCausalLM.from_config(self.model.config)
+        model.load_state_dict(weights)
+        model.generation_config = self.model.generation_config
+        return model.to(self.args.device)
+
+    def kept_step(self) -> int:
+        """Return the step whose weights are kept: the best with early stopping, else the last."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return checkpoint_step(Path(best)) if best else self.state.global_step
+
+    def save_plain(self, folder: Path) -> None:
+        """Write best_model() as a model directory. All processes must call this; rank 0 writes."""
+        if self.average is None:
+            self.save_model(str(folder), _internal_call=True)
+        elif self.args.should_save:
+            self.average.module.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    # -- helpers --
+
+    def _loss_and_gradients(self, input_ids: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Compute what Trainer's training_step computes, without its bookkeeping.
+
+        CudaGraphStep records this, so nothing in it may wait for the GPU.
+        """
+        loss = self.compute_loss(self.model, {"input_ids": input_ids}, num_items_in_batch=items)
+        loss.backward()
+        return loss.detach()
+
+    def _has_nonfinite_weights(self) -> bool:
+        """Return True if any process holds a weight that is NaN or infinite."""
+        count = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():
+            weights = parameter.detach()
+            if self.is_fsdp_enabled:
+                weights = weights.to_local()
+            count += ~torch.isfinite(weights).all()
+        return distributed.all_reduce_sum(count).item() > 0
+
+    def _samples(self, model) -> list[str]:
+        """Generate one text from nothing and one from held-out words.
+
+        The seed is fixed, so samples differ between evaluations only because the model has changed.
+        """
+        if self.processing_class is None or self.is_fsdp_enabled or not distributed.is_main():
+            return []
+        first_words = self.processing_class.decode(
+            self.eval_dataset[0]["input_ids"][1:9], skip_special_tokens=True
+        )
+        prompts = ["", first_words]
+        continuations = generate(
+            model,
+            self.processing_class,
+            prompts,
+            max_new_tokens=20,
+            temperature=0.8,
+            seed=0,
+            batch_size=1,  # so nothing is padded: prepare_for_chunks made attention ignore masks
+        )
+        return [prompt + text for prompt, (text,) in zip(prompts, continuations, strict=True)]
 
     def _load_average(self, folder) -> None:
         if self.average:
@@ -450,41 +447,3 @@ def _disk_full(folder: Path, saved: list[Path]) -> OSError:
         "limit on the size of files); earlier checkpoints are intact. Make room, and continue with "
         "--resume_from_checkpoint auto"
     )
-
-
-class _Intervals(TrainerCallback):
-    """Log, evaluate and save at the intervals of the configuration.
-
-    Trainer restores the intervals from the checkpoint, so a resumed run would ignore a change of
-    the configuration. We also log whenever we save or evaluate: a run that resumes from a
-    checkpoint reads from that row how long training had taken until then.
-    """
-
-    def __init__(self, steps: Steps):
-        self.epoch_ends = set(steps.epoch_ends.tolist())
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if hasattr(state, "compute_steps"):  # older releases do this on their own
-            state.compute_steps(args, state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # Trainer would evaluate an epoch after it has saved the last step, and a run that was
-        # killed in between would lack that evaluation
-        if args.eval_strategy == "epoch":
-            is_last = state.global_step >= state.max_steps
-            control.should_evaluate |= is_last or state.global_step in self.epoch_ends
-        control.should_log |= control.should_save or control.should_evaluate
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_evaluate = False
-        control.should_log |= control.should_save
-
-
-class _UpdateAverage(TrainerCallback):
-    """Update the moving average of the weights after each step."""
-
-    def __init__(self, average: WeightAverage):
-        self.average = average
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update(model)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import train
 from babyllama.config import check_config
-from babyllama.training import trainer
+from babyllama.training import callbacks
 from babyllama.training.chunks import ShiftedChunks
 from babyllama.training.run_dir import RESULTS, checkpoints
 from babyllama.training.trainer import LMTrainer
@@ -122,13 +122,13 @@ def test_each_option_changes_the_weights(option, config_file, tmp_path, default_
 def test_ema_saves_the_average_of_all_weights(config_file, tmp_path, monkeypatch):
     """The average starts at the first weights: after n steps those still weigh 0.99 ** (n - 1)."""
     weights_by_step = []
-    update = trainer._UpdateAverage.on_step_end
+    update = callbacks.UpdateAverage.on_step_end
 
     def collect_weights(self, args, state, control, model=None, **kwargs):
         weights_by_step.append(model.lm_head.weight.detach().cpu().clone())
         return update(self, args, state, control, model=model, **kwargs)
 
-    monkeypatch.setattr(trainer._UpdateAverage, "on_step_end", collect_weights)
+    monkeypatch.setattr(callbacks.UpdateAverage, "on_step_end", collect_weights)
     assert train.main(["--config", str(config_file(training__ema=0.99))]) == 0
     expected = weights_by_step[0]
     for weights in weights_by_step[1:]:
