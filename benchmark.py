@@ -192,7 +192,7 @@ class BenchmarkSuite:
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
         """Score every candidate of a task, and compare the result with trivial baselines."""
-        from babyllama.evaluation.minimal_pairs import score_task
+        from babyllama.evaluation.candidates import score_task
 
         scores, baselines, precision = score_task(
             self.model, self.tokenizer, task.type, task.items, self.bos, self._unigram
@@ -286,7 +286,7 @@ class BenchmarkSuite:
 
     @functools.cached_property
     def _unigram(self) -> np.ndarray | None:
-        from babyllama.evaluation.minimal_pairs import unigram_table
+        from babyllama.evaluation.candidates import unigram_table
 
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
         return unigram_table(self.model_path, self.tokenizer, vocab_size)

@@ -72,9 +72,9 @@ def zero_shot_job(
         command = f"{DOWNLOAD}, and unzip fast_eval/ewok_fast.zip (its README has the password)"
 
     def run() -> None:
+        from babyllama.evaluation.candidates import score_task
         from babyllama.evaluation.grading import official_predictions
         from babyllama.evaluation.loading import can_start
-        from babyllama.evaluation.minimal_pairs import score_task
         from babyllama.submission.collate import read_task
 
         lm, tokenizer = open_model(model, args.device)

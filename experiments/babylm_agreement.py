@@ -228,8 +228,8 @@ class Comparison:
 
     def score_difference(self, job: submit.Job, official_scores: dict) -> float:
         """Return the largest difference of the scores of every EVERYth item, in nats."""
+        from babyllama.evaluation.candidates import score_candidates
         from babyllama.evaluation.loading import can_start
-        from babyllama.evaluation.minimal_pairs import score_candidates
 
         revision, task = job.name.split()
         model = self.run_dir if revision == "main" else self.run_dir / revision

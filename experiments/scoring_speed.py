@@ -4,7 +4,7 @@
 
 Minimal pairs: `loop` is the usual way, written out here (files in order, 64 pairs at a time, the
 good sentences in one padded forward pass and the bad ones in another, log-softmax of everything);
-`exact` is minimal_pairs.score_candidates and `choose` is score_choices, which benchmark.py uses.
+`exact` is candidates.score_candidates and `choose` is score_choices, which benchmark.py uses.
 Each runs in its own process, one after the other, --repeats times, on --device. The time is that
 of the complete process; the time without start-up is printed below it. Decisions are compared. The
 limit is the time of the matrix products alone at the speed of large ones: for `loop` in float32
@@ -75,16 +75,16 @@ def score_by_loop(args: argparse.Namespace) -> tuple[list[int], list[float], dic
 
 def score_by_ours(args: argparse.Namespace) -> tuple[list[int], list[float], dict]:
     """Score the pairs with babyllama; returns choices, differences and the number formats."""
-    from babyllama.evaluation import grading, minimal_pairs, tasks
+    from babyllama.evaluation import candidates, grading, tasks
     from babyllama.evaluation.loading import load_model
 
     model, tokenizer = load_model(args.model, args.device)
     items = tasks.read_items("blimp", args.data)[:: args.every]
     precision = {}
     if args.measure == "exact":
-        scores, _ = minimal_pairs.score_candidates(model, tokenizer, items)
+        scores, _ = candidates.score_candidates(model, tokenizer, items)
     else:
-        scores, _, precision = minimal_pairs.score_choices(model, tokenizer, items)
+        scores, _, precision = candidates.score_choices(model, tokenizer, items)
     choices = grading.grade(items, scores).choice.tolist()
     return choices, (scores[::2] - scores[1::2]).tolist(), precision
 
@@ -105,7 +105,7 @@ def compute_limit(args: argparse.Namespace) -> dict:
     import torch
 
     from babyllama.device import fast_dtype
-    from babyllama.evaluation import minimal_pairs, tasks
+    from babyllama.evaluation import candidates, tasks
     from babyllama.evaluation.fast_choices import skip_shared_tokens
     from babyllama.evaluation.loading import context_length, load_model
 
@@ -113,7 +113,7 @@ def compute_limit(args: argparse.Namespace) -> dict:
     items = tasks.read_items("blimp", args.data)[:: args.every]
 
     # each distinct prefix goes through the layers, and the head if a scored token follows
-    ids, starts = minimal_pairs.scored_spans(tokenizer, items, True)
+    ids, starts = candidates.scored_spans(tokenizer, items, True)
     two_each = np.full(len(items), 2)
     begins = skip_shared_tokens(ids, starts, two_each, context_length(model))
     prefixes = set()

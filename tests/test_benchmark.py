@@ -14,7 +14,7 @@ import yaml
 from conftest import build_tiny_model
 
 import benchmark
-from babyllama.evaluation import grading, metrics, minimal_pairs, tasks
+from babyllama.evaluation import candidates, grading, metrics, tasks
 from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.loading import load_model
@@ -101,9 +101,7 @@ def count_tokens(tokenizer, text: str) -> int:
 @pytest.mark.parametrize("name", ["completion", "pairs"])
 def test_scores_equal_a_naive_loop(suite, name):
     items = suite.tasks[name].items
-    scores, baselines = minimal_pairs.score_candidates(
-        suite.model, suite.tokenizer, items, suite.bos
-    )
+    scores, baselines = candidates.score_candidates(suite.model, suite.tokenizer, items, suite.bos)
     assert scores == pytest.approx(naive_item_scores(suite, items), rel=1e-5)
     completions = [completion for item in items for _, completion in item.candidates]
     lengths = [count_tokens(suite.tokenizer, completion) for completion in completions]
@@ -112,7 +110,7 @@ def test_scores_equal_a_naive_loop(suite, name):
 
 def test_means_are_sums_per_token_of_the_completion(suite):
     items = [tasks.Item("s", ("The cat", "The"), (" sees the old dog", " garden"))]
-    scores, baselines = minimal_pairs.score_candidates(
+    scores, baselines = candidates.score_candidates(
         suite.model, suite.tokenizer, items, suite.bos, scoring="mean"
     )
     lengths = [count_tokens(suite.tokenizer, text) for text in items[0].completions]
@@ -144,7 +142,7 @@ def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
         surprisals.append(surprisal)
     assert any(count_tokens(suite.tokenizer, word) > 3 for word in words)
 
-    scores, baselines, precision = minimal_pairs.score_task(
+    scores, baselines, precision = candidates.score_task(
         suite.model, suite.tokenizer, "reading", items, suite.bos
     )
     assert -scores == pytest.approx(surprisals, rel=1e-5)
@@ -154,7 +152,7 @@ def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
 
     # with the space that text has, a word has other tokens
     spaced = [tasks.Item("reading", ("The old man",), (" sat",))]
-    (spaced_score,), _ = minimal_pairs.score_candidates(
+    (spaced_score,), _ = candidates.score_candidates(
         suite.model, suite.tokenizer, spaced, suite.bos
     )
     assert spaced_score == pytest.approx(naive_score(suite, "The old man", " sat"), rel=1e-5)
@@ -163,10 +161,10 @@ def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
 
 def test_without_bos_the_first_token_is_not_scored(suite):
     items = [tasks.Item("s", ("", "The cat"), ("The cat sees", " sees the dog"))]
-    ids, starts = minimal_pairs.scored_spans(suite.tokenizer, items, bos=False)
+    ids, starts = candidates.scored_spans(suite.tokenizer, items, bos=False)
     assert starts[0] == 1
     assert ids[0][0] != suite.tokenizer.bos_token_id
-    ids_with_bos, starts_with_bos = minimal_pairs.scored_spans(suite.tokenizer, items, bos=True)
+    ids_with_bos, starts_with_bos = candidates.scored_spans(suite.tokenizer, items, bos=True)
     assert [row[1:] for row in ids_with_bos] == ids
     assert starts_with_bos == [1, starts[1] + 1]
 
@@ -324,7 +322,7 @@ def test_the_unigram_baseline_counts_the_training_text(model_dirs, corpus_dir, t
     (tmp_path / "training_config.yaml").write_text(yaml.safe_dump(config))
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir()
-    table = minimal_pairs.unigram_table(checkpoint, tokenizer, 400)
+    table = candidates.unigram_table(checkpoint, tokenizer, 400)
 
     # log frequencies with add-one smoothing, from the counts of the documents
     counts = Counter()
@@ -337,15 +335,15 @@ def test_the_unigram_baseline_counts_the_training_text(model_dirs, corpus_dir, t
     assert np.exp(table).sum() == pytest.approx(1)
 
     # no table without a training text, or for a vocabulary that is too small
-    assert minimal_pairs.unigram_table(model_dirs["Llama"], tokenizer, 400) is None
+    assert candidates.unigram_table(model_dirs["Llama"], tokenizer, 400) is None
     message = r"the tokenizer yields token \d+, the model's vocabulary is 0\.\.99"
     with pytest.raises(ValueError, match=message):
-        minimal_pairs.unigram_table(tmp_path, tokenizer, 100)
+        candidates.unigram_table(tmp_path, tokenizer, 100)
 
     # a candidate's baseline score is the sum of its tokens' entries
     items = [tasks.Item("s", ("The", "The"), (" cat", " dog"))]
     model, _ = load_model(model_dirs["Llama"], "cpu")
-    _, baselines = minimal_pairs.score_candidates(model, tokenizer, items, True, table)
+    _, baselines = candidates.score_candidates(model, tokenizer, items, True, table)
     (cat,) = tokenizer(" cat", add_special_tokens=False)["input_ids"]
     (dog,) = tokenizer(" dog", add_special_tokens=False)["input_ids"]
     assert baselines["unigram"] == pytest.approx([table[cat], table[dog]])

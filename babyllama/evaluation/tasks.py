@@ -83,7 +83,7 @@ class Task:
     average: str = (
         "macro"  # equal weights for all subsets; "micro": all items; "splits": all splits
     )
-    scoring: str = "sum"  # of log p; "mean" of log p; "word": see minimal_pairs.py
+    scoring: str = "sum"  # of log p; "mean" of log p; "word": see candidates.py
     official: str = ""  # the task's directory in BabyLM's predictions
     column: str = ""  # the column of BabyLM's leaderboard of 2026 that the task belongs to
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from babyllama.evaluation import grading
 from babyllama.evaluation.benchmark_config import BenchmarkTask
+from babyllama.evaluation.candidates import score_task, scored_spans
 from babyllama.evaluation.loading import can_start
-from babyllama.evaluation.minimal_pairs import score_task, scored_spans
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")

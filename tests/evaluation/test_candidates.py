@@ -8,8 +8,8 @@ import torch
 from conftest import build_tiny_model
 
 from babyllama.evaluation import fast_choices
+from babyllama.evaluation.candidates import score_candidates
 from babyllama.evaluation.fast_choices import fast_sums, relative_scores, skip_shared_tokens
-from babyllama.evaluation.minimal_pairs import score_candidates
 from babyllama.evaluation.prefix_tree import build_trees, tree_inputs
 from babyllama.evaluation.scoring import ids_logprobs
 from babyllama.evaluation.tasks import Item
