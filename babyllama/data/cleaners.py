@@ -17,7 +17,7 @@ from collections.abc import Callable
 from html.entities import html5
 
 # It is part of cache keys and manifests: increase it when the output of a cleaner changes.
-CLEANER_VERSION = 7
+CLEANER_VERSION = 8
 
 # A pattern that looks far ahead again and again would take minutes on a long line. So each pattern
 # either consumes what it looks at or looks at a bounded stretch. Something that is removed within a
@@ -416,7 +416,12 @@ class DomainCleaners:
             text,
             lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))),
         )
-        text = clean_text(_drop_labels(_SCREEN_LABEL, _drop_song_marks(text)))
+        for _ in range(NESTED):  # a label may hide the mark of a song, and the mark another label
+            earlier = text
+            text = _drop_labels(_SCREEN_LABEL, _drop_song_marks(text))
+            if "#" not in text or text == earlier:
+                break
+        text = clean_text(text)
         shorter = _CUE.sub("", _NO_SPEECH.sub("", text))
         if shorter != text:
             text = re.sub(r"\n\n+", "\n", shorter)
@@ -443,7 +448,7 @@ class DomainCleaners:
     @staticmethod
     def childes(text: str) -> str:
         """Resolve the marks of CHAT transcripts, &-um dog@o (be)cause, and clean as dialogue."""
-        text = _plain_text(text)
+        text = clean_text(_plain_text(text))
         for _ in range(NESTED):  # a mark that is removed may complete another one
             earlier = text
             text = _WORD_FORM.sub("", _EVENT.sub(" ", _FILLER.sub("", text)))
