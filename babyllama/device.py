@@ -155,7 +155,7 @@ def _call_glibc(function: str, *args: int) -> int:
     return 0
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return True if torch raised this error because a GPU or the CPU ran out of memory."""
     message = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "alloc_failed")

@@ -273,7 +273,7 @@ def print_error(error: Exception) -> None:
         _wait_for(printed_key, 0)
 
 
-def is_lost_process_error(error: RuntimeError) -> bool:
+def is_lost_process_error(error: Exception) -> bool:
     """Return True if this error means that the connection to another process broke."""
     signs = ("gloo", "NCCL", "Broken pipe", "Connection")
     return world_size() > 1 and any(sign in str(error) for sign in signs)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,19 @@ from babyllama.training.steps import Steps
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
 # parts of the messages of safetensors and torch.save if a disk is full
 DISK_FULL_SIGNS = ("No space left", "File too large", "Disk quota", "inline_container")
+# raised by json, safetensors, torch.load and load_state_dict for a file that is damaged or missing
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class TrainingError(ValueError):
@@ -243,7 +257,7 @@ class LMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Restore both, but take the learning rate from the configuration, which may be new."""
-        with _named_if_unreadable(checkpoint):
+        with named_if_unreadable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -306,14 +320,14 @@ class LMTrainer(Trainer):
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with _named_if_unreadable(resume_from_checkpoint):
+        with named_if_unreadable(resume_from_checkpoint):
             # Trainer reads its state itself, but would end with a traceback
             TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_average(resume_from_checkpoint)
 
     def _load_rng_state(self, checkpoint):
-        with _named_if_unreadable(checkpoint):
+        with named_if_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
@@ -419,16 +433,16 @@ class LMTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def _named_if_unreadable(checkpoint: str | None) -> Iterator[None]:
-    """Turn whatever a file of a checkpoint makes torch raise into one line.
+def named_if_unreadable(checkpoint: str | None) -> Iterator[None]:
+    """Turn the errors that a file of a checkpoint makes torch raise into one line.
 
     The manifest shows that no file has changed since it was saved, so such a file was made by other
     means. torch's own advice, to unpickle it without weights_only, would run the code in it.
     """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
+    except UNREADABLE as error:
+        if is_out_of_memory(error) or distributed.is_lost_process_error(error):
             raise
         raise ValueError(
             f"{checkpoint} cannot be resumed: a file in it is damaged, or was not written by this "

@@ -31,6 +31,7 @@ from babyllama.training.run_dir import (
     find_checkpoint,
     seal_checkpoint,
 )
+from babyllama.training.trainer import named_if_unreadable
 from data_utils import DataProcessor
 
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -134,6 +135,17 @@ def test_a_sealed_file_that_is_not_ours_is_one_line(
     assert file.parent.name in line and "weights_only" not in line
     assert not canary.exists()
     figures.count("malicious files refused", 1, 1)
+
+
+@pytest.mark.promise(13)
+@pytest.mark.parametrize(
+    "error", [AssertionError("ours"), RuntimeError("gloo: Connection closed"), MemoryError()], ids=repr
+)  # fmt: skip
+def test_a_checkpoint_is_not_blamed_for_other_errors(error, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(type(error)) as caught, named_if_unreadable("checkpoint-1"):
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.slow
