@@ -43,7 +43,7 @@ test: $(INSTALLED)
 
 # Includes the slow tests, which "make test" leaves out.
 test-reliability: $(INSTALLED)
-	$(PY) -m pytest -m "" tests/reliability
+	$(PY) -m pytest -m "" --numprocesses 2 --dist loadfile tests/reliability
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
