@@ -441,11 +441,10 @@ def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | 
         (run_dir / name).unlink(missing_ok=True)
     if checkpoint is None:
         outdated = [*checkpoints(run_dir), *milestones(run_dir)]
+        (run_dir / WANDB_ID_FILE).unlink(missing_ok=True)
     else:
         step = checkpoint_step(checkpoint)
         outdated = [folder for folder in checkpoints(run_dir) if checkpoint_step(folder) > step]
-    if checkpoint is None:
-        (run_dir / WANDB_ID_FILE).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
     for folder in outdated:
         if checkpoint and checkpoint_error(folder):

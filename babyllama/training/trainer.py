@@ -59,18 +59,8 @@ AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of t
 # parts of the messages of safetensors and torch.save if a disk is full
 DISK_FULL_SIGNS = ("No space left", "File too large", "Disk quota", "inline_container")
 # raised by json, safetensors, torch.load and load_state_dict for a file that is damaged or missing
-UNREADABLE = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError,
+              RuntimeError, pickle.UnpicklingError, SafetensorError)  # fmt: skip
 
 
 class TrainingError(ValueError):

@@ -47,6 +47,16 @@ def differences(run_dir: Path, expected: dict) -> list[str]:
     return [name for name in expected if state[name] != expected[name]]
 
 
+class Canary:
+    """Create a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 class Stop(TrainerCallback):
     """Interrupt a run as soon as it has saved the checkpoint of a step."""
 

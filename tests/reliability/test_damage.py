@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import errors_of
+from runs import Canary, unfinish
 
 import train
 from babyllama.config import format_yaml, parse_yaml
@@ -25,7 +26,6 @@ from babyllama.training.run_dir import (
     LOG_FILE,
     MANIFEST,
     METRICS_FILE,
-    RESULTS,
     checkpoint_error,
     checkpoints,
     find_checkpoint,
@@ -36,12 +36,6 @@ from data_utils import DataProcessor
 
 RESUME = ["--resume_from_checkpoint", "latest"]
 DEEP = "[" * 100_000
-
-
-def unfinish(run_dir: Path) -> None:
-    """Delete the results of a run, as if it had been killed before its end."""
-    for name in RESULTS:
-        (run_dir / name).unlink(missing_ok=True)
 
 
 def damages(content: bytes, flips: int) -> Iterator[bytes | None]:
@@ -94,16 +88,6 @@ def test_every_damage_of_a_checkpoint_is_noticed(flips, finished_copy, figures, 
 def test_a_manifest_that_vouches_for_nothing_is_refused(manifest, tmp_path):
     (tmp_path / MANIFEST).write_text(manifest)
     assert MANIFEST in checkpoint_error(tmp_path)
-
-
-class Canary:
-    """Create a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.promise(13)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import added_callback, errors_of
 from forks import acting_before, run_in_child, signal_before
+from runs import AUTO
 from transformers import TrainerCallback
 
 import data_utils
@@ -23,7 +24,6 @@ from babyllama.training import results, trainer
 from babyllama.training.ending import SIGNALS
 from babyllama.training.run_dir import METRICS_FILE, STATUS_FILE, checkpoint_error, checkpoints
 
-AUTO = ["--resume_from_checkpoint", "auto"]
 NAMES = [signal.Signals(number).name for number in SIGNALS]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, errors_of, sentences, tiny_config
+from runs import Canary
 
 import babyllama
 import benchmark
@@ -322,16 +323,6 @@ def test_every_pattern_of_the_project_is_linear_in_time(size, figures):
 
 
 # ---- malicious files -------------------------------------------------------------------------------
-
-
-class Canary:
-    """Create a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def header(**tensors) -> bytes:
