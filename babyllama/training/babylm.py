@@ -141,7 +141,7 @@ class BabyLMCallback(TrainerCallback):
         )
         for target in self.targets:
             folder = Path(args.output_dir, milestone_name(target))
-            step = self.seen.first_step(target)
+            step = self.due_step(target)
             if step is not None and step <= state.global_step:
                 if not folder.is_dir():
                     log.warning(
@@ -171,6 +171,21 @@ class BabyLMCallback(TrainerCallback):
         if folders:
             self.trainer.log_benchmark()
 
+    def due_step(self, target: int) -> int | None:
+        """Return the step after which the checkpoint of a target is saved; None if there is none.
+
+        Text below the budget ends shortly before the last target, even after ten epochs, but
+        BabyLM's collator ignores age of acquisition unless all checkpoints are there. So the end of
+        such a run is its last checkpoint.
+        """
+        step = self.seen.first_step(target)
+        if step is not None or target != self.targets[-1]:
+            return step
+        steps = self.trainer.steps
+        has_all_epochs = steps.epochs == MAX_EPOCHS and steps.total == steps.available
+        has_all_others = self.seen.first_step(self.targets[-2]) is not None
+        return steps.total if has_all_epochs and has_all_others else None
+
     def words_seen(self, step: int) -> int:
         """Return the number of words seen after a step."""
         return int(self.seen.words[step])
@@ -183,11 +198,17 @@ class BabyLMCallback(TrainerCallback):
         last_step = self.trainer.state.global_step
         kept_step = self.trainer.kept_step()
         checkpoints = []
+        notes = []
         for target in self.targets:
-            step = self.seen.first_step(target)
+            step = self.due_step(target)
             if step is None or step > last_step:
                 break
             name = milestone_name(target)
+            if self.words_seen(step) < target:
+                notes.append(
+                    f"{name} is the end of the run, after {self.words_seen(step):,} words: "
+                    f"{MAX_EPOCHS} epochs of this text have no more"
+                )
             checkpoints.append(
                 {
                     "name": name,
@@ -210,7 +231,6 @@ class BabyLMCallback(TrainerCallback):
             "git_hash": describe_environment()["git_hash"],
             "config_sha256": sha256(run_dir / CONFIG_FILE),
         }
-        notes = []
         if kept_step < last_step:
             notes.append(
                 f"early stopping kept the weights of step {kept_step:,}, which had seen "

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,31 @@ def test_words_seen_with_another_offset_in_each_epoch(tokenizer):
     )
     assert words_seen.words.tolist() == [0, 14 + 5, 23, 23 + 11 + 6, 45, 45 + 11 + 6, 67]
     assert words_seen.by_domain(6) == {"a": 3, "b": 64}
+
+
+@pytest.mark.parametrize(
+    ("words", "training", "last_step"),
+    [
+        ([9] * 10 + [7], {}, 60),  # 970 words, so the end of the run is the last checkpoint
+        ([9] * 11 + [1], {}, 60),  # 1,000 words
+        ([9] * 10 + [7], {"max_steps": 59}, None),
+        ([9] * 10 + [7], {"num_epochs": 9}, None),
+        ([9] * 9 + [7], {}, None),  # 880 words: chck_90M is missing too
+    ],
+)
+def test_ten_epochs_end_with_the_last_checkpoint(
+    tokenizer, words, training, last_step, monkeypatch
+):
+    monkeypatch.setattr(run_dir, "MILLION", 10)
+    training = {"batch_size": 2, "gradient_accumulation_steps": 1, "num_epochs": 10, "max_steps": None} | training  # fmt: skip
+    counts = word_counts(tokenizer, words)
+    steps = Steps(len(words), training)
+    trainer = SimpleNamespace(steps=steps)
+    callback = babylm.BabyLMCallback(trainer, counts, {}, {"track": "strict-small"})
+    callback.seen = SeenWords(counts, lambda epoch: np.arange(len(words)), steps)
+    *others, last = map(callback.due_step, checkpoint_words("strict-small"))
+    assert last == last_step
+    assert others == [callback.seen.first_step(n) for n in checkpoint_words("strict-small")[:-1]]
 
 
 @pytest.fixture
