@@ -114,6 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DOMAIN=CLEANER",
         help="use the cleaner of another domain, such as novels=gutenberg; may be repeated",
     )
+    add_flag(
+        parser,
+        "one-document-per-row",
+        action="store_true",
+        help="never join the rows of a table, however short; for tweets and the like",
+    )
     cleaning = parser.add_mutually_exclusive_group()
     add_flag(
         cleaning,
@@ -202,7 +208,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[str]]:
         # clean and count in a temporary folder; the files move into place when all are ready
         with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".") as staging:
             folders = {split: Path(staging, split) for split in sources}
-            splits = clean_splits(sources, cleaners, folders, overlap)
+            one_per_row = args.one_document_per_row
+            splits = clean_splits(sources, cleaners, folders, overlap, one_per_row)
             if "train" in splits and not args.skip_tokenizer:
                 train_tokenizer(args, splits["train"], folders["train"])
             tokenizer = count_tokens(args.tokenizer_output, splits, folders)
@@ -355,6 +362,7 @@ def clean_splits(
     cleaners: dict[str, str] | None,
     folders: dict[str, Path],
     overlap: Overlap | None,
+    one_per_row: bool,
 ) -> dict[str, dict]:
     """Write every split, cleaned unless `cleaners` is None, to its folder; return the records."""
     from tqdm import tqdm
@@ -377,7 +385,7 @@ def clean_splits(
                 cleaner = None
                 if cleaners is not None:
                     cleaner = partial(clean_fully, registry.get(name))
-                record = clean_domain(files, cleaner, name, target, overlap, bar)
+                record = clean_domain(files, cleaner, name, target, overlap, one_per_row, bar)
                 record["cleaner"] = name
                 records[domain] = {"file": f"{split}/{target.name}", **record}
             splits[split] = {
@@ -399,6 +407,7 @@ def clean_domain(
     cleaner_name: str | None,
     target: Path,
     overlap: Overlap | None,
+    one_per_row: bool,
     bar: tqdm,
 ) -> dict:
     """Join the files of a domain in one, cleaned if there is a cleaner; return its record."""
@@ -411,7 +420,8 @@ def clean_domain(
         for path in files:
             report = new_report()
             bar_start = bar.n
-            for parts in read_documents(path, report, cleaner, domain=cleaner_name):
+            documents_of_file = read_documents(path, report, cleaner, cleaner_name, one_per_row)
+            for parts in documents_of_file:
                 out.write(DOCUMENT_END if documents else b"")
                 documents += 1
                 words_before = words

@@ -182,7 +182,7 @@ def write_results(
     }
     write_json(output / "scores.json", scores)
     write_json(output / "form.json", form.form_answers(Path(args.run), run, args.push))
-    document = page.fast_document(results, Path(args.run), eval_data, needed)
+    document = page.fast_document(results, eval_data, needed)
     write_text(output / "index.html", page.page(results.name, scores, problems, document))
 
     print_scores(scores)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import sentences
+from datasets import Dataset
 
 from babyllama import schema
 from babyllama.data.cleaners import create_cleaner_registry
@@ -266,6 +267,19 @@ def test_documents_that_repeat_one_word_are_counted(run, raw, tmp_path, capsys):
     assert (
         manifest_of(tmp_path)["splits"]["train"]["files"]["letters"]["documents_of_one_word"] == 2
     )
+
+
+def test_one_document_per_row_keeps_short_rows_apart(run, raw, tmp_path, capsys):
+    tweets = sentences(20)
+    Dataset.from_dict({"text": tweets}).to_parquet(raw / "train" / "tweets.parquet")
+    assert run("--skip-tokenizer", dev=None) == 0
+    assert "20 rows of tables look like lines" in capsys.readouterr().out
+    written = tmp_path / "out" / "train" / "tweets.train"
+    assert written.read_text() == "\n".join(tweets) + "\n"
+    assert run("--skip-tokenizer", "--one-document-per-row", dev=None) == 0
+    assert "rows of tables" not in capsys.readouterr().out
+    assert written.read_text() == "\n\n\n".join(tweets) + "\n"
+    assert manifest_of(tmp_path)["splits"]["train"]["files"]["tweets"]["documents"] == 20
 
 
 def test_skip_tokenizer_counts_with_the_existing_tokenizer(run, tmp_path, capsys):

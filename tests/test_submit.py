@@ -126,6 +126,7 @@ def test_the_form_is_filled_in_from_the_run(submission, babylm_run):
 def test_the_page_has_the_columns_the_published_scores_and_the_curves(submission):
     page = (submission / "index.html").read_text()
     assert "RecGPT-10M" in page and "73.11" in page
+    assert "<h2>Learning curve of baby</h2>" in page
     assert "million words seen" in page and page.count("<polyline") >= 4
     assert "<script" not in page and "http" not in page
 
@@ -156,6 +157,10 @@ def test_missing_data_are_listed_with_their_command(
     command = arguments(babylm_run, partial, tmp_path / "out", "--only", "zero_shot")
     assert submit.main(command) == 0
     assert "ewok_filtered; in babylm-eval/strict: python -m evaluation_pipeline.ewok" in caplog.text
+    caplog.clear()
+    assert submit.main([*command[:-1], "glue", "zero_shot", "--dry-run"]) == 0
+    lines = [line for line in caplog.messages if "mrpc" in line]
+    assert len(lines) == 1 and "mrpc.train.jsonl, mrpc.valid.jsonl; in" in lines[0]
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert {name for name, column in scores["columns"].items() if column} == {"blimp", "comps"}
 

@@ -191,8 +191,9 @@ def new_report() -> dict:
 def rows_joined_text(report: dict) -> str:
     """Return the sentence that says that rows of tables were read as lines."""
     return (
-        f"{report['rows_joined']:,} rows of tables are lines, not documents; they were joined, and "
-        "a document starts after a blank row or at a title"
+        f"{report['rows_joined']:,} rows of tables look like lines, not documents; they were "
+        "joined, and a document starts after a blank row or at a title; prepare_data.py "
+        "--one-document-per-row keeps them apart"
     )
 
 
@@ -401,16 +402,17 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
     return _repair_record(text, report)
 
 
-def _number_rows(path: Path, report: dict) -> Iterator[tuple[int, str]]:
+def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[int, str]]:
     """Yield the lines of a table, with the number of their document.
 
-    Each row is a document, unless the rows are lines of a text, as in WikiText's tables: then a
-    document starts after a blank row, or, if there are titles (= T =), at a title.
+    Each row is a document, unless the rows look like lines of a text, as in WikiText's tables, and
+    `one_per_row` is False: then a document starts after a blank row, or, if there are titles
+    (= T =), at a title.
     """
     rows = _read_rows(path, report)
     first_texts = list(itertools.islice(rows, ROWS))
     texts = itertools.chain(first_texts, rows)
-    if _are_lines(first_texts):
+    if not one_per_row and _are_lines(first_texts):
         has_titles = any(_WIKI_TITLE.match(text + "\n") for text in first_texts)
         lines = _lines_of_rows(texts, "\n" if has_titles else "\n\n", report)
         yield from _number_lines(lines, has_titles, report)
@@ -483,14 +485,15 @@ def read_documents(
     report: dict | None = None,
     cleaner: Callable[[str], str] | None = None,
     domain: str | None = None,
+    one_per_row: bool = False,
 ) -> Iterator[Iterator[str]]:
     """Yield the documents of a file, each as an iterator over the parts of its text.
 
     Nothing is kept in memory, so read a document before you ask for the next one. In a text file a
     new document starts after two empty lines, at a title (= = = T = = =; in wiki domains also = T =
     and <doc>) and at a subtitle numbered 1. In a .jsonl file each line is a document, and in a
-    table each row, unless its rows are lines (see _number_rows). A file is read as wiki text if its
-    name or `domain` is a wiki domain.
+    table each row, unless its rows look like lines (see _number_rows) and `one_per_row` is False. A
+    file is read as wiki text if its name or `domain` is a wiki domain.
 
     A `cleaner` is applied to each part; a document that has no text left is dropped. The counts of
     what was read, before cleaning, are added to `report` (see new_report). Raise ValueError if the
@@ -502,7 +505,7 @@ def read_documents(
     report["files"] += 1
     name = path.name.lower()
     if name.endswith(TABLES):
-        numbered_lines = _number_rows(path, report)
+        numbered_lines = _number_rows(path, report, one_per_row)
     elif name.removesuffix(".gz").endswith(".jsonl"):
         numbered_lines = _number_json_lines(_read_lines(path, report), path, report)
     else:

@@ -107,14 +107,14 @@ def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) ->
 
 
 def warn_about_missing_data(jobs: list[Job]) -> None:
-    """Warn about each file or folder that is not there, with the command that fetches it."""
-    commands = {}
+    """Warn once about the files that a job lacks, with the command that fetches them."""
+    warned: set[Path] = set()
     for job in jobs:
-        for path in job.data:
-            if not path.exists():
-                commands.setdefault(path, job.command)
-    for path, command in commands.items():
-        log.warning("missing: %s; in babylm-eval/strict: %s", path, command)
+        missing = [path for path in job.data if not path.exists() and path not in warned]
+        if missing:
+            warned.update(missing)
+            paths = ", ".join([str(missing[0]), *(path.name for path in missing[1:])])
+            log.warning("missing: %s; in babylm-eval/strict: %s", paths, job.command)
 
 
 # ---- hashes and sizes ---------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from babyllama.submission.official import Requirements
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
-def fast_document(
-    results: Path, run_dir: Path, eval_data: Path, needed: Requirements
-) -> dict[str, Any]:
+def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[str, Any]:
     """Return the checkpoints' results on the fast tasks, in the shape of report.score_curves.
 
     A task that some checkpoint lacks is not in it.
@@ -40,7 +38,7 @@ def fast_document(
         checkpoints = []
     return {
         "configs": {task: {"type": task} for task in by_task},
-        "models": {name: {"path": str(run_dir / name)} for name in checkpoints},
+        "models": {name: {"path": f"{results.name}/{name}"} for name in checkpoints},
         "results": {
             name: {task: rows[name] for task, rows in by_task.items()} for name in checkpoints
         },

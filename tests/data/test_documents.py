@@ -399,7 +399,7 @@ def test_short_rows_are_lines_of_documents_that_blank_rows_separate(tmp_path):
     assert texts == ["one two\nthree", "four", "five"]
     assert report["rows_joined"] == 7
     assert report["words"] == 5
-    assert "7 rows of tables are lines" in documents.rows_joined_text(report)
+    assert "7 rows of tables look like lines" in documents.rows_joined_text(report)
     lines = sentences(30)
     assert read_rows(tmp_path, lines)[0] == ["\n".join(lines)]
 
