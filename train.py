@@ -220,16 +220,16 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
     return train, held_out.with_format("numpy"), processor.reports
 
 
-def held_out_chunks(n_chunks: int, samples: int) -> np.ndarray:
-    """Choose up to `samples` of the held-out chunks: their numbers, sorted.
+def held_out_chunks(n_chunks: int, at_most: int) -> np.ndarray:
+    """Choose `at_most` held-out chunks, or all if there are fewer: their numbers, sorted.
 
     The generator's seed is fixed, so that all models and seeds are scored on the same chunks.
     """
     import numpy as np
 
-    if n_chunks <= samples:
+    if n_chunks <= at_most:
         return np.arange(n_chunks)
-    return np.sort(np.random.default_rng(0).choice(n_chunks, samples, replace=False))
+    return np.sort(np.random.default_rng(0).choice(n_chunks, at_most, replace=False))
 
 
 def load_data(config: dict) -> Data:
@@ -274,7 +274,7 @@ class PreparedRun:
     model: torch.nn.Module
     loss: Any  # callable: (model, batch) -> loss in nats
     benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
-    plan: dict  # numbers derived from all this: steps, tokens, precision, expected time
+    plan: dict  # what describe_run and choose_precision_and_kernels return, and `benchmark`
     checkpoint: Path | None  # the checkpoint to resume from
 
 

@@ -269,8 +269,8 @@ def compare(
         subset_of = np.array([item.subset for item in items])
         weights = subset_weights(spec.average, subset_of)
         value = sum(weight * gains[subset_of == name].mean() for name, weight in weights.items())
-        samples = metrics.bootstrap_macro_mean(gains, subset_of, weights, seed)
-        return _difference(value, np.percentile(samples, metrics.CI95), np.count_nonzero(gains))
+        means = metrics.bootstrap_macro_mean(gains, subset_of, weights, seed)
+        return _difference(value, np.percentile(means, metrics.CI95), np.count_nonzero(gains))
 
     statistic = _statistic(spec, items, scores)
     other_statistic = _statistic(spec, items, other_scores)
@@ -285,8 +285,8 @@ def compare(
 def compare_means(gains: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Return the mean of paired differences (n,) with a bootstrap interval over the pairs."""
     one_group = np.full(len(gains), "")
-    samples = metrics.bootstrap_macro_mean(gains, one_group, {"": 1.0}, seed)
-    interval = np.percentile(samples, metrics.CI95)
+    means = metrics.bootstrap_macro_mean(gains, one_group, {"": 1.0}, seed)
+    interval = np.percentile(means, metrics.CI95)
     return _difference(gains.mean(), interval, np.count_nonzero(gains))
 
 
@@ -384,10 +384,10 @@ def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
     """
     rng = np.random.default_rng(seed)
 
-    def value_and_samples(value: float, interval: Sequence[float]) -> np.ndarray:
+    def value_and_resamples(value: float, interval: Sequence[float]) -> np.ndarray:
         standard_error = (interval[1] - interval[0]) / (2 * metrics.Z95)
-        samples = value + standard_error * rng.standard_normal(metrics.RESAMPLES)
-        return np.append(value, samples)  # (1 + RESAMPLES,)
+        resampled = value + standard_error * rng.standard_normal(metrics.RESAMPLES)
+        return np.append(value, resampled)  # (1 + RESAMPLES,)
 
     # collect the parts
     parts = {}
@@ -395,12 +395,12 @@ def overall_score(results: dict[str, dict], seed: int = 0) -> dict[str, Any]:
     for name, result in results.items():
         metric = result["metric"]
         if metric == "avg_repetition_score":
-            repetitions.append(value_and_samples(result[metric], result[f"{metric}_ci95"]))
+            repetitions.append(value_and_resamples(result[metric], result[f"{metric}_ci95"]))
         elif metric == "avg_consistency_score":
             (gap,) = result["baselines"].values()
-            parts[name] = value_and_samples(gap["difference"], gap["difference_ci95"])
+            parts[name] = value_and_resamples(gap["difference"], gap["difference_ci95"])
         elif metric in ("accuracy", "completion_accuracy", "spearman"):
-            values = value_and_samples(result[metric], result[f"{metric}_ci95"])
+            values = value_and_resamples(result[metric], result[f"{metric}_ci95"])
             possible_gain = max(1 - result["chance"], 1e-9)
             parts[name] = (values - result["chance"]) / possible_gain
 

@@ -48,21 +48,21 @@ def bootstrap_interval(
     """Return the 95 % percentile interval (2,) of a statistic, or (2, K) of K statistics.
 
     `statistic` maps the indices (n,) of resampled items to a number or to an array (K,). The
-    interval is NaN for fewer than two items, and if the statistic is not finite in every sample.
+    interval is NaN for fewer than two items, and if the statistic is not finite in every resample.
     """
-    # scipy.stats.bootstrap draws the same samples and takes as long (0.12 s for 2000 of 500 items),
-    # but it keeps all samples in memory and warns about statistics that are not finite.
+    # scipy.stats.bootstrap draws the same and takes as long (0.12 s for 2000 times 500 items), but
+    # it keeps all that it drew in memory, and warns about statistics that are not finite
     rng = np.random.default_rng(seed)
-    samples = np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)])
-    is_defined = n > 1 and np.isfinite(samples).all(axis=0)
+    values = np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)])
+    is_defined = n > 1 and np.isfinite(values).all(axis=0)
     with np.errstate(invalid="ignore"):
-        return np.where(is_defined, np.percentile(samples, CI95, axis=0), math.nan)
+        return np.where(is_defined, np.percentile(values, CI95, axis=0), math.nan)
 
 
 def bootstrap_macro_mean(
     scores: np.ndarray, groups: np.ndarray, weights: dict[str, float], seed: int
 ) -> np.ndarray:
-    """Return bootstrap samples (RESAMPLES,) of a weighted mean of group means.
+    """Return the weighted mean of group means in each bootstrap resample: (RESAMPLES,).
 
     Scores (N,) are resampled within their group (N,). The bootstrap underestimates the spread of a
     small group by sqrt((n - 1) / n), so deviations are scaled back up. A single score shows no
@@ -83,14 +83,14 @@ def bootstrap_macro_mean(
         strata.append((1.0, len(singletons) * np.array(singletons)))
 
     # scores have few distinct values, so draw how often each value occurs instead of n indices
-    samples = np.zeros(RESAMPLES)
+    means = np.zeros(RESAMPLES)
     for weight, stratum in strata:
         n = len(stratum)
         levels, counts = np.unique(stratum, return_counts=True)
         resampled_means = rng.multinomial(n, counts / n, size=RESAMPLES) @ levels / n
         deviations = resampled_means - stratum.mean()
-        samples += weight * (stratum.mean() + deviations * math.sqrt(n / max(1, n - 1)))
-    return samples
+        means += weight * (stratum.mean() + deviations * math.sqrt(n / max(1, n - 1)))
+    return means
 
 
 # ---- means and rates ----------------------------------------------------------------------------
