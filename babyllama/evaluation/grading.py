@@ -28,7 +28,7 @@ from babyllama.evaluation import metrics
 from babyllama.evaluation.tasks import EYE_TRACKING, TASKS, Item, Task
 
 TIE_TOLERANCE = 1e-5  # nats; sums of float32 numbers that differ by less count as equal
-SLOW_RESAMPLES = 400  # for statistics that are recomputed from every sample
+SLOW_RESAMPLES = 400  # for statistics that are slow to compute
 # Fewer differing items cannot be significant: five of the same sign have p = 2 x 0.5^5 = 0.06.
 MIN_DIFFERING = 6
 COLUMNS_2026 = (
@@ -203,7 +203,7 @@ def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[s
     for key in item_values:
         weighted = [weight * subsets[name][key] for name, weight in weights.items()]
         means[key] = min(1.0, math.fsum(weighted))
-    # so many items with equal weights would have the same variance as the weighted mean
+    # this many items of equal weight would have the same variance as the weighted mean
     effective_n = 1 / sum(weight**2 / subsets[name]["n"] for name, weight in weights.items())
     return {
         **means,
@@ -333,8 +333,8 @@ def compare_to_baselines(
 def leaderboard_columns(types: dict[str, str], results: dict[str, dict]) -> dict[str, float]:
     """Return the columns of BabyLM's leaderboard of 2026 that results of tasks fill, in percent.
 
-    `types` names the task of each result; of several results of one task the first counts. The
-    column `global_piqa` is the mean of its two tasks, and `reading` that of its two figures.
+    `types` names the task of each result; if a task has several results, the first counts. The
+    column `global_piqa` is the mean of its two tasks, and `reading` the mean of its two figures.
     """
     figures: dict[str, list[float]] = {}
     counted = set()
@@ -355,9 +355,9 @@ def leaderboard_columns(types: dict[str, str], results: dict[str, dict]) -> dict
 def overall_2026(columns: dict[str, float | None]) -> dict[str, Any]:
     """Return the overall score of BabyLM 2026: the mean of the nine columns of its leaderboard.
 
-    All columns are in percent: accuracies, `glue` the mean of its seven tasks, `reading` the mean
-    of two explained variances, `aoa` 100 x a correlation. A column that is missing or None counts 0
-    and is listed under `missing`.
+    All columns are in percent. Most are accuracies; `glue` is the mean of seven tasks, `reading`
+    the mean of two explained variances, and `aoa` 100 x a correlation. A column that is missing or
+    None counts 0 and is listed under `missing`.
     """
     unknown = set(columns) - set(COLUMNS_2026)
     if unknown:

@@ -2,7 +2,8 @@
 
 The processes are started by torchrun or `accelerate launch`. Rank 0 prepares the data, writes files
 and prints, while the others wait; then all of them train. In a single process these functions do
-nothing, so their callers need not care. Nothing here knows about configurations or models.
+nothing, so callers need not ask how many there are. Nothing here knows about configurations or
+models.
 
     distributed.start()                # after the command line is parsed
     with distributed.main_first():     # rank 0 first, then the others; an error ends all of them
@@ -40,7 +41,7 @@ _group = SimpleNamespace(
     block=0,  # how many main_first blocks have begun
     on_cpu=None,  # the group of processes for tensors on the CPU; None is the default group
     timeout=600.0,  # seconds of silence after which a process counts as lost
-    ended=None,  # the event that stops _beat
+    ended=None,  # the event that ends the heartbeat
 )
 BEAT_SECONDS = 1.0  # how often each process shows in the store that it is alive
 
@@ -70,7 +71,7 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Meet the other processes, take a GPU if there are any, and silence all ranks except 0.
+    """Find the other processes, take a GPU if there is one, and silence all ranks except 0.
 
     Raise ValueError if this machine has fewer GPUs than processes, or if accelerate is configured
     to shard the model itself.
@@ -113,7 +114,7 @@ def start() -> None:
 
 
 def _beat(ended: threading.Event) -> None:
-    """Count in the store, as a sign of life, until the run has ended."""
+    """Increment a counter in the store, as a heartbeat, until the run has ended."""
     while not ended.wait(BEAT_SECONDS):
         try:
             _group.store.add(f"{rank()}.beats", 1)
@@ -217,8 +218,8 @@ def main_first() -> Iterator[None]:
 def _wait_for(key: str, other_rank: int) -> str:
     """Wait until another process sets this key in the store, and return its value.
 
-    Preparing the data may take hours, so this waits as long as the other process shows that it is
-    alive; raise ConnectionError if it has been silent for the timeout. It polls, because Ctrl-C
+    Preparing the data may take hours, so this waits as long as the other process has a heartbeat;
+    raise ConnectionError if it has been silent for the timeout. It polls, because Ctrl-C
     cannot interrupt the store's blocking `get`.
     """
     beats = None
@@ -327,8 +328,8 @@ def forward_through_wrapper(function, model, *args):
 
     DDP and FSDP gather weights and gradients around their own forward pass. Our loss calls parts of
     the model instead of the whole, so it has to run inside that pass, and torch has no public way
-    to ask DDP for this. So, for the length of one call, the function takes the place of the inner
-    model's forward.
+    to ask DDP for this. So, for the duration of one call, the function takes the place of the
+    inner model's forward.
     """
     inner = getattr(model, "module", model)  # DDP wraps the model, FSDP changes it in place
     # accelerate sets a forward of its own on the instance, for autocast
