@@ -8,9 +8,11 @@ RUN := models/quickstart
 REPORT := $(RUN)/report.html
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart report-path test test-reliability lint clean
+.PHONY: help quickstart report-path race test test-reliability lint clean
 help:
 	@echo "make quickstart   set up .venv, create text, train a tokenizer and a small Llama, measure the model"
+	@echo "make race         train config/race-30min.yaml and a plain Trainer script for 30 minutes each on"
+	@echo "                  data/train, or on RAW=DIR with raw train/ and dev/; BLIMP=DIR measures grammar"
 	@echo "make test         set up .venv and run all tests but the slow ones"
 	@echo "make test-reliability   kill, damage and flood real runs, and report on fifteen promises"
 	@echo "make lint         check the style (ruff), and that the generated files are up to date"
@@ -36,6 +38,13 @@ report-path:
 $(REPORT): $(RUN)/model.safetensors $(wildcard *.py babyllama/*.py babyllama/*/*.py babyllama/*/*.j2 config/benchmark*.yaml) requirements.txt
 	$(PY) evaluate.py $(RUN)
 	$(PY) benchmark.py $(RUN) --benchmark-config config/benchmark-quickstart.yaml --output $(RUN)/report.json
+
+# Text that prepare_data.py has cleaned is in data/; raw text costs both contestants the time to clean it.
+MINUTES := 30
+RAW :=
+BLIMP :=
+race: $(INSTALLED)
+	$(PY) experiments/race.py --minutes $(MINUTES) $(if $(RAW),--raw $(RAW)) $(if $(BLIMP),--blimp $(BLIMP))
 
 # A file of tests stays in one process, because its tests share models.
 test: $(INSTALLED)

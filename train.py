@@ -20,6 +20,7 @@ import contextlib
 import functools
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ from babyllama.training.run_dir import (
     resolve_checkpoint,
     run_history,
     start_run_dir,
+    steps_chosen_before,
 )
 from babyllama.training.sweep import run_sweep
 from babyllama.training.tracking import open_trackers, run_facts
@@ -301,9 +303,17 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
 
 
 def setup_run(
-    args: argparse.Namespace, config: dict, run_dir: Path, data: Data, budget: dict | None
+    args: argparse.Namespace,
+    config: dict,
+    run_dir: Path,
+    data: Data,
+    budget: dict | None,
+    started: float,
 ) -> PreparedRun:
-    """Create the model, choose precision and kernels for this machine, and print the plan."""
+    """Create the model, choose precision and kernels for this machine, and print the plan.
+
+    `started` is the time.perf_counter() from which training.max_minutes counts.
+    """
     import transformers
 
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
@@ -313,6 +323,7 @@ def setup_run(
         describe_run,
         print_plan,
     )
+    from babyllama.training.time_limit import choose_max_steps
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -331,9 +342,16 @@ def setup_run(
     model = create_model(config, data.tokenizer)
     plan = describe_run(config, model, data.report["train"], len(data.train), history)
     plan |= choose_precision_and_kernels(config, plan)
-    benchmark = make_benchmark(config, model, data.tokenizer)
-    plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
     loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
+    benchmark = make_benchmark(config, model, data.tokenizer)
+    training = config["training"]
+    if training["max_minutes"] and not training["max_steps"]:
+        training["max_steps"] = choose_max_steps(
+            config, data, model, loss, benchmark, plan, started
+        )
+        plan |= describe_run(config, model, data.report["train"], len(data.train), history)
+        plan["expected_seconds"] = 60 * training["max_minutes"]
+    plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
     if distributed.is_main():
@@ -461,6 +479,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def prepare_and_train(args: argparse.Namespace) -> None:
     """Prepare a run and train it; stop early for a dry run, or if it is finished already."""
+    started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         with distributed.main_first():
             # reading the text may take long, so first check everything that does not need it
@@ -471,12 +490,15 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             check_request(args, config, run_dir)
 
             data = load_data(config)
+            training = config["training"]
+            if training["max_minutes"] and not (training["max_steps"] or args.overwrite):
+                training["max_steps"] = steps_chosen_before(run_dir, config, data.report)
             if show_finished_run(args, run_dir, config, data.report):
                 return
             writes = distributed.is_main() and not args.dry_run
             if writes:
                 stack.enter_context(exclusive_folder(run_dir, "choose another --model_name"))
-            prepared = setup_run(args, config, run_dir, data, budget)
+            prepared = setup_run(args, config, run_dir, data, budget, started)
             if args.dry_run:
                 print("dry run: nothing was trained; the tokenized text is cached for the real run")
                 return

@@ -410,6 +410,12 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
     if training["lr"] and training["min_lr"] > training["lr"]:
         yield f"training.min_lr: {training['min_lr']:g} is above training.lr ({training['lr']:g})"
 
+    if training["max_minutes"] and config["distillation"]["teachers"]:
+        yield (
+            f"training.max_minutes: {training['max_minutes']:g} does not go with teachers, whose "
+            "part of a step is not timed; use training.max_steps"
+        )
+
     untested_with_fsdp = {
         "ema": training["ema"] is not None,
         "optimizer": training["optimizer"] == "muon",

@@ -123,6 +123,28 @@ def plot_training(
     save_figure(figure, path)
 
 
+def plot_race(curves: dict[str, list[dict]], path: Path) -> None:
+    """Draw held-out bits per byte against wall minutes, a curve for each contestant.
+
+    `curves` holds points with `minutes` and `bits_per_byte`. The background is transparent and all
+    colours are of medium brightness, so that the picture suits light and dark pages.
+    """
+    figure, ((axis,),) = new_figure(1, 1, 7, 3.5)
+    for (name, curve), colour in zip(curves.items(), MODEL_COLOURS, strict=False):
+        minutes = [point["minutes"] for point in curve]
+        bits = [point["bits_per_byte"] for point in curve]
+        axis.plot(minutes, bits, "o-", color=colour, ms=4, label=f"{label(name)}, {bits[-1]:.3f}")
+    axis.set(xlabel="minutes since the raw text", ylabel="held-out bits per byte", xlim=(0, None))
+    axis.legend(frameon=False, labelcolor=GREY)
+
+    figure.patch.set_alpha(0)
+    axis.patch.set_alpha(0)
+    axis.tick_params(colors=GREY)
+    for part in (*axis.spines.values(), axis.xaxis.label, axis.yaxis.label):
+        part.set_color(GREY)
+    save_figure(figure, path)
+
+
 def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
     """Return the rows that time at least half the usual number of steps; fewer are noise."""
     step_counts = [

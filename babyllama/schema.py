@@ -116,6 +116,12 @@ class TrainingSection(Section):
         None,
         ge=1,
     )
+    max_minutes: float | None = _key(
+        "Time for the whole command: a few steps are timed, and max_steps becomes the number that "
+        "fits; with one process; null, or with max_steps: no limit",
+        None,
+        gt=0,
+    )
     gradient_accumulation_steps: int = _key("Batches per optimizer step", 1, ge=1, typical=(1, 32))
     warmup_steps: int = _key(
         "Steps over which the learning rate rises to lr", 0, ge=0, typical=(0, 1000)

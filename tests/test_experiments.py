@@ -134,6 +134,69 @@ def test_strided_recipe_equals_our_windows(script, model_dirs):
     assert -scores.logprobs.mean() == pytest.approx(expected, rel=1e-6)
 
 
+PAIR = {"sentence_good": "The cat sees the dog.", "sentence_bad": "The cat see the dog.", "UID": "x",
+        "field": "syntax", "linguistics_term": "y", "pairID": "0"}  # fmt: skip
+
+
+@pytest.fixture
+def blimp(tmp_path):
+    """Return a folder with a minimal pair in BLiMP's format."""
+    folder = tmp_path / "blimp"
+    folder.mkdir()
+    (folder / "x.jsonl").write_text(json.dumps(PAIR))
+    return folder
+
+
+def test_race_measures_finished_contestants(
+    script, model_dirs, corpus_dir, blimp, tmp_path, capsys
+):
+    race = script("race")
+    figures = {"steps": 7, "tokens": 28_672, "words": 20_000, "seconds": 90.0}
+    curve = [{"minutes": 1.0, "bits_per_byte": 3.0}, {"minutes": 1.5, "bits_per_byte": 2.5}]
+    for name, kind in (("ours", "Llama"), ("plain", "GPT2")):
+        record = {**figures, "model": str(model_dirs[kind]), "curve": curve}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    options = ["--data", str(corpus_dir), "--blimp", str(blimp), "--output", str(tmp_path)]
+    assert race.main(options) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " 1.5 " in line]
+    measured = json.loads((tmp_path / "race.json").read_text())
+    assert [row[0] for row in rows] == ["| ours", "| plain"]
+    for name, row in zip(measured, rows, strict=True):
+        assert row[1:4] == ["1.5", "7", "20,000"]
+        assert row[4].startswith(f"{measured[name]['bits_per_byte']:.4f} (")
+        assert row[5].split()[0] in ("0.0", "100.0")
+        assert measured[name]["total_bytes"] > 4000
+    assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_race_trains_and_measures_both(script, corpus_dir, blimp, tmp_path, capsys, monkeypatch):
+    race = script("race")
+    monkeypatch.setitem(race.USER_ENVIRONMENT, "OMP_NUM_THREADS", "1")
+    for split, times in (("train", 4), ("dev", 1)):
+        (tmp_path / "raw" / split).mkdir(parents=True)
+        text = (corpus_dir / split / f"toy.{split}").read_text()
+        (tmp_path / "raw" / split / f"toy.{split}").write_text("\n\n".join([text] * times))
+    output = tmp_path / "race"
+    options = ["--raw", str(tmp_path / "raw"), "--minutes", "1", "--output", str(output)]
+    for key in ("model.vocab_size=300", "model.hidden_size=48", "model.n_layer=1"):
+        options += ["--set", key]
+    assert race.main(options) == 0
+    assert "git clone https://github.com/alexwarstadt/blimp" in capsys.readouterr().out
+    runs = json.loads((output / "race.json").read_text())
+    cleaning = json.loads((output / "cleaning.json").read_text())["seconds"]
+    for run in runs.values():
+        assert cleaning < run["seconds"] < 75
+        minutes = [point["minutes"] for point in run["curve"]]
+        assert minutes == sorted(minutes) and cleaning < 60 * minutes[0]
+        assert 60 * minutes[-1] <= run["seconds"]
+        assert run["curve"][-1]["tokens"] == run["tokens"]
+        # the held-out text is like the training text, so a sample of it tells about all of it
+        assert run["curve"][-1]["bits_per_byte"] == pytest.approx(run["bits_per_byte"], rel=0.1)
+        model, tokenizer = load_model(run["model"], "cpu")
+        assert model.config.vocab_size == len(tokenizer)
+
+
 def test_document_figures_draws_a_finished_run(script, workshop, tmp_path):
     module = script("document_figures")
     module.draw_quickstart(workshop / "models" / "quickstart", tmp_path / "curve.png")

@@ -130,6 +130,8 @@ def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str
     flops_per_second = matmul_flops(precision) * distributed.world_size()
     ideal_seconds = plan["tokens"] * plan["flops_per_token"] / flops_per_second
     uncompiled_seconds = ideal_seconds / expected_mfu(precision, False)
+    if training["max_minutes"]:
+        uncompiled_seconds = 60 * training["max_minutes"]
     compiled, compile_reason = pick_compile(training, uncompiled_seconds, precision)
     if torch.cuda.is_available():
         cuda_graphs, cuda_graphs_reason = pick_cuda_graphs(config, precision, compiled)

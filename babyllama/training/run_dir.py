@@ -309,6 +309,20 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
     return _read_run_file(run_dir / METRICS_FILE)
 
 
+def steps_chosen_before(run_dir: Path, config: dict, report: dict) -> int | None:
+    """Return the number of steps of this run if it was started before, else None.
+
+    A run with training.max_minutes times a few steps only once. Its length then stays the same,
+    however fast the machine is when it is resumed.
+    """
+    if not all((run_dir / name).is_file() for name in (CONFIG_FILE, DATA_REPORT_FILE)):
+        return None
+    free = {*FREE_ON_RESUME, *CHANGEABLE}
+    if config_diff(run_dir, config, report).keys() - free:
+        return None
+    return _read_run_file(run_dir / CONFIG_FILE)["training"].get("max_steps")
+
+
 def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
     """Raise ValueError if the run would overwrite one of its teachers or files of the user's.
 
@@ -497,6 +511,8 @@ def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
         config = metrics["config"]
         del config["logging"], config["model"]["name"]
         seed = int(config["training"].pop("seed"))
+        if config["training"].get("max_minutes"):
+            del config["training"]["max_steps"]  # seeds that had the same time
         facts = [config, metrics["data"]["train"]["key"]]
         if "history" in metrics["data"]:
             facts.append(metrics["data"]["history"])
