@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from babyllama.cli import add_flag, run_script
-from babyllama.data.documents import find_files
+from babyllama.data.text_files import find_files
 from babyllama.files import atomic_write, check_replaceable, read_json
 
 COMPLEXITIES = ("simple", "medium", "complex")

@@ -40,14 +40,13 @@ from babyllama.data.cleaners import (
 from babyllama.data.documents import (
     PART,
     READER_VERSION,
-    find_files,
     new_report,
     read_documents,
     replace_surrogates,
     rows_joined_text,
-    source_of,
     text_parts,
 )
+from babyllama.data.text_files import find_files, source_of
 from babyllama.data.tokenizer import (
     adds_prefix_space,
     byte_lengths,

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script
-from babyllama.data.documents import domain_of, find_files, new_report, read_documents
+from babyllama.data.documents import new_report, read_documents
+from babyllama.data.text_files import domain_of, find_files
 from babyllama.files import (
     check_model_exists,
     check_results_file,

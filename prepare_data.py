@@ -36,14 +36,9 @@ from typing import TYPE_CHECKING
 from babyllama.cli import add_flag, printable, run_script
 from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import (
-    domain_of,
-    find_files,
-    new_report,
-    read_documents,
-    rows_joined_text,
-)
+from babyllama.data.documents import new_report, read_documents, rows_joined_text
 from babyllama.data.overlap import NGRAM, Overlap
+from babyllama.data.text_files import domain_of, find_files
 from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tokenizer, part_backend
 from babyllama.files import check_replaceable, exclusive_folder, read_json, sha256, write_json
 from babyllama.schema import TRACKS

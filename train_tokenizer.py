@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING
 
 from babyllama.cli import add_flag, run_script
 from babyllama.config import training_command
-from babyllama.data.documents import find_files, new_report, read_parts, source_of
+from babyllama.data.documents import new_report, read_parts
+from babyllama.data.text_files import find_files, source_of
 from babyllama.data.tokenizer import (
     SPECIAL_TOKENS,
     adds_prefix_space,

@@ -29,7 +29,8 @@ BATCH = 48  # texts that the tokenizer encodes at a time
 
 def read_texts(data_dir: str) -> list[str]:
     """Return the text of all training files, in parts of bounded size."""
-    from babyllama.data.documents import find_files, read_parts
+    from babyllama.data.documents import read_parts
+    from babyllama.data.text_files import find_files
 
     return [text for path in find_files(data_dir, "train") for text in read_parts(path)]
 
@@ -38,7 +39,7 @@ def measure(way: str, data_dir: str, tokenizer_file: str) -> dict:
     """Return {"seconds", "bytes", "peak_rss_bytes"} of one way; bytes are those of the files."""
     import datasets  # noqa: F401  its import is not timed
 
-    from babyllama.data.documents import find_files
+    from babyllama.data.text_files import find_files
     from babyllama.data.tokenizer import load_tokenizer
     from data_utils import DataProcessor
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from babyllama.cli import add_flag, run_script
-from babyllama.data.documents import find_files, read_documents
+from babyllama.data.documents import read_documents
+from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.device import pick_device
 from babyllama.training.optimizers import make_optimizer, schedule

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.data.documents import find_files, read_parts
+from babyllama.data.documents import read_parts
+from babyllama.data.text_files import find_files
 from babyllama.evaluation.fast_choices import relative_scores
 from babyllama.evaluation.loading import encode, training_text_of
 from babyllama.evaluation.scoring import ids_logprobs

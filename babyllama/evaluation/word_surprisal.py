@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.data.documents import find_files, new_report, read_parts
+from babyllama.data.documents import new_report, read_parts
+from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import token_bytes
 from babyllama.data.words import is_space
 from babyllama.files import atomic_write, read_utf8

@@ -24,7 +24,8 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from transformers import Trainer, TrainerCallback
 
-from babyllama.data.documents import find_files, new_report, read_documents, source_of
+from babyllama.data.documents import new_report, read_documents
+from babyllama.data.text_files import find_files, source_of
 from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
 from babyllama.files import atomic_write, describe_environment, read_json, sha256, utc_now

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from babyllama.data import cleaners
 from babyllama.data.cleaners import DomainCleaners, clean_text, create_cleaner_registry
-from babyllama.data.documents import domain_of
+from babyllama.data.text_files import domain_of
 
 REGISTRY = create_cleaner_registry()
 BABYLM_NAMES = [

@@ -30,7 +30,8 @@ import generate
 import train
 from babyllama.cli import SafeOutput, log_to_stderr, printable, run_script
 from babyllama.data import documents
-from babyllama.data.documents import find_files, new_report, read_documents
+from babyllama.data.documents import new_report, read_documents
+from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import part_backend
 from babyllama.evaluation.loading import load_model
 from babyllama.plots import plot_training
