@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,8 +17,14 @@ from conftest import ROOT
 from babyllama.schema import SECTIONS
 from train import create_model, load_config
 
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), NOTEBOOK])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCS}
+TEXTS[NOTEBOOK] = "\n\n".join(
+    "".join(cell["source"])
+    for cell in json.loads(TEXTS[NOTEBOOK])["cells"]
+    if cell["cell_type"] == "markdown"
+)
 ALL = "\n".join(TEXTS.values())
 README = TEXTS[ROOT / "README.md"]
 SCRIPTS = sorted(
