@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import ROOT, build_tiny_model
@@ -46,6 +51,48 @@ def run(workshop, *command: str) -> str:
 
 def test_transformers_generates_with_the_snippet(workshop):
     assert run(workshop, "-c", block_of("transformers", "python")).startswith("The cat")
+
+
+def test_transformers_serves_the_greedy_text(workshop):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    url = f"http://localhost:{port}"
+
+    def post(path: str, request: dict) -> dict:
+        headers = {"Content-Type": "application/json"}
+        return json.load(urlopen(Request(url + path, json.dumps(request).encode(), headers)))
+
+    command = f"-m transformers.cli.transformers serve models/quickstart --device cpu --port {port}"
+    server = subprocess.Popen(
+        [sys.executable, *command.split()],
+        cwd=workshop,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(3000):
+            with contextlib.suppress(URLError):
+                urlopen(f"{url}/health")
+                break
+            assert server.poll() is None
+            time.sleep(0.2)
+        request = json.loads(block_of("transformers", "json"))
+        answer = post("/v1/completions", request)
+        chat = {"model": request["model"], "messages": [{"role": "user", "content": "The cat"}]}
+        with pytest.raises(HTTPError):
+            post("/v1/chat/completions", chat)
+    finally:
+        server.terminate()
+        server.wait()
+    model, tokenizer = load_model(workshop / "models" / "quickstart", "cpu")
+    prompts = [request["prompt"]]
+    ((expected,),) = generate(
+        model, tokenizer, prompts, max_new_tokens=request["max_tokens"], temperature=0
+    )
+    assert answer["choices"][0]["text"] == expected
 
 
 # ---- llama.cpp ----------------------------------------------------------------------------------
