@@ -3,9 +3,10 @@
     python experiments/plain_loop.py --config config/quickstart.yaml --set training.max_steps=20
 
 This is the path from a text file to trained weights, and nothing else: one device, float32, and no
-Trainer, evaluation, checkpoint, cache or compilation. It leaves out random_offset, document_mask,
-teachers and the moving average of the weights. The losses of train.py on a CPU are the same to the
-last bit with training.precision=fp32, chunked_loss=false and compile=false; a test compares them.
+Trainer, evaluation, checkpoint, cache or compilation. It ignores the keys of what it lacks, such as
+random_offset, document_mask, ema, max_minutes and distillation. The losses of train.py on a CPU are
+the same to the last bit with training.precision=fp32, chunked_loss=false and compile=false; a test
+compares them.
 """
 
 from __future__ import annotations
