@@ -413,7 +413,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import context_length
     from babyllama.files import weights_sha256
-    from babyllama.training.run_dir import seed_and_config, training_scores
+    from babyllama.training.run_dir import run_facts, seed_and_config, training_scores
 
     return {
         "path": str(suite.model_path),
@@ -425,6 +425,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
         "training": training_scores(suite.model_path),
+        "trained": run_facts(suite.model_path),
         "run": seed_and_config(suite.model_path),
     }
 

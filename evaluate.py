@@ -636,7 +636,7 @@ def run(args: argparse.Namespace) -> int:
 
     plots = output.with_name("evaluation_plots.png")
     write_json(output, report)
-    plot_evaluation(report["results"], plots, args.model)
+    plot_evaluation(report["results"], plots, Path(args.model).resolve().name)
     print_report(report)
     print(f"\nresults in {output}, plots in {plots}")
     print(f"next  {shlex.join(['python', 'benchmark.py', args.model])}")

@@ -1,11 +1,19 @@
-"""Draw figures into PNG files. The only module that imports matplotlib; computes no metric."""
+"""Draw figures, as PNG files and for pages. The only module that imports matplotlib.
+
+A panel is a function that draws on one axis. A PNG file has the panels side by side; a page has a
+picture of each, so that they fit on a phone, and their text is dark or light as the reader's
+browser wishes.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import math
-import textwrap
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +23,87 @@ if TYPE_CHECKING:
 from babyllama.cli import printable
 from babyllama.files import atomic_write
 
-BLUE = "#3367d6"
+# colours that can be told from white and from black
+BLUE = "#3b78e7"
 ORANGE = "#e8710a"
-GREEN = "#188038"
+GREEN = "#1e9447"
 GREY = "#80868b"
-DARK = "#3c4043"
-PURPLE = "#8430ce"
-RED = "#b3261e"
-TEAL = "#007b83"
-MODEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)  # in the order of the HTML page
+PURPLE = "#a050e0"
+RED = "#d93a30"
+TEAL = "#0a9199"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)
+INK = "#1b1f24"  # text and axes; on a page the colour of INK_STYLE
+INK_STYLE = """<style>
+svg { color: #1b1f24; font-family: system-ui, sans-serif }
+@media (prefers-color-scheme: dark) { svg { color: #dde3ea } }
+</style>"""
 DPI = 120
 MAX_DOMAINS = 20  # in one panel: those with most text
+Panel = Callable[[Any], None]  # draws on an axis
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
     """Return (figure, axes) that need no display."""
+    figure = _empty_figure(width, height)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        _style(axis)
+    return figure, axes
+
+
+def _empty_figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, alpha=0.25)
-        axis.set_axisbelow(True)
-    return figure, axes
+    return figure
+
+
+def _style(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, color=GREY, alpha=0.25)
+    axis.set_axisbelow(True)
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a figure to a PNG file atomically."""
-    with atomic_write(path) as draft:
+    with atomic_write(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # that the font lacks
         figure.savefig(draft, dpi=DPI)
+
+
+def save_panels(panels: list[Panel], path: Path, title: str) -> None:
+    """Draw panels in two columns into a PNG file; the first of an odd number spans both."""
+    cells = [0] * (len(panels) % 2) + list(range(len(panels)))
+    grid = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+    figure = _empty_figure(9, 4 * len(grid))
+    axes = figure.subplot_mosaic(grid)
+    for number, draw in enumerate(panels):
+        _style(axes[number])
+        draw(axes[number])
+    figure.suptitle(label(title))
+    save_figure(figure, path)
+
+
+def panel_for_page(draw: Panel, height: float = 3.4) -> tuple[str, str]:
+    """Return the title of a panel and the source of its image: a data URI of an SVG picture."""
+    from matplotlib import rc_context
+
+    colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    # text stays text, and equal figures give equal pages
+    options = {"svg.fonttype": "none", "svg.hashsalt": "page"} | dict.fromkeys(colours, INK)
+    with rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has other fonts
+        figure, ((axis,),) = new_figure(1, 1, 5, height)
+        figure.patch.set_visible(False)
+        axis.patch.set_visible(False)
+        draw(axis)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue().replace(INK, "currentColor").replace("<defs>", f"{INK_STYLE}<defs>", 1)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return axis.get_title().replace(r"\$", "$"), source
 
 
 def label(text: Any) -> str:
@@ -67,60 +124,92 @@ def read_picture(path: Path) -> np.ndarray:
 def plot_training(
     rows: list[dict], path: Path, title: str, floor_nats: float | None = None
 ) -> None:
-    """Draw loss, learning rate and speed against tokens, from the rows of metrics.jsonl.
+    """Draw the panels of training_panels into a PNG file."""
+    save_panels(training_panels(rows, floor_nats), path, title)
 
-    Scores of a benchmark (`benchmark/<task>`), if there are any, get a panel of their own.
-    `floor_nats` is the lowest loss in nats per token that any model can reach, if it is known.
+
+def training_panels(rows: list[dict], floor_nats: float | None = None) -> list[Panel]:
+    """Return panels of loss, learning rate and speed against tokens, from rows of metrics.jsonl.
+
+    `floor_nats` is the lowest loss in nats per token that any model can reach; the distance from it
+    is a panel if it is known. Scores of a benchmark (`benchmark/<task>`) are another, if there are
+    any.
     """
-    from matplotlib.ticker import EngFormatter, StrMethodFormatter
+    panels = [partial(draw_loss, rows=rows, floor_nats=floor_nats)]
+    # on little text a model can be luckier than the average
+    if floor_nats is not None and any(row.get("eval_loss", 0) > floor_nats for row in rows):
+        panels.append(partial(draw_gap, rows=rows, floor_nats=floor_nats))
+    panels += [partial(_draw_learning_rate, rows=rows), partial(_draw_speed, rows=rows)]
+    if any(key.startswith("benchmark/") for row in rows for key in row):
+        panels.append(partial(_draw_scores, rows=rows))
+    return panels
 
-    training_rows = [row for row in rows if "loss" in row]
-    held_out_rows = [row for row in rows if "eval_loss" in row]
-    tokens = [row["tokens"] for row in training_rows]
 
-    tasks = sorted({key for row in rows for key in row if key.startswith("benchmark/")})
-    panels = 4 if tasks else 3
-    figure, (axes,) = new_figure(1, panels, 13 * panels / 3, 4)
-    loss_axis, rate_axis, speed_axis = axes[:3]
-    for axis in axes:
-        axis.set_xlabel("tokens")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
-    rate_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    speed_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+def _plot_against_tokens(axis, rows: list[dict], key: str, *style: str, **options) -> None:
+    """Draw a line through the rows that have the key."""
+    from matplotlib.ticker import EngFormatter
 
-    # loss; in distillation `ce_loss` is the loss on the text, without the teachers' part
-    losses = [row.get("ce_loss", row["loss"]) for row in training_rows]
-    held_out_tokens = [row["tokens"] for row in held_out_rows]
-    held_out_losses = [row["eval_loss"] for row in held_out_rows]
-    loss_axis.plot(tokens, losses, color=BLUE, lw=1.2, label="training")
-    loss_axis.plot(held_out_tokens, held_out_losses, "o-", color=ORANGE, ms=4, label="held-out")
+    points = [(row["tokens"], row[key]) for row in rows if key in row]
+    axis.plot(*zip(*points, strict=True), *style, **options)
+    axis.set_xlabel("tokens")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
+
+
+def draw_loss(axis, rows: list[dict], floor_nats: float | None = None) -> None:
+    """Draw the training and held-out loss, and the entropy of the grammar if it is known."""
+    # in distillation `ce_loss` is the loss on the text, without the teachers' part
+    losses = [{**row, "loss": row.get("ce_loss", row["loss"])} for row in rows if "loss" in row]
+    _plot_against_tokens(axis, losses, "loss", color=BLUE, lw=1.2, label="training")
+    last = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    style = {"color": ORANGE, "ms": 4, "label": f"held-out, {last:.3f}"}
+    _plot_against_tokens(axis, rows, "eval_loss", "o-", **style)
     if floor_nats is not None:
-        floor_label = f"entropy of its grammar, {floor_nats:.3f}"
-        loss_axis.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=floor_label)
-    loss_axis.set(ylabel="loss (nats per token)", title=f"loss of {label(title)}")
-    loss_axis.legend(frameon=False)
+        floor_label = f"entropy of the grammar, {floor_nats:.3f}"
+        axis.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=floor_label)
+    axis.set(ylabel="nats per token", title="loss")
+    axis.legend(frameon=False)
 
-    # learning rate
-    learning_rates = [row["learning_rate"] for row in training_rows]
-    rate_axis.plot(tokens, learning_rates, color=BLUE)
-    rate_axis.set(ylabel="learning rate", title="learning rate")
 
-    # speed
-    timed_rows = _rows_with_reliable_speed(training_rows)
-    speeds = [row["tokens_per_second"] for row in timed_rows]
-    speed_axis.plot([row["tokens"] for row in timed_rows], speeds, color=BLUE)
-    speed_axis.set(ylabel="tokens per second", title="training speed", ylim=(0, None))
+def draw_gap(axis, rows: list[dict], floor_nats: float) -> None:
+    """Draw how far the held-out loss is above the entropy of the grammar, on a log axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    # benchmark
-    for task in tasks:
-        scored_rows = [row for row in rows if task in row]
-        scores = [row[task] for row in scored_rows]
-        task_label = label(task.removeprefix("benchmark/"))
-        axes[3].plot([row["tokens"] for row in scored_rows], scores, "o-", ms=4, label=task_label)
-    if tasks:
-        axes[3].set(ylabel="score", title="benchmark")
-        axes[3].legend(frameon=False)
-    save_figure(figure, path)
+    above = [row for row in rows if row.get("eval_loss", 0) > floor_nats]
+    gaps = [{**row, "gap": row["eval_loss"] - floor_nats} for row in above]
+    _plot_against_tokens(axis, gaps, "gap", "o-", color=ORANGE, ms=4)
+    axis.annotate(
+        f"{gaps[-1]['gap']:.3f}",
+        (gaps[-1]["tokens"], gaps[-1]["gap"]),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="right",
+    )
+    axis.set(ylabel="nats per token", title="held-out loss above the entropy", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_learning_rate(axis, rows: list[dict]) -> None:
+    _plot_against_tokens(axis, rows, "learning_rate", color=BLUE)
+    axis.set_title("learning rate")
+    axis.ticklabel_format(axis="y", style="plain")
+
+
+def _draw_speed(axis, rows: list[dict]) -> None:
+    timed_rows = _rows_with_reliable_speed([row for row in rows if "loss" in row])
+    _plot_against_tokens(axis, timed_rows, "tokens_per_second", color=BLUE)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set(ylabel="tokens per second", title="training speed", ylim=(0, None))
+
+
+def _draw_scores(axis, rows: list[dict]) -> None:
+    """Draw the scores of training.benchmark."""
+    for key in sorted({key for row in rows for key in row if key.startswith("benchmark/")}):
+        name = label(key.removeprefix("benchmark/"))
+        _plot_against_tokens(axis, rows, key, "o-", ms=4, label=name)
+    axis.set(ylabel="score", title="benchmark")
+    axis.legend(frameon=False)
 
 
 def plot_race(curves: dict[str, list[dict]], path: Path) -> None:
@@ -130,7 +219,7 @@ def plot_race(curves: dict[str, list[dict]], path: Path) -> None:
     colours are of medium brightness, so that the picture suits light and dark pages.
     """
     figure, ((axis,),) = new_figure(1, 1, 7, 3.5)
-    for (name, curve), colour in zip(curves.items(), MODEL_COLOURS, strict=False):
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
         minutes = [point["minutes"] for point in curve]
         bits = [point["bits_per_byte"] for point in curve]
         axis.plot(minutes, bits, "o-", color=colour, ms=4, label=f"{label(name)}, {bits[-1]:.3f}")
@@ -162,7 +251,12 @@ def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
 
 
 def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
-    """Draw surprisal, its distribution, a reliability diagram, domains and samples.
+    """Draw the panels of evaluation_panels into a PNG file."""
+    save_panels(evaluation_panels(metrics), path, title)
+
+
+def evaluation_panels(metrics: dict[str, Any]) -> list[Panel]:
+    """Return panels of surprisal, its distribution, a reliability diagram and domains.
 
     `metrics` is a dict of ModelEvaluator, several merged, a dict of them, or evaluate.py's report.
     Panels without figures are skipped; a perplexity alone is drawn with its intervals. ValueError
@@ -175,27 +269,13 @@ def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> Non
         if isinstance(section, dict):
             merged |= section
 
-    # choose the panels
     panels = [draw for key, draw in EVALUATION_PANELS.items() if merged.get(key)]
     if not panels and merged.get("nats_per_token") is not None:
         panels = [_draw_perplexity]
     if not panels:
         keys = ", ".join(EVALUATION_PANELS)
         raise ValueError(f"nothing to draw: the metrics contain none of {keys}")
-
-    # draw them in two columns
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = new_figure(rows, columns, 7 * columns, 4.5 * rows)
-    for draw, axis in zip(panels, axes.flat, strict=False):
-        draw(axis, merged)
-    for empty_axis in axes.flat[len(panels) :]:
-        empty_axis.set_axis_off()
-    figure.suptitle(label(title))
-    with warnings.catch_warnings():
-        # the font may lack a generated character
-        warnings.filterwarnings("ignore", message="Glyph")
-        save_figure(figure, path)
+    return [partial(draw, metrics=merged) for draw in panels]
 
 
 def _draw_perplexity(axis, metrics: dict) -> None:
@@ -226,7 +306,7 @@ def _draw_domains(axis, metrics: dict) -> None:
     axis.barh([label(name) for name, _, _ in rows], [bits for _, bits, _ in rows], color=BLUE)
     for height, (_, _, interval) in enumerate(rows):
         if None not in interval:  # a domain of one document has no interval
-            axis.plot(interval, [height, height], color=DARK, lw=1.2)
+            axis.plot(interval, [height, height], color=INK, lw=1.2)
     if metrics.get("bits_per_byte") is not None:
         total = metrics["bits_per_byte"]
         axis.axvline(total, color=ORANGE, lw=1.5, label=f"all domains, {total:.3f}")
@@ -307,34 +387,11 @@ def _draw_reliability(axis, metrics: dict) -> None:
     axis.legend(frameon=False, loc="lower right")
 
 
-def _draw_samples(axis, metrics: dict) -> None:
-    """Write four prompts with their continuations, each truncated to four lines."""
-    lines = []
-    for sample in metrics["generation_samples"][:4]:
-        text = f"{sample['prompt']} | {sample['generations'][0]}"
-        visible = "".join(c if c.isprintable() else " " for c in text)
-        wrapped = textwrap.wrap(" ".join(visible.split()), 88)
-        lines += [*wrapped[:4], ""]
-
-    axis.set_axis_off()
-    axis.set_title("samples: prompt | continuation", loc="left")
-    axis.text(
-        0,
-        0.98,
-        label("\n".join(lines)),
-        transform=axis.transAxes,
-        va="top",
-        fontsize=8.5,
-        linespacing=1.35,
-    )
-
-
 EVALUATION_PANELS = {
     "surprisal_sample": _draw_surprisal,
     "surprisal_histogram_bits": _draw_distribution,
     "reliability": _draw_reliability,
     "by_domain": _draw_domains,
-    "generation_samples": _draw_samples,
 }
 
 
@@ -367,16 +424,18 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
             yerr=[below, above],
             label=label(model),
             capsize=2,
-            color=MODEL_COLOURS[i % len(MODEL_COLOURS)],
-            hatch="/" * (i // len(MODEL_COLOURS)),
+            color=COLOURS[i % len(COLOURS)],
+            hatch="/" * (i // len(COLOURS)),
             alpha=0.85,
-            error_kw={"lw": 1.2, "ecolor": DARK},
+            error_kw={"lw": 1.2, "ecolor": INK},
         )
         for position, row in zip(positions, model_rows, strict=True):
+            value = f"{row['value']:.2f}"  # a bar at 0 would look like a missing one
+            axis.text(position, row["high"] + 0.01, value, ha="center", va="bottom", fontsize=8)
             if row["chance"] is not None:
                 left = position - bar_width / 2
                 right = position + bar_width / 2
-                axis.hlines(row["chance"], left, right, colors="black", linestyles="dotted", lw=1.4)
+                axis.hlines(row["chance"], left, right, colors=INK, linestyles="dotted", lw=1.4)
 
     # the names of the tasks
     lower_is_better = {row["task"] for row in rows if row["metric"] == "avg_repetition_score"}
@@ -389,10 +448,13 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     axis.set_xticks(range(len(tasks)), names, **tilt)
 
     lowest = min(row["low"] for row in rows)
-    axis.set_ylim(lowest - 0.02 if lowest < 0 else 0, 1.02)
+    axis.set_ylim(lowest - 0.02 if lowest < 0 else 0, 1.08)
     axis.set_ylabel("score with 95 % interval; dotted: chance")
     axis.grid(visible=False, axis="x")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if len(models) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axis.set_title(label(models[0]))
     save_figure(figure, path)
 
 
@@ -406,6 +468,7 @@ def plot_sweep(keys: list[str], rows: list[dict], best: str, path: Path) -> None
     figure, (axes,) = new_figure(1, len(keys), max(5, 4.5 * len(keys)), 4.2)
     for axis, key in zip(axes, keys, strict=True):
         _draw_sweep(axis, key, finished, best)
+    figure.suptitle(label(path.parent.name))
     save_figure(figure, path)
 
 
@@ -447,22 +510,29 @@ def _draw_sweep(axis, key: str, rows: list[dict], best: str) -> None:
 
 
 def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
+    """Draw a learning curve into a PNG file; see draw_learning_curve."""
+    figure, ((axis,),) = new_figure(1, 1, 8, 6)
+    draw_learning_curve(axis, curve)
+    figure.suptitle(label(curve["run"]))
+    save_figure(figure, path)
+
+
+def draw_learning_curve(axis, curve: dict[str, Any]) -> None:
     """Draw the accuracy of each phenomenon of a task over a run, and the mean with its interval.
 
     `curve` has `at` (million words seen, on a log axis; steps if `words` is false), `lines`
-    {phenomenon: accuracies}, `mean`, `ci95`, `chance`, `run` and `task`.
+    {phenomenon: accuracies}, `mean`, `ci95`, `chance`, `run` and `task`. `lines` may be empty.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter
 
-    figure, ((axis,),) = new_figure(1, 1, 9.5, 5)
     at = curve["at"]
 
     # the mean with its interval
     lows, highs = zip(*curve["ci95"], strict=True)
-    mean_label = f"all paradigms, {curve['mean'][-1]:.3f}"
-    axis.fill_between(at, lows, highs, color="black", alpha=0.12, lw=0)
-    axis.plot(at, curve["mean"], "o-", color="black", lw=2.2, ms=4, label=mean_label)
+    mean_label = f"{curve['task']}, {curve['mean'][-1]:.3f}"
+    axis.fill_between(at, lows, highs, color=BLUE, alpha=0.2, lw=0)
+    axis.plot(at, curve["mean"], "o-", color=BLUE, lw=2.2, ms=4, label=label(mean_label))
 
     # the phenomena, sorted by final accuracy, so that the legend has the order of the line ends
     colours = colormaps["tab20"]
@@ -470,19 +540,17 @@ def plot_learning_curve(curve: dict[str, Any], path: Path) -> None:
     for i, (phenomenon, accuracies) in enumerate(by_final_accuracy):
         name = label(f"{phenomenon.replace('_', ' ')}, {accuracies[-1]:.3f}")
         axis.plot(at, accuracies, ".-", color=colours(i % 20), lw=1.2, label=name)
-    chance_label = f"chance, {curve['chance']:.3f}"
-    axis.axhline(curve["chance"], color=GREY, ls=":", lw=1.2, label=chance_label)
+    if curve["chance"] is not None:
+        chance_label = f"chance, {curve['chance']:.3f}"
+        axis.axhline(curve["chance"], color=GREY, ls=":", lw=1.2, label=chance_label)
 
     # the axis of words: ticks at the ends and at counts that start with 1, 2 or 5
-    if curve["words"]:
+    if curve["words"] and at[0] > 0:  # 0 has no logarithm
         axis.set_xscale("log")
         ticks = [n for n in at if str(n)[0] in "125" or n in (at[0], at[-1])]
         axis.set_xticks(ticks, [f"{n:g}M" for n in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("words seen" if curve["words"] else "training steps")
-    axis.set_ylabel("accuracy")
-    axis.set_title(label(f"{curve['run']}: {curve['task']}"))
-    axis.legend(
-        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="final accuracy"
-    )
-    save_figure(figure, path)
+    axis.set(ylabel="score", title=label(curve["task"]))
+    style = {"frameon": False, "fontsize": 8, "title": "last score"}
+    axis.figure.legend(loc="outside lower center", ncols=2, **style)

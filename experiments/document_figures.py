@@ -20,7 +20,7 @@ from pathlib import Path
 from common import ROOT
 
 from babyllama.cli import add_flag, run_script
-from babyllama.plots import BLUE, GREEN, GREY, ORANGE, new_figure
+from babyllama.plots import BLUE, GREEN, GREY, ORANGE, draw_gap, draw_loss, new_figure
 
 
 def read_log(run_dir: Path) -> list[dict]:
@@ -43,25 +43,12 @@ def save(figure, file: Path) -> None:
 
 
 def draw_quickstart(run_dir: Path, file: Path) -> None:
-    """Draw the training and held-out loss of the quick start against tokens."""
+    """Draw the loss of the quick start against tokens, and how close it comes to the entropy."""
     rows = read_log(run_dir)
-    losses = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "eval_loss" in row]
     entropy = entropy_in_nats(run_dir)
-
-    figure, ((axis,),) = new_figure(1, 1, 7, 3)
-    thousands = [row["tokens"] / 1000 for row in losses]
-    axis.plot(thousands, [row["loss"] for row in losses], color=BLUE, label="training")
-    axis.plot(
-        [row["tokens"] / 1000 for row in held_out],
-        [row["eval_loss"] for row in held_out],
-        "o",
-        color=ORANGE,
-        label=f"held-out, {held_out[-1]['eval_loss']:.3f}",
-    )
-    axis.axhline(entropy, color=GREEN, ls="--", label=f"entropy of the grammar, {entropy:.3f}")
-    axis.set(xlabel="thousand tokens", ylabel="loss (nats per token)", ylim=(1.5, None))
-    axis.legend(frameon=False)
+    figure, ((loss_axis, gap_axis),) = new_figure(1, 2, 8.5, 3)
+    draw_loss(loss_axis, rows, entropy)
+    draw_gap(gap_axis, rows, entropy)
     save(figure, file)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import bisect
 import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -263,7 +265,6 @@ def workshop(tmp_path_factory) -> Path:
 
 def quickstart_commands() -> list[tuple[str, list[str]]]:
     """Return (script, arguments) of each training command of `make quickstart`."""
-    import re
     import shlex
 
     recipe = (
@@ -357,6 +358,22 @@ def added_callback(callback):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LMTrainer, "__init__", with_callback)
         yield
+
+
+def html_errors(text: str) -> list[str]:
+    """Return what a parser of HTML finds wrong with a page."""
+    from lxml import etree
+
+    parser = etree.HTMLParser()
+    etree.fromstring(text, parser)
+    return [error.message for error in parser.error_log]
+
+
+def svg_pictures(text: str) -> list[str]:
+    """Return the SVG pictures in a page."""
+    sources = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="[^"]+">', text)
+    assert len(sources) == text.count("<img")
+    return [base64.b64decode(source).decode() for source in sources]
 
 
 def errors_of(capsys) -> list[str]:

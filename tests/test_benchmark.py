@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_model
+from conftest import build_tiny_model, html_errors, svg_pictures
 
 import benchmark
 from babyllama.evaluation import candidates, grading, metrics, tasks
@@ -420,6 +422,29 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     folder = output.parent / "results/other_Llama/main/zero_shot/causal/blimp/blimp_fast"
     predictions = json.loads((folder / "predictions.json").read_text())
     assert len(predictions["order"]["predictions"]) == 4
+
+
+def test_the_page_of_a_run_on_natural_text_says_what_was_trained(
+    finished, corpus_dir, tmp_path, monkeypatch
+):
+    _, run_dir = finished
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.yaml").write_text(yaml.safe_dump({"tasks": {"pairs": SMALL["tasks"]["pairs"]}}))
+    flags = ["--benchmark-config", "tasks.yaml", "--output", "tiny.json", "--device", "cpu"]
+    assert benchmark.main([str(run_dir), *flags]) == 0
+    page = Path("tiny.html").read_text()
+    words = len((corpus_dir / "train/toy.train").read_text().split())
+    model = load_model(run_dir, "cpu")[0]
+    last_row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (
+        f"<p>tiny is a Llama model with {model.num_parameters():,} parameters, trained from "
+        f"scratch in {last_row['step']} steps. It read {words:,} words 2 times: toy.</p>"
+    ) in page
+    assert "<title>Benchmark of tiny</title>" in page
+    pictures = svg_pictures(page)
+    assert f"held-out, {last_row['eval_loss']:.3f}" in pictures[0]
+    assert not re.search("floor|entropy|grammar", page + "".join(pictures))
+    assert not html_errors(page)
 
 
 def test_an_interrupted_benchmark_keeps_the_models_that_were_finished(

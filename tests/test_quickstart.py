@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, html_errors, svg_pictures
+from safetensors.torch import load_file
 
 import benchmark
 from babyllama.config import read_yaml_file
@@ -185,5 +186,23 @@ def test_the_report_of_a_small_quick_start(workshop, monkeypatch, capsys):
         "unigram",
     }  # the run knows its training text
     page = (workshop / REPORT).read_text()
+    run_dir = workshop / "models/quickstart"
     assert all(f"<td>{kind}</td>" in page for kind in agreement["subsets"])
+
+    # what was trained and asked, and how close the loss came to the entropy
+    words = len((workshop / "data/synthetic/train/synthetic.train").read_text().split())
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    weights = load_file(run_dir / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    assert (
+        f"<p>quickstart is a Llama model with {parameters:,} parameters, trained from scratch in "
+        f"{rows[-1]['step']} steps. It read {words:,} words once: sentences of a grammar whose "
+        "entropy is known.</p>"
+    ) in page
+    assert "<b>agreement</b>: Which of two sentences that differ in a word or two is right?" in page
+    floor = json.loads((workshop / "data/synthetic/grammar.json").read_text())["floor"]
+    assert f"{floor['bits_per_byte']:.4f}" in page
+    (loss, gap, *_) = svg_pictures(page)
+    assert "entropy of the grammar" in loss and "above the entropy" in gap
+    assert not html_errors(page)
     assert "report.html" in capsys.readouterr().out

@@ -416,16 +416,20 @@ def test_a_finished_run_is_a_plain_model_directory(finished):
     assert (run_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_model_card_is_valid_and_its_example_runs(finished, monkeypatch, capsys):
+def test_the_model_card_is_valid_and_its_example_runs(finished, corpus_dir, monkeypatch, capsys):
     from huggingface_hub import ModelCard
 
     _, run_dir = finished
     card = ModelCard.load(run_dir / "README.md")
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.language is None  # nobody said which
+    assert card.data.language is None and card.data.license is None  # nobody said which
+    assert card.data.tags == ["trained-from-scratch", "llama"]
+    words = len((corpus_dir / "train" / "toy.train").read_text().split())
+    assert f"It read {words:,} words 2 times: toy." in card.text
     (loss, *_) = card.data.eval_results
     metrics = json.loads((run_dir / "training_metrics.json").read_text())
     assert loss.metric_value == round(metrics["results"]["eval_loss"], 4)
+    assert loss.dataset_name == "held-out toy"
     (example,) = re.findall(r"^```python\n(.*?)^```", card.text, re.M | re.S)
     monkeypatch.chdir(run_dir.parent)
     capsys.readouterr()

@@ -9,9 +9,10 @@ that loads nothing and shows names and generated text as text.
 
 from __future__ import annotations
 
-import base64
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from babyllama import plots
 from babyllama.cli import printable
 from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
 from babyllama.evaluation.tasks import TASKS
-from babyllama.files import write_json, write_text
+from babyllama.files import read_json, write_json, write_text
 
 ON_UNIT_SCALE = {  # metrics with values up to 1, which the charts show
     "accuracy",
@@ -45,13 +46,36 @@ LABELS = {
     "eye_tracking_percent": "% explained",
     "self_paced_reading_percent": "% explained",
 }
-PICTURES = {"training_curves.png": "training", "evaluation_plots.png": "held-out text"}
+# type of a task: what it asks; and, if chance is no score of its own, how to read it
+ASKS = {
+    "blimp": "Which of two sentences that differ in a word or two is grammatical?",
+    "supplement": "Which of two questions, answers or short dialogues is well formed?",
+    "ewok": "In which of two situations does a sentence make sense?",
+    "entity_tracking": "What is in a box after things were moved from box to box?",
+    "comps": "Which of two things has a property?",
+    "global_piqa_parallel": "Which of four ways to do an everyday thing works?",
+    "global_piqa_nonparallel": "Which of two ways to do an everyday thing works?",
+    "reading": "How much of the time that people take to read a word does surprisal explain? "
+    "Chance is 0 %.",
+    "reading_with_space": "How much of the time that people take to read a word does the surprisal "
+    "of the word and its space explain? Chance is 0 %.",
+    "ewok_2025": "Which of two sentences makes sense in a situation?",
+    "entity_tracking_2025": "What is in a box after things were moved from box to box?",
+    "wug_adj": "Does the model form nouns from made-up adjectives as people do? Chance is 0.",
+    "wug_past": "Does the model form the past of made-up verbs as people do? Chance is 0.",
+    "minimal_pairs": "Which of two sentences that differ in a word or two is right?",
+    "multiple_choice": "Which continuation of a prompt is right?",
+    "completion": "Which continuation of a prompt is right?",
+    "consistency": "Do prompts that mean the same get the same continuation?",
+    "repetition": "How much of a long text repeats an earlier part of it? Less is better.",
+    "speed": "How fast does the model write?",
+}
+MAX_NAMES = 4  # of domains or models in a sentence
 SEED_NOTE = (
     "mean \N{PLUS-MINUS SIGN} standard deviation; ~ marks a difference below twice the spread, "
     "the pooled standard deviation of both groups"
 )
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
-CHART = {"width": 680, "height": 300, "left": 50, "right": 190, "top": 12, "bottom": 40}
 
 
 # ---- figures as text ----------------------------------------------------------------------------
@@ -117,6 +141,66 @@ def is_of_2025(task_type: str) -> bool:
 def printable_start(text: Any, max_length: int = 2000) -> str:
     """Return the start of a text, with escapes for control characters, as on the terminal."""
     return printable(str(text)[:max_length])
+
+
+# ---- sentences ----------------------------------------------------------------------------------
+
+
+def title(document: dict) -> str:
+    """Name the models of a document, or the run whose checkpoints they are."""
+    names = list(document["models"])
+    runs = checkpoints_by_run([facts["path"] for facts in document["models"].values()])
+    if len(names) > 1 and len(runs) == 1 and len(runs[0].counts) == len(names):
+        return f"{Path(runs[0].run).resolve().name}, {len(names)} checkpoints"
+    return enumeration(names)
+
+
+def enumeration(names: list[str]) -> str:
+    """Join names with commas; only count those after the first few."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def run_text(run: dict) -> str:
+    """Describe in two sentences what was trained and on what; `run` is from run_facts."""
+    words = f"{run['words']:,} words"
+    if run["epochs"] < 1:
+        amount = f"{run['epochs']:.0%} of {words}"
+    elif run["epochs"] == 1:
+        amount = f"{words} once"
+    else:
+        amount = f"{words} {run['epochs']:.3g} times"
+    total = sum(run["domains"].values()) or 1
+    shares = [f"{name} ({count / total:.0%})" for name, count in run["domains"].items()]
+    if len(shares) == 1:
+        shares = list(run["domains"])
+    text = f"It read {amount}: {enumeration(shares)}."
+    if run["is_synthetic"]:
+        text = f"It read {amount}: sentences of a grammar whose entropy is known."
+    return (
+        f"{run['name']} is a {run['type']} model with {run['parameters']:,} parameters, trained "
+        f"from scratch in {run['steps']:,} step{'s' * (run['steps'] != 1)}. {text}"
+    )
+
+
+def run_texts(document: dict) -> list[str]:
+    """Return run_text of each run that the models are from."""
+    runs = [facts.get("trained") for facts in document["models"].values()]  # older files have none
+    return list(dict.fromkeys(run_text(run) for run in runs if run))
+
+
+def questions(document: dict) -> dict[str, str]:
+    """Return {task: what it asks and what chance is}."""
+    texts = {}
+    for task, config in document["configs"].items():
+        chance = next(iter(document["results"].values()))[task].get("chance")
+        text = ASKS[config["type"]]
+        if chance is not None and config["type"] == "consistency":
+            text += f" Prompts that only end the same do at {number(chance)}."
+        elif chance is not None:
+            text += f" Chance is {number(chance)}."
+        texts[task] = text
+    return texts
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -253,18 +337,19 @@ def _runs_with_curves(document: dict) -> Iterator[tuple[RunCheckpoints, list[dic
             yield run, [results[index] for index in run.indices]
 
 
-def phenomenon_curves(document: dict) -> list[dict[str, Any]]:
-    """Return a curve for plots.plot_learning_curve for each run and each task with phenomena.
+def learning_curves(document: dict) -> list[dict[str, Any]]:
+    """Return a curve for plots.draw_learning_curve for each run and each task scored up to 1.
 
-    The accuracy of a phenomenon is the mean over its subsets.
+    If the task has phenomena, `lines` has the accuracy of each: the mean over its subsets.
     """
     curves = []
     for run, results in _runs_with_curves(document):
         for task, config in document["configs"].items():
-            phenomenon_of = config.get("phenomena", {})  # by subset
-            if not phenomenon_of:
-                continue
             task_results = [checkpoint[task] for checkpoint in results]
+            metric = task_results[0]["metric"]
+            if metric not in ON_UNIT_SCALE:
+                continue
+            phenomenon_of = config.get("phenomena", {})  # by subset
             lines = {}
             for phenomenon in sorted(set(phenomenon_of.values())):
                 members = [name for name in phenomenon_of if phenomenon_of[name] == phenomenon]
@@ -279,55 +364,63 @@ def phenomenon_curves(document: dict) -> list[dict[str, Any]]:
                 "words": run.counts_words,
                 "at": run.counts,
                 "lines": lines,
-                "mean": [result["accuracy"] for result in task_results],
-                "ci95": [result["accuracy_ci95"] for result in task_results],
-                "chance": task_results[0]["chance"],
+                "mean": [result[metric] for result in task_results],
+                "ci95": [result[f"{metric}_ci95"] for result in task_results],
+                "chance": task_results[0].get("chance"),
             })  # fmt: skip
-    return curves
+    runs = sorted({curve["run"] for curve in curves})
+    run_names = dict(zip(runs, short_names(runs), strict=True))
+    return [{**curve, "run": run_names[curve["run"]]} for curve in curves]
 
 
-def score_curves(document: dict) -> list[dict[str, Any]]:
-    """Return the learning curves of the page, in pixels of the SVG chart."""
-    width = CHART["width"] - CHART["left"] - CHART["right"]
-    height = CHART["height"] - CHART["top"] - CHART["bottom"]
-
-    def y_of(score: float) -> float:
-        return CHART["top"] + height * (1 - min(1.0, max(0.0, score)))
-
-    curves = []
-    for run, results in _runs_with_curves(document):
-        # words are on a log axis, unless a checkpoint is from before the first word
-        is_log = run.counts_words and run.counts[0] > 0
-        positions = [math.log10(count) if is_log else float(count) for count in run.counts]
-        extent = (positions[-1] - positions[0]) or 1
-        xs = [CHART["left"] + width * (at - positions[0]) / extent for at in positions]
-
-        lines = []
-        for task in document["configs"]:
-            metric = results[0][task]["metric"]
-            if metric not in ON_UNIT_SCALE:
-                continue
-            points = []
-            for x, checkpoint in zip(xs, results, strict=True):
-                low, high = checkpoint[task][f"{metric}_ci95"]
-                points.append((x, y_of(checkpoint[task][metric]), y_of(low), y_of(high)))
-            lines.append({"task": task, "points": points})
-        curves.append({
-            "run": run.run,
-            "unit": "million words seen" if run.counts_words else "training steps",
-            "lines": lines,
-            "ticks": _ticks(run, xs),
-            "grid": [(y_of(score), score) for score in (0, 0.25, 0.5, 0.75, 1)],
-        })  # fmt: skip
-    return curves
+# ---- pictures -----------------------------------------------------------------------------------
 
 
-def _ticks(run: RunCheckpoints, xs: Sequence[float]) -> list[tuple[float, int]]:
-    """Choose the checkpoints to label: 1, 2, 5, 10, ... million words, or about six steps."""
-    ticks = list(zip(xs, run.counts, strict=True))
-    if not run.counts_words:
-        return ticks[:: max(1, len(ticks) // 6)]
-    return [tick for tick in ticks if str(tick[1])[0] in "125" or tick == ticks[-1]]
+def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
+    """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
+    groups = {}
+    for model, facts in document["models"].items():
+        for heading, panels in (
+            (f"Training of {model}", _training_panels(facts)),
+            (f"Held-out text of {model}", _evaluation_panels(facts)),
+        ):
+            if panels:
+                groups[heading] = [plots.panel_for_page(draw) for draw in panels]
+    for curve in learning_curves(document):
+        draw = partial(plots.draw_learning_curve, curve=curve)
+        height = 4 + len(curve["lines"]) / 10
+        group = groups.setdefault(f"Learning curves of {curve['run']}", [])
+        group.append(plots.panel_for_page(draw, height))
+    return groups
+
+
+def _newer_than_weights(folder: str, name: str) -> bool:
+    """Return True if a model's directory has a file of this name that is about its weights."""
+    file = Path(folder, name)
+    weights = file.with_name("model.safetensors")
+    is_there = file.is_file() and weights.is_file()
+    return is_there and file.stat().st_mtime >= weights.stat().st_mtime
+
+
+def _training_panels(facts: dict) -> list[plots.Panel]:
+    scores = facts.get("training")
+    if not scores or not _newer_than_weights(facts["path"], "training_metrics.json"):
+        return []
+    try:
+        lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    floor_nats = None
+    if scores["floor_bits_per_byte"]:
+        nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]
+        floor_nats = scores["floor_bits_per_byte"] * nats_per_bit
+    return plots.training_panels(list(map(json.loads, lines)), floor_nats)
+
+
+def _evaluation_panels(facts: dict) -> list[plots.Panel]:
+    if not _newer_than_weights(facts["path"], "evaluation_results.json"):
+        return []
+    return plots.evaluation_panels(read_json(Path(facts["path"], "evaluation_results.json")))
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -340,7 +433,9 @@ def page(document: dict) -> str:
         document=document,
         rows=table_rows(document),
         domain_bits=domain_bits(document),
-        curves=score_curves(document),
+        title=title(document),
+        run_texts=run_texts(document),
+        questions=questions(document),
         pictures=pictures(document),
         baseline_text=baseline_text,
         seed_text=seed_text,
@@ -350,7 +445,7 @@ def page(document: dict) -> str:
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template; it may include those of this folder (curves, style)."""
+    """Fill in a template; it may include those of this folder (pictures, style)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, TEMPLATE.parent]),
         autoescape=True,
@@ -365,25 +460,7 @@ def render(template: Path, **values: Any) -> str:
         "overall_2026": overall_2026_text,
         "printable": printable_start,
     }
-    return environment.get_template(template.name).render(chart=CHART, **values)
-
-
-def pictures(document: dict) -> list[tuple[str, str, str]]:
-    """Return (model, what it shows, data URI) of the pictures in the models' directories.
-
-    A picture older than the weights belongs to another model and is ignored.
-    """
-    model_pictures = []
-    for model, facts in document["models"].items():
-        weights = Path(facts["path"], "model.safetensors")
-        if not weights.is_file():
-            continue
-        for name, shows in PICTURES.items():
-            file = weights.with_name(name)
-            if file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime:
-                data = base64.b64encode(file.read_bytes()).decode()
-                model_pictures.append((model, shows, f"data:image/png;base64,{data}"))
-    return model_pictures
+    return environment.get_template(template.name).render(**values)
 
 
 def write_files(document: dict, output: Path) -> list[Path]:
@@ -399,11 +476,10 @@ def write_files(document: dict, output: Path) -> list[Path]:
         plots.plot_comparison(bars, chart_file)
         written.append(chart_file)
 
-    curves = phenomenon_curves(document)
-    runs = sorted({curve["run"] for curve in curves})
-    run_names = dict(zip(runs, short_names(runs), strict=True))
-    for curve in curves:
-        run = run_names[curve["run"]].replace("/", "_")
+    for curve in learning_curves(document):
+        if not curve["lines"]:
+            continue
+        run = curve["run"].replace("/", "_")
         file = output.with_name(f"{output.stem}-{run}-{curve['task']}.png")
         if file in written:  # the run has checkpoints by words and by steps
             file = file.with_stem(f"{file.stem}-{'words' if curve['words'] else 'steps'}")

@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
 def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[str, Any]:
-    """Return the checkpoints' results on the fast tasks, in the shape of report.score_curves.
+    """Return the checkpoints' results on the fast tasks, in the shape of report.learning_curves.
 
     A task that some checkpoint lacks is not in it.
     """
@@ -53,5 +53,5 @@ def page(model: str, scores: dict[str, Any], problems: list[str], document: dict
         scores=scores,
         problems=problems,
         published=official.PUBLISHED[scores["track"]],
-        curves=report.score_curves(document),
+        pictures=report.pictures(document),
     )

@@ -18,6 +18,7 @@ from jinja2 import Environment
 from babyllama.cli import printable
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
+from babyllama.evaluation.report import enumeration, run_text
 from babyllama.files import write_json, write_text
 from babyllama.plots import plot_training
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
@@ -28,6 +29,7 @@ from babyllama.training.run_dir import (
     METRICS_FILE,
     RETRAIN,
     changes_at,
+    facts_of_metrics,
     make_weights_readable,
 )
 
@@ -198,20 +200,25 @@ def domain_lines(results: dict) -> list[str]:
 def model_card(metrics: dict) -> str:
     """Return the README.md of a run: metadata for model hubs, the scores, and the training."""
     config = metrics["config"]
+    facts = facts_of_metrics(metrics)
+    held_out = metrics["results"].get("eval_by_domain", {})  # none if there is only one
+    held_out_domains = dict.fromkeys(
+        source["domain"] for source in metrics["data"]["validation"]["sources"]
+    )
     scores = [
         {"type": key, "value": round(metrics["results"][f"eval_{key}"], 4)}
         for key in ("loss", "perplexity", "bits_per_byte")
     ]
     result = {
         "task": {"type": "text-generation"},
-        "dataset": {"type": "text", "name": config["data"]["eval_path"]},
+        "dataset": {"type": "text", "name": f"held-out {enumeration(list(held_out_domains))}"},
         "metrics": scores,
     }
-    track = [metrics["babylm"]["track"]] if metrics["babylm"] else []
+    track = ["babylm", metrics["babylm"]["track"]] if metrics["babylm"] else []
     header = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["babylm", *track, "trained-from-scratch", config["model"]["type"].lower()],
+        "tags": [*track, "trained-from-scratch", config["model"]["type"].lower()],
         "model-index": [{"name": config["model"]["name"], "results": [result]}],
     }
     history = metrics["data"].get("history", [])
@@ -220,6 +227,9 @@ def model_card(metrics: dict) -> str:
     environment = Environment(finalize=_as_markdown, keep_trailing_newline=True)
     return environment.from_string(template).render(
         **metrics,
+        description=run_text(facts),
+        domains=dict.fromkeys(held_out, 0) | facts["domains"],
+        held_out=held_out,
         changes=changes,
         max_domains=MAX_DOMAINS,
         header=yaml.safe_dump(header, sort_keys=False).strip(),

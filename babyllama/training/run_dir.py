@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,37 @@ def training_scores(folder: str | Path) -> dict[str, Any] | None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def run_facts(folder: str | Path) -> dict[str, Any] | None:
+    """Return what was trained in a run, and on what text, for a report; None if it is unknown.
+
+    `folder` is the directory of a finished run, or of one of its checkpoints.
+    """
+    folder = Path(folder).resolve()
+    if re.fullmatch(r"checkpoint-\d+|chck_\d+M", folder.name):
+        folder = folder.parent
+    try:
+        return facts_of_metrics(read_json(folder / METRICS_FILE))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def facts_of_metrics(metrics: dict) -> dict[str, Any]:
+    """Return the facts of run_facts from the content of training_metrics.json."""
+    words = Counter()  # by domain
+    for source in metrics["data"]["train"]["sources"]:
+        words[source["domain"]] += source["words"]
+    return {
+        "name": metrics["config"]["model"]["name"],
+        "type": metrics["config"]["model"]["type"],
+        "parameters": metrics["plan"]["parameters"],
+        "steps": metrics["results"]["steps"],
+        "epochs": metrics["results"]["epochs"],
+        "words": metrics["data"]["train"]["words"],
+        "domains": dict(words.most_common()),
+        "is_synthetic": metrics["results"]["floor_bits_per_byte"] is not None,
+    }
 
 
 def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:

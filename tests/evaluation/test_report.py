@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from conftest import html_errors, svg_pictures
+from lxml import etree
 
+from babyllama import plots
 from babyllama.evaluation import report
+from babyllama.evaluation.benchmark_config import TYPES
 from babyllama.evaluation.report import (
     difference_text,
+    learning_curves,
     page,
-    phenomenon_curves,
-    score_curves,
     table_rows,
     text_report,
 )
@@ -185,28 +185,21 @@ def test_a_second_metric_of_a_task_has_separate_rows():
 # ---- learning curves ----------------------------------------------------------------------------
 
 
-def test_points_of_a_learning_curve_by_hand():
-    (curve,) = score_curves(make_document())
-    assert (curve["run"], curve["unit"]) == ("models/run", "training steps")
-    assert [line["task"] for line in curve["lines"]] == ["blimp", "repetition"]
-
-    chart = report.CHART
-    bottom = chart["height"] - chart["bottom"]
-    right = chart["width"] - chart["right"]
-    height = bottom - chart["top"]
-
-    def point(x, value, low, high):
-        return pytest.approx([x, *(bottom - share * height for share in (value, low, high))])
-
-    first = point(chart["left"], 0.6, 0.55, 0.65)
-    last = point(right, 0.7, 0.65, 0.75)
-    assert [list(xy) for xy in curve["lines"][0]["points"]] == [first, last]
+def test_a_learning_curve_has_the_scores_of_each_task():
+    curves = learning_curves(make_document())
+    assert [(curve["run"], curve["task"]) for curve in curves] == [
+        ("run", "blimp"),
+        ("run", "repetition"),
+    ]
+    assert (curves[0]["words"], curves[0]["at"]) == (False, [100, 400])
+    assert curves[0]["mean"] == pytest.approx([0.6, 0.7])
+    assert curves[0]["ci95"] == [pytest.approx([0.55, 0.65]), pytest.approx([0.65, 0.75])]
 
 
 def test_a_learning_curve_needs_two_checkpoints_of_a_run():
-    assert score_curves(make_document(("a", "b", "c"))) == []
-    (curve,) = score_curves(make_document(("run/chck_1M", "run/chck_10M", "run/other")))
-    assert curve["unit"] == "million words seen"
+    assert learning_curves(make_document(("a", "b", "c"))) == []
+    curve, _ = learning_curves(make_document(("run/chck_1M", "run/chck_10M", "run/other")))
+    assert curve["words"]
 
 
 def make_milestones(*millions: int) -> dict:
@@ -230,8 +223,8 @@ def make_milestones(*millions: int) -> dict:
 
 def test_curves_of_phenomena_are_the_means_of_their_paradigms(tmp_path):
     document = make_milestones(10, 1, 20)
-    (curve,) = phenomenon_curves(document)
-    assert (curve["run"], curve["task"]) == ("models/run", "blimp")
+    curve, _ = learning_curves(document)
+    assert (curve["run"], curve["task"]) == ("run", "blimp")
     assert curve["words"] is True
     assert curve["at"] == [1, 10, 20]
     assert curve["lines"]["agreement"] == pytest.approx([0.0075, 0.075, 0.15])
@@ -243,7 +236,7 @@ def test_curves_of_phenomena_are_the_means_of_their_paradigms(tmp_path):
     assert names[:3] == ["learning.json", "learning.html", "learning.png"]
     assert names[3:] == ["learning-run-blimp.png"]
     assert written[-1].read_bytes().startswith(b"\x89PNG")
-    assert not phenomenon_curves(make_document())
+    assert not learning_curves(make_document())[0]["lines"]
 
 
 def test_a_run_with_checkpoints_by_words_and_by_steps_has_two_pictures(tmp_path):
@@ -256,30 +249,53 @@ def test_a_run_with_checkpoints_by_words_and_by_steps_has_two_pictures(tmp_path)
 
 
 def test_words_are_on_a_log_axis():
-    (curve,) = score_curves(make_milestones(1, 10, 100))
-    first, middle, last = (x for x, *_ in curve["lines"][0]["points"])
-    assert middle - first == pytest.approx(last - middle)
-    assert [count for _, count in curve["ticks"]] == [1, 10, 100]
+    _, ((axis,),) = plots.new_figure(1, 1, 5, 4)
+    plots.draw_learning_curve(axis, learning_curves(make_milestones(1, 3, 10, 100))[0])
+    assert axis.get_xscale() == "log"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1M", "10M", "100M"]
 
 
 @pytest.mark.parametrize("first", ["chck_0M", "chck_01M"])
 def test_a_curve_may_start_at_zero_words_or_have_equal_counts(first):
     # 0 has no logarithm, and two checkpoints of 1M have the same position
-    (curve,) = score_curves(make_document((f"run/{first}", "run/chck_1M", "other")))
-    xs = [x for x, *_ in curve["lines"][0]["points"]]
-    assert all(np.isfinite(xs))
-    assert xs == sorted(xs)
+    document = make_document((f"run/{first}", "run/chck_1M", "other"))
+    assert len(report.pictures(document)["Learning curves of run"]) == 2
 
 
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing_and_runs_nothing():
-    parser = PageParser(page(make_document()))
-    assert not {"script", "img", "link", "iframe"} & set(parser.tags)
-    for _, name, _ in parser.attributes:
-        assert name not in ("src", "href", "srcset", "action")
+def test_the_page_is_valid_loads_nothing_and_runs_nothing():
+    text = page(make_document())
+    assert html_errors(text.replace("</table>", "", 1))  # the parser would notice
+    assert not html_errors(text)
+    parser = PageParser(text)
+    assert not {"script", "link", "iframe"} & set(parser.tags)
+    for tag, name, _ in parser.attributes:
+        assert name not in ("href", "srcset", "action")
+        assert name != "src" or tag == "img"
         assert not name.startswith("on")
+    for svg in svg_pictures(text):
+        assert "<script" not in svg
+        assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', svg))
+
+
+def test_pictures_are_drawn_for_light_and_dark_pages():
+    (svg, _) = svg_pictures(page(make_document()))
+    tree = etree.fromstring(svg.encode())
+    style = tree.findtext(".//{*}style")
+    light, dark = re.findall(r"svg { color: (#\w+)", style)
+    assert "prefers-color-scheme: dark" in style[style.index(light) : style.index(dark)]
+    texts = tree.findall(".//{*}text")
+    assert {"blimp", "score", "training steps"} <= {text.text for text in texts}
+    for text in texts:
+        assert "fill: currentColor" in text.get("style")
+
+
+def test_the_page_says_what_each_task_asks():
+    assert set(report.ASKS) == set(TYPES)
+    text = page(make_document())
+    assert f"<li><b>blimp</b>: {report.ASKS['blimp']} Chance is 0.500.</li>" in text
 
 
 def test_names_and_generated_text_are_escaped():
@@ -297,13 +313,16 @@ def test_failed_models_are_at_the_top_of_the_page():
 
 @pytest.fixture
 def trained_document(tmp_path):
-    """Return results whose first model is a run in tmp_path, with scores and two pictures.
+    """Return results whose first model is a run in tmp_path with scores and a log.
 
-    The picture of the evaluation is older than the weights.
+    Its evaluation is older than the weights.
     """
-    ages = {"evaluation_plots.png": 100, "model.safetensors": 50, "training_curves.png": 0}
+    row = {"tokens": 9, "loss": 3.0, "learning_rate": 0.1, "tokens_per_second": 5.0, "step": 1}
+    last = {"tokens": 9, "eval_loss": 2.2151}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(last)}\n")
+    ages = {"evaluation_results.json": 100, "model.safetensors": 50, "training_metrics.json": 0}
     for name, seconds in ages.items():
-        Figure(figsize=(1, 1)).savefig(tmp_path / name, format="png")
+        (tmp_path / name).write_text("{}")
         os.utime(tmp_path / name, (1e9 - seconds, 1e9 - seconds))
     document = make_document()
     facts = next(iter(document["models"].values()))
@@ -318,12 +337,17 @@ def trained_document(tmp_path):
     return document
 
 
-def test_the_page_embeds_pictures_that_are_newer_than_the_weights(trained_document, tmp_path):
-    attributes = PageParser(page(trained_document)).attributes
-    (source,) = [value for tag, name, value in attributes if (tag, name) == ("img", "src")]
-    kind, _, data = source.partition(",")
-    assert kind == "data:image/png;base64"
-    assert base64.b64decode(data) == (tmp_path / "training_curves.png").read_bytes()
+def test_the_page_has_pictures_of_what_is_newer_than_the_weights(trained_document, tmp_path):
+    alone = trained_document["models"]["run/checkpoint-100"]
+    loss, gap, *_ = svg_pictures(
+        page({**trained_document, "models": {"run/checkpoint-100": alone}})
+    )
+    # the entropy in nats per token follows from the ratio of the two held-out losses
+    assert f"entropy of the grammar, {0.8241 * 2.2151 / 0.8425:.3f}" in loss
+    assert f">{2.2151 - 0.8241 * 2.2151 / 0.8425:.3f}<" in gap
+    assert "Held-out text of" not in page(trained_document)
+    os.utime(tmp_path / "training_metrics.json", (0, 0))
+    assert "Training of" not in page(trained_document)
 
 
 def test_the_page_shows_the_held_out_scores_of_a_run(trained_document):
@@ -337,7 +361,8 @@ def test_the_page_shows_the_held_out_scores_of_a_run(trained_document):
     # the entropy of the grammar and the number of words may be unknown
     training = trained_document["models"]["run/checkpoint-100"]["training"]
     training |= {"floor_bits_per_byte": None, "words_trained": None}
-    assert "0.8241" not in page(trained_document)
+    text = page(trained_document)
+    assert not re.search("0.8241|entropy|grammar", text + "".join(svg_pictures(text)))
     assert "Held-out text" not in page(make_document())
 
 

@@ -485,7 +485,7 @@ def test_a_model_card_and_its_plot_show_evil_text_as_text(finished, tmp_path, fi
     assert not raw_controls(card)
     assert not injections(card)
     front = yaml.safe_load(card.split("---")[1])
-    assert front["tags"][0] == "babylm"
+    assert front["tags"] == ["trained-from-scratch", "llama"]
     rows = [json.loads(line) for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
     plot_training(rows, tmp_path / "a.png", EVIL)
     assert (tmp_path / "a.png").stat().st_size > 1000
