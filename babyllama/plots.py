@@ -136,8 +136,7 @@ def training_panels(rows: list[dict], floor_nats: float | None = None) -> list[P
     any.
     """
     panels = [partial(draw_loss, rows=rows, floor_nats=floor_nats)]
-    # on little text a model can be luckier than the average
-    if floor_nats is not None and any(row.get("eval_loss", 0) > floor_nats for row in rows):
+    if floor_nats is not None:
         panels.append(partial(draw_gap, rows=rows, floor_nats=floor_nats))
     panels += [partial(_draw_learning_rate, rows=rows), partial(_draw_speed, rows=rows)]
     if any(key.startswith("benchmark/") for row in rows for key in row):
@@ -155,11 +154,14 @@ def _plot_against_tokens(axis, rows: list[dict], key: str, *style: str, **option
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
 
 
+def _losses(rows: list[dict]) -> list[dict]:
+    """Return the rows with `loss`; in distillation that is the loss on the text alone."""
+    return [{**row, "loss": row.get("ce_loss", row["loss"])} for row in rows if "loss" in row]
+
+
 def draw_loss(axis, rows: list[dict], floor_nats: float | None = None) -> None:
     """Draw the training and held-out loss, and the entropy of the grammar if it is known."""
-    # in distillation `ce_loss` is the loss on the text, without the teachers' part
-    losses = [{**row, "loss": row.get("ce_loss", row["loss"])} for row in rows if "loss" in row]
-    _plot_against_tokens(axis, losses, "loss", color=BLUE, lw=1.2, label="training")
+    _plot_against_tokens(axis, _losses(rows), "loss", color=BLUE, lw=1.2, label="training")
     last = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
     style = {"color": ORANGE, "ms": 4, "label": f"held-out, {last:.3f}"}
     _plot_against_tokens(axis, rows, "eval_loss", "o-", **style)
@@ -171,23 +173,26 @@ def draw_loss(axis, rows: list[dict], floor_nats: float | None = None) -> None:
 
 
 def draw_gap(axis, rows: list[dict], floor_nats: float) -> None:
-    """Draw how far the held-out loss is above the entropy of the grammar, on a log axis."""
+    """Draw how far the losses are above the entropy of the grammar, on a log axis.
+
+    On little text a loss can be below the entropy, which is an average; such points are left out.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    above = [row for row in rows if row.get("eval_loss", 0) > floor_nats]
-    gaps = [{**row, "gap": row["eval_loss"] - floor_nats} for row in above]
-    _plot_against_tokens(axis, gaps, "gap", "o-", color=ORANGE, ms=4)
-    axis.annotate(
-        f"{gaps[-1]['gap']:.3f}",
-        (gaps[-1]["tokens"], gaps[-1]["gap"]),
-        xytext=(0, 8),
-        textcoords="offset points",
-        ha="right",
-    )
-    axis.set(ylabel="nats per token", title="held-out loss above the entropy", yscale="log")
+    for losses, key, name, colour, line in (
+        (_losses(rows), "loss", "training", BLUE, "-"),
+        (rows, "eval_loss", "held-out", ORANGE, "o-"),
+    ):
+        above = [row for row in losses if row.get(key, 0) > floor_nats]
+        gaps = [{"tokens": row["tokens"], "gap": row[key] - floor_nats} for row in above]
+        last = f", {gaps[-1]['gap']:.3f}" if gaps else ""
+        options = {"color": colour, "ms": 4, "lw": 1.2, "label": f"{name}{last}"}
+        _plot_against_tokens(axis, gaps, "gap", line, **options)
+    axis.set(ylabel="nats per token", title="loss above the entropy", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.legend(frameon=False)
 
 
 def _draw_learning_rate(axis, rows: list[dict]) -> None:
@@ -307,11 +312,11 @@ def _draw_domains(axis, metrics: dict) -> None:
     for height, (_, _, interval) in enumerate(rows):
         if None not in interval:  # a domain of one document has no interval
             axis.plot(interval, [height, height], color=INK, lw=1.2)
+    title = "held-out text by domain"
     if metrics.get("bits_per_byte") is not None:
-        total = metrics["bits_per_byte"]
-        axis.axvline(total, color=ORANGE, lw=1.5, label=f"all domains, {total:.3f}")
-        axis.legend(frameon=False)
-    axis.set(xlabel="bits per byte with 95 % interval", title="held-out text by domain")
+        axis.axvline(metrics["bits_per_byte"], color=ORANGE, lw=1.5)
+        title += f"; all: {metrics['bits_per_byte']:.3f}"
+    axis.set(xlabel="bits per byte with 95 % interval", title=title)
     axis.grid(False, axis="y")
 
 

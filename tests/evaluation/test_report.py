@@ -344,7 +344,7 @@ def test_the_page_has_pictures_of_what_is_newer_than_the_weights(trained_documen
     )
     # the entropy in nats per token follows from the ratio of the two held-out losses
     assert f"entropy of the grammar, {0.8241 * 2.2151 / 0.8425:.3f}" in loss
-    assert f">{2.2151 - 0.8241 * 2.2151 / 0.8425:.3f}<" in gap
+    assert f">held-out, {2.2151 - 0.8241 * 2.2151 / 0.8425:.3f}<" in gap
     assert "Held-out text of" not in page(trained_document)
     os.utime(tmp_path / "training_metrics.json", (0, 0))
     assert "Training of" not in page(trained_document)
