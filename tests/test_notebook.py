@@ -46,7 +46,8 @@ def test_a_smaller_notebook_runs_without_jupyter(docs, monkeypatch):
     pictures = []
 
     def show():
-        pictures.append(len(pyplot.gca().lines) + len(pyplot.gca().patches))
+        axis = pyplot.gca()
+        pictures.append([*(list(line.get_ydata()) for line in axis.lines), *axis.patches])
         pyplot.close()
 
     monkeypatch.setattr(pyplot, "show", show)
@@ -68,11 +69,12 @@ def test_a_smaller_notebook_runs_without_jupyter(docs, monkeypatch):
     )
     assert cells.scores["bits_per_byte"] < cells.shuffled_scores["bits_per_byte"]
     assert cells.result["n"] == 2000
-    assert pictures == [
-        3,
-        2,
-        11,
-    ]  # lines and bars: training, held-out, floor; 2 sentences; chance and 10 kinds
+    curves, surprisals, accuracies = pictures
+    assert len(curves) == 3 and all(curves)  # training, held-out, best possible
+    good, bad = surprisals
+    assert len(good) == len(bad) == 7
+    assert good[:6] == pytest.approx(bad[:6], abs=1e-3) and abs(good[6] - bad[6]) > 0.01
+    assert len(accuracies) == 11  # chance, and a bar for each kind
 
 
 @pytest.mark.slow
