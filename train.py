@@ -138,7 +138,7 @@ def load_checked_config(args: argparse.Namespace) -> dict:
 
 
 def create_model(config: dict, tokenizer) -> torch.nn.Module:
-    """Create a randomly initialized LlamaForCausalLM, GPT2LMHeadModel or GPTJForCausalLM.
+    """Create a randomly initialized language model of one of the ARCHITECTURES.
 
     `config` is a full configuration or {"model": {...}} alone. The vocabulary is model.vocab_size
     (default len(tokenizer)), the context data.seq_length (default 128). Weights are drawn from
@@ -154,10 +154,14 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
             f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
         )
     architecture = ARCHITECTURES[model["type"]]
-    settings = model | {"seq_length": config.get("data", {}).get("seq_length", 128)}
+    head_size = model["hidden_size"] // model["n_head"]
+    settings = model | {
+        "n_kv_head": model["n_head"],
+        "head_size": head_size,
+        "seq_length": config.get("data", {}).get("seq_length", 128),
+    }
     options = {theirs: settings[ours] for ours, theirs in architecture.config_keys.items()}
     if architecture.max_rotary_dim:
-        head_size = model["hidden_size"] // model["n_head"]
         options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
     model_config = transformers.AutoConfig.for_model(
         architecture.model_type,

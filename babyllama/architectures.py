@@ -43,17 +43,19 @@ _GPT_KEYS = {
     "attn_pdrop": "attn_pdrop",
 }
 
+_LLAMA_KEYS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "seq_length": "max_position_embeddings",
+}
+
 _ALL = [
     Architecture(
         name="Llama",
         model_type="llama",
-        config_keys={
-            "hidden_size": "hidden_size",
-            "intermediate_size": "intermediate_size",
-            "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads",
-            "seq_length": "max_position_embeddings",
-        },
+        config_keys=_LLAMA_KEYS,
         ffn_ratio=8 / 3,
         ffn_multiple=8,
         rotary=True,
@@ -67,6 +69,15 @@ _ALL = [
         rotary=True,
         max_rotary_dim=64,
         graph_needs_compile=True,
+    ),
+    Architecture(  # Llama with normalized queries and keys
+        name="Qwen3",
+        model_type="qwen3",
+        # transformers' defaults for these two fit only the published sizes
+        config_keys={**_LLAMA_KEYS, "n_kv_head": "num_key_value_heads", "head_size": "head_dim"},
+        ffn_ratio=8 / 3,
+        ffn_multiple=8,
+        rotary=True,
     ),
 ]
 ARCHITECTURES = {architecture.name: architecture for architecture in _ALL}

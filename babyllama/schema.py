@@ -81,7 +81,8 @@ class ModelSection(Section):
         "Width of the model; must be divisible by n_head", ge=1, typical=(64, 2048)
     )
     intermediate_size: int | None = _key(
-        "Width of the feed-forward layers; null: 8/3 x hidden_size (Llama), 4 x (GPT2, GPTJ)",
+        "Width of the feed-forward layers; null: 8/3 x hidden_size (Llama, Qwen3), 4 x (GPT2, "
+        "GPTJ)",
         None,
         ge=1,
     )

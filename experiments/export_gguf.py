@@ -108,7 +108,7 @@ def add_weights(writer, model) -> None:
 
 
 def export(model_dir: Path, output: Path) -> None:
-    """Write a model directory as a GGUF file; raise ValueError if llama.cpp cannot read it."""
+    """Write a model directory as a GGUF file; raise ValueError for other architectures."""
     import gguf
 
     from babyllama.evaluation.loading import load_model
@@ -117,8 +117,8 @@ def export(model_dir: Path, output: Path) -> None:
     model_type = model.config.model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"{model_dir}: llama.cpp does not know {type(model).__name__}; "
-            "it reads Llama and GPT-2 models"
+            f"{model_dir}: no export for {type(model).__name__}; "
+            "only Llama and GPT-2 models can be written"
         )
     draft = output.with_name(output.name + ".part")
     writer = gguf.GGUFWriter(draft, ARCHITECTURES[model_type])

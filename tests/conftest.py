@@ -20,11 +20,14 @@ import hypothesis
 import pytest
 import yaml
 
+from babyllama.architectures import NAMES
+
 # Draw the same examples in every run, so that a failure can be repeated; BABYLLAMA_FUZZ=1 draws new ones.
 hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))
 hypothesis.settings.load_profile("suite")
 
 pytest_plugins = ["promises"]
+
 
 ROOT = Path(__file__).resolve().parent.parent
 # holds corpus/ and blimp/; tests that need them are skipped if it does not exist
@@ -159,14 +162,14 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 
 def build_tiny_model(kind: str, vocab_size: int = 400, max_positions: int = 64, seed: int = 0):
-    """Return a random two-layer model of width 32; kind is "Llama", "GPT2" or "GPTJ"."""
+    """Return a random two-layer model of width 32; kind is a model.type."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if kind == "Llama":
-        config = transformers.LlamaConfig(
+    if kind in ("Llama", "Qwen3"):
+        llama = dict(
             vocab_size=vocab_size,
             hidden_size=32,
             intermediate_size=64,
@@ -175,7 +178,10 @@ def build_tiny_model(kind: str, vocab_size: int = 400, max_positions: int = 64, 
             max_position_embeddings=max_positions,
             **ids,
         )
-        return transformers.LlamaForCausalLM(config).eval()
+        if kind == "Llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)).eval()
+        config = transformers.Qwen3Config(num_key_value_heads=4, head_dim=8, **llama)
+        return transformers.Qwen3ForCausalLM(config).eval()
     shared = dict(
         vocab_size=vocab_size,
         n_embd=32,
@@ -203,10 +209,10 @@ def tiny_model():
 def model_dirs(tmp_path_factory, tokenizer) -> dict[str, Path]:
     """Return a saved model directory, with a tokenizer, for each architecture."""
     root = tmp_path_factory.mktemp("models")
-    for kind in ("Llama", "GPT2", "GPTJ"):
+    for kind in NAMES:
         build_tiny_model(kind).save_pretrained(root / kind)
         tokenizer.save_pretrained(root / kind)
-    return {kind: root / kind for kind in ("Llama", "GPT2", "GPTJ")}
+    return {kind: root / kind for kind in NAMES}
 
 
 @pytest.fixture(scope="session")

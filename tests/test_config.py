@@ -112,7 +112,7 @@ def test_none_and_empty_values_are_null(config_file, text):
         ({"training__batch_size": 1.5}, "training.batch_size: 1.5 is not allowed; a whole number"),
         ({"training__fp16": "yes"}, "training.fp16: 'yes' is not allowed; true or false"),
         ({"training__lr": ...}, "training.lr: missing; a number from 1e-06 to 0.01"),
-        ({"model__type": "Lama"}, "model.type: 'Lama' is not allowed; Llama, GPT2 or GPTJ"),
+        ({"model__type": "Lama"}, "model.type: 'Lama' is not allowed; Llama, GPT2, GPTJ or Qwen3"),
         ({"model__name": "../up"}, "model.name: '../up' is not allowed"),
         ({"model__resid_pdrop": 0.1}, "model.resid_pdrop: 0.1: Llama has no dropout"),
         ({"model__n_head": 64}, "model.n_head: 64: hidden_size / n_head is 1; rotary positions need an even number"),
@@ -259,7 +259,9 @@ def test_a_resolved_config_is_a_config(tmp_path, config_file):
 
 
 def test_unknown_model_type_names_the_known_ones():
-    with pytest.raises(ConfigError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
+    with pytest.raises(
+        ConfigError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ, Qwen3"
+    ):
         check_model_section({"type": "BERT"})
 
 

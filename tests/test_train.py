@@ -78,7 +78,7 @@ def test_the_documented_configs_are_shipped():
     assert set(documented.split()) <= set(SHIPPED)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ", "Qwen3"])
 def test_create_model_uses_every_key(kind):
     section = {
         "type": kind,
@@ -89,12 +89,13 @@ def test_create_model_uses_every_key(kind):
         "vocab_size": 320,
         "tie_word_embeddings": True,
     }
-    if kind != "Llama":
+    has_dropout = kind in ("GPT2", "GPTJ")
+    if has_dropout:
         section |= {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}
     model = train.create_model({"model": section}, TokenizerSize(300))
     config = model.config
-    names = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "GPTJ": "GPTJForCausalLM"}
-    assert type(model).__name__ == names[kind]
+    endings = {"GPT2": "LMHeadModel"}
+    assert type(model).__name__ == kind + endings.get(kind, "ForCausalLM")
     assert config.vocab_size == 320
     assert config.hidden_size == 48
     assert config.num_hidden_layers == 3
@@ -104,7 +105,10 @@ def test_create_model_uses_every_key(kind):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     matrices = {p.shape for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
     assert any(80 in shape for shape in matrices), "intermediate_size is not used"
-    if kind != "Llama":
+    if kind == "Qwen3":
+        assert {p.shape for n, p in model.named_parameters() if "k_proj" in n} == {(48, 48)}
+        assert {p.shape for n, p in model.named_parameters() if "k_norm" in n} == {(12,)}
+    if has_dropout:
         assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.2, 0.3)
 
 
@@ -152,7 +156,9 @@ def test_prepare_datasets_modern_needs_only_two_paths(corpus_dir, tokenizer, tmp
 
 
 def test_an_unknown_model_type_or_too_small_a_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ"):
+    with pytest.raises(
+        ValueError, match="Unknown model type: 'BERT'; known: Llama, GPT2, GPTJ, Qwen3"
+    ):
         train.create_model({"model": {"type": "BERT"}}, TokenizerSize())
     small = {"type": "Llama", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}
     with pytest.raises(ValueError, match="100 is less than the tokenizer's 16000 tokens"):

@@ -98,6 +98,7 @@ def test_every_directory_of_a_run_names_a_class_that_transformers_4_knows(finish
         ("Llama", "tokenizer"),
         ("GPT2", "tokenizer"),
         ("GPTJ", "tokenizer"),
+        ("Qwen3", "tokenizer"),
         ("Llama", "spaced_tokenizer"),
     ],
 )

@@ -25,7 +25,7 @@ from babyllama.evaluation.generation import (
 )
 from babyllama.evaluation.loading import encode
 
-KINDS = ["Llama", "GPT2", "GPTJ"]
+KINDS = ["Llama", "GPT2", "GPTJ", "Qwen3"]
 BOS = 1
 EOS = 2
 PROMPTS = ["The cat", "The girl sees the old dog in the garden near", "", "a"]

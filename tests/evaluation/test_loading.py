@@ -16,7 +16,7 @@ from tokenizers import processors
 
 from babyllama.evaluation.loading import context_length, encode, load_model
 
-KINDS = ["Llama", "GPT2", "GPTJ"]
+KINDS = ["Llama", "GPT2", "GPTJ", "Qwen3"]
 BOS = 1
 EOS = 2
 

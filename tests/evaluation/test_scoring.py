@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from babyllama.evaluation.scoring import _windows, ids_logprobs, token_logprobs
 
-KINDS = ["Llama", "GPT2", "GPTJ"]
+KINDS = ["Llama", "GPT2", "GPTJ", "Qwen3"]
 BOS = 1
 
 

@@ -51,7 +51,7 @@ def classify_alone(model, head, ids):
     return head[5].weight @ normalize(x) + head[5].bias
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTJ", "Qwen3"])
 def test_a_padded_batch_gives_each_text_the_logits_it_has_alone(model_dirs, kind):
     model, tokenizer = load_model(model_dirs[kind], "cpu")
     classifier = Classifier(model.base_model, GLUE_TASKS["mnli"]).eval()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from babyllama.training.attention import document_mask, prepare_for_chunks
 from babyllama.training.loss import NextTokenLoss
 
-KINDS = ("Llama", "GPT2", "GPTJ")
+KINDS = ("Llama", "GPT2", "GPTJ", "Qwen3")
 
 
 def random_ids(n: int = 4, length: int = 32) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_compiled_llama_looks_up_its_angles():
     assert targets and not targets & {"cos", "sin"}
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPTJ"])
+@pytest.mark.parametrize("kind", ["Llama", "GPTJ", "Qwen3"])
 def test_with_a_document_mask_each_document_is_scored_as_if_alone(kind):
     """Rotary positions are relative, so a document costs the same wherever it begins."""
     model = build_tiny_model(kind)

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
-KINDS = ("Llama", "GPT2", "GPTJ")
+KINDS = ("Llama", "GPT2", "GPTJ", "Qwen3")
 
 
 class ForbidWaiting(transformers.TrainerCallback):

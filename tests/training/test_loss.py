@@ -11,7 +11,7 @@ from babyllama.training import loss
 from babyllama.training.attention import prepare_for_chunks
 from babyllama.training.loss import NO_TARGET, HeadLoss, NextTokenLoss, slice_nll
 
-KINDS = ("Llama", "GPT2", "GPTJ")
+KINDS = ("Llama", "GPT2", "GPTJ", "Qwen3")
 
 
 def random_ids(n: int = 4, length: int = 32) -> torch.Tensor:
