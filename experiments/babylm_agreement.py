@@ -67,12 +67,17 @@ for line in sys.stdin:
     print(json.dumps([*seconds, scores]), file=answers, flush=True)
 """
 
-# scores a collated file by the functions of their calculate_results_from_pred.py
+# scores a collated file by the functions of their calculate_results_from_pred.py, which asks for a
+# file and keys of other names; GlobalPIQA by those of collate_preds.py. Their scorer counts rows of
+# entity tracking with an answer "nothing", which their predictions do not have: it gets a copy
+# without them
 SCORES = """
-import json, sys
+import json, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, "evaluation_pipeline")
 import calculate_results_from_pred as scorer
+import collate_preds
+from transformers import AutoTokenizer
 collated = json.loads(Path(sys.argv[1]).read_text())
 data = Path(sys.argv[2])
 scores = {
@@ -83,6 +88,34 @@ scores = {
     "ewok": scorer._calculate_ewok_results(collated["ewok"], data / "ewok_filtered"),
     "comps": scorer._calculate_comps_results(collated["comps"], data / "comps"),
 }
+for part in ("parallel", "nonparallel"):
+    name = "global_piqa_" + part
+    file = data / name / "eng_latn.jsonl"
+    scores[name] = 100 * collate_preds._calculate_global_piqa_results(
+        collated[name], file, name
+    )[name]
+with tempfile.TemporaryDirectory() as folder:
+    for file in (data / "entity_tracking").glob("*.jsonl"):
+        rows = [
+            line
+            for line in file.read_text().splitlines()
+            if not any("nothing" in option for option in json.loads(line)["options"])
+        ]
+        Path(folder, file.name).write_text("\\n".join(rows))
+    scores["entity_tracking"] = scorer._calculate_entity_tracking_results(
+        collated["entity_tracking_filtered"], Path(folder)
+    )
+for name, content in collated["glue"].items():
+    scores[name + " accuracy"] = scorer._calculate_glue_results(
+        {name: content}, data / "glue_filtered"
+    )
+scores["glue accuracy"] = scorer._calculate_glue_results(collated["glue"], data / "glue_filtered")
+if collated["aoa_surprisals"]:
+    scores["aoa"] = 100 * scorer._calculate_aoa_results(
+        collated["aoa_surprisals"],
+        data / "aoa" / "cdi_human.csv",
+        AutoTokenizer.from_pretrained(sys.argv[3]),
+    )
 pace, eyes = scorer._calculate_reading_results(
     collated["reading"], data / "reading" / "reading_data.csv"
 )
@@ -286,7 +319,7 @@ class Comparison:
             print(f"  {line}")
 
         file = official.collated_file(copy)
-        arguments = ["-c", SCORES, str(file), str(self.data / "full_eval")]
+        arguments = ["-c", SCORES, str(file), str(self.data / "full_eval"), str(self.run_dir)]
         seconds, output = self.run_once(arguments)
         their_scores = json.loads(output.splitlines()[-1])
         started = time.perf_counter()
@@ -294,12 +327,16 @@ class Comparison:
         our_seconds = time.perf_counter() - started
         print(f"score: official {seconds:.1f} s, ours {our_seconds:.1f} s")
         results = scores["results"]
+        ours = {name: column["percent"] for name, column in scores["columns"].items() if column}
+        ours |= {f"{name} accuracy": 100 * row.get("accuracy", 0) for name, row in results.items()}
+        glue = [ours[f"{name} accuracy"] for name in their_content["glue"]]
+        ours["glue accuracy"] = sum(glue) / max(1, len(glue))
+        for part in ("global_piqa_parallel", "global_piqa_nonparallel"):
+            ours[part] = 100 * results[part]["accuracy"]
+        for part in ("self_paced_reading", "eye_tracking"):
+            ours[part] = results["reading"][f"{part}_percent"]
         for name, value in their_scores.items():
-            if name in scores["columns"]:
-                figure = scores["columns"][name]["percent"]
-            else:
-                figure = results["reading"][f"{name}_percent"]
-            print(f"  {name}: official {value:.8f}, ours {figure:.8f}")
+            print(f"  {name}: official {value:.8f}, ours {ours[name]:.8f}")
 
 
 def compare_rows(row: Row, ours: list[dict], theirs: list[dict], numbers: tuple[str, ...]) -> None:
