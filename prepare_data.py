@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 from babyllama.cli import add_flag, printable, run_script
 from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
-from babyllama.data.documents import new_report, read_documents, rows_joined_text
+from babyllama.data.documents import new_report, read_documents, read_parts, rows_joined_text
 from babyllama.data.overlap import NGRAM, Overlap
 from babyllama.data.text_files import domain_of, find_files
 from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tokenizer, part_backend
@@ -276,6 +276,13 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
             f"{how_to_choose}",
             file=sys.stderr,
         )
+    for domain in without:
+        if has_gutenberg_header(sources, domain):
+            print(
+                f"note: {domain} begins with Project Gutenberg's header; "
+                f"--domain {domain}=gutenberg removes it and the licence at the end",
+                file=sys.stderr,
+            )
     if only is None:
         return cleaners
     names = [name for name in re.split(r"[,\s]+", " ".join(only)) if name]
@@ -286,6 +293,12 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
             f"--clean-domains {', '.join(unknown)}: the input has {available}; {how_to_choose}"
         )
     return {name: cleaners[name] for name in names}
+
+
+def has_gutenberg_header(sources: Sources, domain: str) -> bool:
+    """Return True if a file of this domain begins as the books of Project Gutenberg do."""
+    paths = [path for split in sources.values() for path in split.get(domain, ())]
+    return any("Project Gutenberg" in next(read_parts(path), "") for path in paths)
 
 
 def read_manifest(path: Path) -> dict:

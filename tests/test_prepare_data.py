@@ -241,6 +241,29 @@ def test_domain_chooses_the_cleaner_of_a_domain(run, raw, tmp_path, capsys):
     }
 
 
+def test_a_gutenberg_book_under_another_name_gets_the_flag_that_cleans_it(
+    run, raw, tmp_path, capsys
+):
+    start, end = (
+        f"*** {word} OF THE PROJECT GUTENBERG EBOOK ALICE ***" for word in ("START", "END")
+    )
+    header = (
+        f"The Project Gutenberg eBook of Alice\n\nThis eBook is for the use of anyone.\n\n{start}"
+    )
+    licence = f"{end}\n\nProject Gutenberg-tm electronic works are free."
+    book = "\n\n".join([header, *stories(3, 5), licence])
+    (raw / "train" / "book.txt").write_text(book)
+    assert run("--skip-tokenizer") == 0
+    notes = capsys.readouterr().err
+    assert "note: book begins with Project Gutenberg's header; --domain book=gutenberg" in notes
+    assert notes.count("Project Gutenberg") == 1  # none about letters
+    assert "Gutenberg" in (tmp_path / "out" / "train" / "book.train").read_text()
+    assert run("--skip-tokenizer", "--domain", "book=gutenberg") == 0
+    assert "Gutenberg" not in capsys.readouterr().err
+    text = (tmp_path / "out" / "train" / "book.train").read_text()
+    assert text == "\n\n".join(stories(3, 5)) + "\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
