@@ -35,6 +35,8 @@ from babyllama import cli
 if TYPE_CHECKING:
     from babyllama.training.steps import Steps
 
+log = logging.getLogger(__name__)
+
 _group = SimpleNamespace(
     store=None,  # the launcher's key-value store
     device=None,  # the GPU of this process
@@ -74,8 +76,16 @@ def start() -> None:
     """Find the other processes, take a GPU if there is one, and silence all ranks except 0.
 
     Raise ValueError if this machine has fewer GPUs than processes, or if accelerate is configured
-    to shard the model itself.
+    to shard the model itself. Warn if accelerate was asked for several processes and started one.
     """
+    # accelerate launch --cpu --num_processes 2 sets a port for the processes, but starts only one
+    several_asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if several_asked and "WORLD_SIZE" not in os.environ:
+        log.warning(
+            "accelerate launch was asked for several processes but started only one; for N "
+            "processes use torchrun --nproc_per_node=N train.py, or accelerate launch --multi_gpu "
+            "--num_processes N train.py (also on a CPU)"
+        )
     if world_size() == 1 or _group.store:
         return
     for method in ("FSDP", "DEEPSPEED"):

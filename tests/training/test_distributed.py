@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import CLOCK, ROOT, rows_of, timeless, tiny_config
 
 import train
@@ -316,3 +318,17 @@ def test_fsdp_configured_in_accelerate_is_an_error(processes, monkeypatch, capsy
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert train.main(["--config", "any.yaml"]) == 2
     assert "use --set training.fsdp=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "is_warned"), [(1, False), (2, True)])
+def test_accelerate_that_starts_one_process_for_two_is_noticed(
+    count, is_warned, monkeypatch, caplog, tmp_path
+):
+    """The variables are those that accelerate sets; with --cpu it starts one process, always."""
+    flags = f"--cpu --num_processes {count} --num_machines 1 --mixed_precision no"
+    command = [*flags.split(), "--dynamo_backend", "no", "train.py"]
+    _, variables = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(command))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert ("use torchrun --nproc_per_node=N train.py" in caplog.text) == is_warned
