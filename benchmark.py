@@ -42,6 +42,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import babyllama  # noqa: F401  before numpy, because it names a package that is missing
+
+# isort: split
 import numpy as np
 
 from babyllama import cli

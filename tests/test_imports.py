@@ -1,6 +1,7 @@
 """Check the shape of the project: imports point down, and scripts start fast."""
 
 import ast
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,44 @@ def test_help_is_printed_before_torch_is_imported(script):
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_our_packages_gets_one_line(script):
+    """-S hides the installed packages, as a shell does in which .venv is not active."""
+    done = subprocess.run(
+        [sys.executable, "-S", f"{script}.py", "config"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no package ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "advice"),
+    [
+        (True, "activate the project's environment: source {}/.venv/bin/activate"),
+        (False, f"install the packages: {sys.executable} -m pip install -r {{}}/requirements.txt"),
+    ],
+)
+def test_the_line_about_a_missing_package_fits_the_environment(environment, advice, tmp_path):
+    project = tmp_path / "project"
+    (project / "babyllama").mkdir(parents=True)
+    shutil.copy(ROOT / "babyllama" / "__init__.py", project / "babyllama")
+    (project / "script.py").write_text("import babyllama, not_installed")
+    if environment:
+        (project / ".venv").mkdir()
+    command = [sys.executable, "project/script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    advice = advice.format("project")
+    assert done.stderr == f"error: {sys.executable} has no package not_installed; {advice}\n"
+    # an import of ours that fails is a bug, so it keeps its traceback
+    (project / "script.py").write_text("import babyllama.nowhere")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(
