@@ -97,8 +97,6 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
-        if control.should_log or control.should_evaluate or control.should_save:
-            self._stop_clock(state)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._stop_clock(state)
@@ -115,6 +113,7 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or not {"loss", "eval_loss", "benchmark_seconds"} & set(logs or ()):
             return
+        self._stop_clock(state)  # Trainer logs before it evaluates and saves
         row = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
