@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script
+from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script, significant
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import domain_of, find_files
 from babyllama.files import (
@@ -97,7 +97,8 @@ class ModelEvaluator:
         `min_loss` and `max_loss` describe the mean losses of the texts, in nats per token. Words
         are separated by white space. A forward pass reads at most `batch_size` full contexts.
         `domains` names the domain that each text is from; if there are several, `by_domain` holds
-        the figures of each.
+        the figures of each. If bits per byte would change by a tenth or more without one
+        document, `dominating_document` names it.
         """
         import numpy as np
 
@@ -132,6 +133,7 @@ class ModelEvaluator:
                 rows[inside], domain_documents, self.seed
             )
         losses = rows[:, 0] / rows[:, 1]
+        dominating = metrics.dominating_document(rows, row_documents)
         return {
             **figures,
             "average_loss": figures["nats_per_token"],
@@ -141,6 +143,7 @@ class ModelEvaluator:
             "num_sequences": len(rows),
             "num_empty": len(texts) - len(rows),
             **({"by_domain": by_domain} if len(by_domain) > 1 else {}),
+            **({"dominating_document": dominating} if dominating else {}),
         }
 
     def evaluate_generation_quality(
@@ -429,6 +432,7 @@ def first_words(texts: Sequence[str]) -> list[str]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return a report with the top-level keys of lm-evaluation-harness."""
     from babyllama.evaluation.loading import training_text_of
+    from babyllama.training.run_dir import training_scores
 
     # read text and prompts first, so that a wrong path is an error before the model is loaded
     model_path = Path(args.model)
@@ -451,6 +455,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "generation": evaluator.evaluate_generation_quality(prompts, temperature=args.temperature),
     }
 
+    # the run's own scores, if they are of the same text
+    in_training = None if args.eval_data else training_scores(model_path)
     undefined: list[str] = []
     environment = describe_environment(args.device)
     passage_counts = {"original": drawn.total, "effective": len(texts)}
@@ -476,7 +482,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             "generation": {"original": len(prompts), "effective": len(prompts)},
         },
         "undefined": undefined,
-        "notes": list(notes(results)),
+        "notes": [*notes(results), *notes_on_text(results["perplexity"], drawn, in_training)],
         "git_hash": environment.pop("git_hash"),
         "environment": environment,
     }
@@ -495,6 +501,24 @@ def notes(results: dict[str, dict]) -> Iterator[str]:
         yield f"only {num_prompts} prompts: the intervals of the generation figures are rough"
     if not math.isfinite(results["perplexity"]["nats_per_token"]):
         yield "the model's probabilities are not finite numbers: its weights are broken"
+
+
+def notes_on_text(figures: dict, drawn: DrawnPassages, in_training: dict | None) -> Iterator[str]:
+    """Yield what a reader must know of the text to compare bits per byte."""
+    if dominating := figures.get("dominating_document"):
+        number = drawn.documents.index(dominating["document"])
+        start = " ".join(drawn.texts[number][:200].split())[:60]
+        yield (
+            f"one document has {dominating['share_of_loss']:.0%} of the loss; without it bits per "
+            f"byte would be {significant(dominating['bits_per_byte_without'])}: document "
+            f"{dominating['document']}, domain {drawn.domains[number]}: {start!r}"
+        )
+    if in_training:
+        yield (
+            f"training measured {in_training['eval_bits_per_byte']:.4f} bits per byte on this text:"
+            " it reads chunks that cut documents, and counts the end of each document; compare that"
+            " figure with the best possible, if that is known"
+        )
 
 
 TABLE = [
@@ -547,9 +571,11 @@ def print_report(report: dict) -> None:
 def _print_figure(label: str, figures: dict, key: str) -> None:
     """Print a figure and its interval, which may be missing or unknown (None)."""
     value = figures[key]
-    number = "undefined" if value is None else f"{value:.4f}"
+    number = "undefined" if value is None else significant(value)
     low, high = figures.get(f"{key}_ci95") or (None, None)
-    interval = "" if low is None or high is None else f"   {low:.4f} .. {high:.4f}"
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"   {significant(low)} .. {significant(high)}"
     print(f"{label:32}{number:>10}{interval}")
 
 

@@ -49,6 +49,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def significant(value: float) -> str:
+    """Format a number with four significant digits, but at most four decimals: 0.0352, 16,750."""
+    if not value or not math.isfinite(value):
+        return f"{value:.4f}"
+    if abs(value) >= 1e7:
+        return f"{value:.3e}"
+    rounded = float(f"{value:.3e}")
+    decimals = 3 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{min(4, max(0, decimals))}f}"
+
+
 def printable(text: str) -> str:
     r"""Return a text with escapes, such as \x1b, for all that could control a terminal."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

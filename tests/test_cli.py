@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from babyllama import cli
-from babyllama.cli import add_flag, check_at_least, duration, run_script
+from babyllama.cli import add_flag, check_at_least, duration, run_script, significant
 
 
 def raising(error):
@@ -108,3 +108,15 @@ def test_flags_have_two_spellings_and_a_minimum():
 
 def test_durations_have_a_suitable_unit():
     assert [duration(s) for s in (42, 420, 12600)] == ["42 s", "7 min", "3.5 h"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.82668, "0.8267"), (9.99996, "10.00"), (16749.6239, "16,750"), (1027.8243, "1,028"),
+        (103818600764750.0, "1.038e+14"), (0.00052, "0.0005"), (-2.21951, "-2.220"),
+        (0.0, "0.0000"), (float("inf"), "inf"),
+    ],
+)  # fmt: skip
+def test_figures_have_four_significant_digits(value, text):
+    assert significant(value) == text

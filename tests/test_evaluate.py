@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT, sentences
 
 import evaluate
+from babyllama.cli import significant
 from evaluate import ModelEvaluator
 
 BOS = 1
@@ -385,6 +386,8 @@ def run_dir(model_dirs, corpus_dir, tmp_path):
 
 
 def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
+    in_training = {"eval_loss": 2.0, "eval_perplexity": 7.4, "eval_bits_per_byte": 0.98764}
+    (run_dir / "training_metrics.json").write_text(json.dumps({"results": in_training}))
     assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
     out = capsys.readouterr().out
     text = (run_dir / "evaluation_results.json").read_text()
@@ -401,8 +404,9 @@ def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     }
     assert set(report["results"]) == set(report["versions"]) == set(report["n-samples"])
     assert report["n-samples"]["perplexity"] == {"original": 12, "effective": 12}
-    assert f"{report['results']['perplexity']['bits_per_byte']:.4f}" in out
+    assert f" {significant(report['results']['perplexity']['bits_per_byte'])} " in out
     assert "note: only 12 documents" in out
+    assert "note: training measured 0.9876 bits per byte on this text" in out
     assert report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
 
@@ -431,8 +435,10 @@ def test_the_command_reports_each_domain(run_dir, capsys):
         next(line for line in lines if line[:4] == ["bits", "per", "UTF-8", "byte"])
     )
     for line, (name, figures) in zip(lines[place + 1 :], by_domain.items(), strict=False):
-        low, high = figures["bits_per_byte_ci95"]
-        assert line == [name, f"{figures['bits_per_byte']:.4f}", f"{low:.4f}", "..", f"{high:.4f}"]
+        value, low, high = map(
+            significant, (figures["bits_per_byte"], *figures["bits_per_byte_ci95"])
+        )
+        assert line == [name, value, low, "..", high]
 
 
 def test_a_checkpoint_is_evaluated_on_the_held_out_text_of_its_run(run_dir, capsys, caplog):

@@ -21,6 +21,7 @@ from sacrebleu.metrics import BLEU
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
 RESAMPLES = 2000
+DOMINATING_CHANGE = 0.1  # of bits per byte, if a document is left out that dominates them
 CI95 = (2.5, 97.5)  # percentiles that bound a 95 % interval
 Z95 = statistics.NormalDist().inv_cdf(0.975)  # half width of a 95 % interval in standard errors
 
@@ -151,6 +152,31 @@ def perplexity_metrics(rows: np.ndarray, documents: Sequence, seed: int) -> dict
         "total_tokens": int(tokens),
         "total_bytes": int(size),
         "total_words": int(words),
+    }
+
+
+def dominating_document(rows: np.ndarray, documents: Sequence) -> dict[str, Any] | None:
+    """Return the document that changes bits per byte most, if that is by a tenth or more.
+
+    Rows and documents are those of perplexity_metrics. The keys are `document`, its
+    `share_of_loss`, and `bits_per_byte_without` it; None if no document dominates.
+    """
+    names = np.unique(np.asarray(documents))
+    totals = sum_by_group(rows, documents)
+    nats, _, size, _ = totals.T
+    others = size.sum() - size
+    if len(names) < 2 or not np.isfinite(nats).all() or not (others > 0).all():
+        return None
+    bits_per_byte = nats.sum() / math.log(2) / size.sum()
+    without = (nats.sum() - nats) / math.log(2) / others
+    changes = np.abs(without / bits_per_byte - 1)
+    number = int(changes.argmax())
+    if changes[number] < DOMINATING_CHANGE:
+        return None
+    return {
+        "document": names[number].item(),
+        "share_of_loss": float(nats[number] / nats.sum()),
+        "bits_per_byte_without": float(without[number]),
     }
 
 

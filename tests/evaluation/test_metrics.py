@@ -201,3 +201,17 @@ def test_self_bleu_of_equal_texts_is_one(words):
 def test_self_bleu_needs_two_texts_with_words():
     assert math.isnan(metrics.self_bleu([["a", "b"]]))
     assert math.isnan(metrics.self_bleu([["a", "b"], []]))
+
+
+def test_a_document_dominates_if_bits_per_byte_without_it_differ_by_a_tenth():
+    # nats, tokens, bytes and words; document 7 has two texts
+    rows = np.array([[100, 9, 100, 9], [100, 9, 100, 9], [60, 9, 50, 9], [65, 9, 50, 9]], float)
+    assert metrics.dominating_document(rows, [1, 2, 7, 7]) is None  # 1.0 against 1.083
+    rows[3, 0] = 90
+    dominating = metrics.dominating_document(rows, [1, 2, 7, 7])
+    assert dominating == {
+        "document": 7,
+        "share_of_loss": pytest.approx(150 / 350),
+        "bits_per_byte_without": pytest.approx(1 / math.log(2)),
+    }
+    assert metrics.dominating_document(rows[:1], [1]) is None
