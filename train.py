@@ -318,9 +318,11 @@ def setup_run(
 
     `started` is the time.perf_counter() from which training.max_minutes counts.
     """
+    import torch
     import transformers
 
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.training.memory import estimate_memory
     from babyllama.training.plan import (
         check_disk_space,
         count_evaluations,
@@ -356,6 +358,8 @@ def setup_run(
         plan |= describe_run(config, model, data.report["train"], len(data.train), history)
         plan["expected_seconds"] = 60 * training["max_minutes"]
     plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
+    on_gpu = torch.cuda.is_available()
+    plan["memory_bytes"] = None if on_gpu else estimate_memory(config, model, loss)
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
     if distributed.is_main():
@@ -553,7 +557,7 @@ def make_parser() -> argparse.ArgumentParser:
         "may be repeated"
     )
     add("allow-change", action="append", metavar="KEY", help=allow_help)
-    set_help = "change any key of the configuration; may be repeated"
+    set_help = "change any key of the configuration, listed in API_REFERENCE.md; may be repeated"
     add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"
     add("sweep", metavar="FILE", help=sweep_help)

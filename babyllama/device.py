@@ -177,6 +177,15 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def resident_bytes() -> int:
+    """Return the resident memory of this process, or 0 on systems without /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory since `reset_peak_memory`, in units of 1e9 bytes.
 

@@ -41,6 +41,11 @@ class TokenDomains:
         return self.source_ids[sources]
 
 
+def chunks_per_pass(batch_size: int, length: int, vocab_size: int) -> int:
+    """Return how many chunks are evaluated at once: a batch, or what MAX_LOGITS permits."""
+    return min(batch_size, max(1, MAX_LOGITS // (length * vocab_size)))
+
+
 @torch.no_grad()
 def evaluate_chunks(
     model,
@@ -67,8 +72,7 @@ def evaluate_chunks(
     model.eval()
 
     # split the chunks into batches whose logits fit into memory
-    chunk_logits = len(chunks[0]["input_ids"]) * model.config.vocab_size
-    batch_size = min(batch_size, max(1, MAX_LOGITS // chunk_logits))
+    batch_size = chunks_per_pass(batch_size, len(chunks[0]["input_ids"]), model.config.vocab_size)
     rows = np.arange(len(chunks))
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     across_ranks = across_ranks and 1 < distributed.world_size() <= len(chunks)

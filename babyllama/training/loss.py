@@ -72,6 +72,12 @@ def slice_nll(
     return nll.sum(), gradient, is_target / total
 
 
+def slice_rows(vocab_size: int, length: int, on_gpu: bool = False) -> int:
+    """Return how many positions, of complete chunks, have their logits in memory at a time."""
+    elements = GPU_SLICE_ELEMENTS if on_gpu else SLICE_ELEMENTS
+    return max(1, elements // (vocab_size * length)) * length
+
+
 class HeadLoss(torch.autograd.Function):
     """Compute output layer and loss for a few chunks at a time, to save memory.
 
@@ -97,8 +103,7 @@ class HeadLoss(torch.autograd.Function):
         slice.
         """
         n, length = input_ids.shape
-        elements = GPU_SLICE_ELEMENTS if states.is_cuda else SLICE_ELEMENTS
-        rows = max(1, elements // (len(weight) * length)) * length  # complete chunks
+        rows = slice_rows(len(weight), length, states.is_cuda)
         targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET)
         x = states.flatten(0, 1).to(dtype)  # (N, D)
         w = weight.to(dtype)  # (V, D)

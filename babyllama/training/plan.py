@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
 from babyllama.training import distributed, optimizers
+from babyllama.training.memory import memory_text
 from babyllama.training.run_dir import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 from babyllama.training.steps import Steps
 
@@ -176,12 +177,13 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
     if plan["optimizer_flops_per_step"]:
         work += f", {plan['optimizer_flops_per_step'] / 1e9:,.1f} GFLOP per step for Muon"
 
+    epochs = "epoch" if plan["epochs"] == 1 else "epochs"
     rows = {
         "model": f"{config['model']['type']}, {plan['parameters']:,} parameters "
         f"({plan['parameters_without_embeddings']:,} without embeddings)",
         "step": f"{plan['tokens_per_step']:,} tokens "
         f"(batch x accumulation x processes x seq_length: {step_factors})",
-        "run": f"{plan['steps']:,} steps, {plan['epochs']:g} epochs, "
+        "run": f"{plan['steps']:,} steps, {plan['epochs']:g} {epochs}, "
         f"about {plan['words']:,} words, {plan['tokens']:,} tokens",
         "decay": "none",
         "precision": f"{plan['precision']} ({plan['precision_reason']})",
@@ -203,6 +205,10 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
             f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, about "
             f"{duration(benchmark['expected_seconds'])} each, not included in the time"
         )
+    if plan["memory_bytes"]:
+        rows["memory"] = memory_text(plan["memory_bytes"])
+        if teachers:
+            rows["memory"] += " without the teachers'"
     rows["time"] = f"about {time} ({speed}, {work})"
     rows["example"] = repr(example)
     for name, text in rows.items():
