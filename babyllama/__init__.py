@@ -18,11 +18,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def _name_missing_package(kind, error, trace) -> None:
     """Print one line instead of the traceback of a package that is not installed, and exit with 2.
 
-    This is Python's hook for exceptions that nobody catches, so notebooks never come here.
+    This is Python's hook for exceptions that nobody catches, so notebooks never come here. Python's
+    prompt does, and must not end.
     """
     name = getattr(error, "name", None)
     is_missing = issubclass(kind, ModuleNotFoundError) and name and "." not in name
-    if not is_missing or os.environ.get("BABYLLAMA_TRACEBACK"):
+    is_interactive = hasattr(sys, "ps1") or sys.flags.interactive
+    if not is_missing or is_interactive or os.environ.get("BABYLLAMA_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
         return
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

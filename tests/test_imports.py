@@ -1,6 +1,7 @@
 """Check the shape of the project: imports point down, and scripts start fast."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,25 @@ def test_the_line_about_a_missing_package_fits_the_environment(environment, advi
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_a_missing_package_does_not_end_pythons_prompt():
+    pty = pytest.importorskip("pty")  # not on Windows
+    controller, terminal = pty.openpty()
+    os.write(controller, b"import babyllama\nimport not_installed\nprint(6 * 7)\n\x04")
+    done = subprocess.run(
+        [sys.executable, "-q"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON_BASIC_REPL": "1"},
+        stdin=terminal,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    os.close(controller)
+    os.close(terminal)
+    assert "ModuleNotFoundError" in done.stderr
+    assert "42" in done.stdout
 
 
 @pytest.mark.parametrize(
