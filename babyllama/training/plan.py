@@ -48,32 +48,12 @@ def describe_run(
     # count the steps: all epochs, or fewer if training.max_steps says so
     layout = Steps(n_chunks, training, history)
     steps = layout.total
-    if (training["max_steps"] or 0) > layout.available:
-        log.warning(
-            "training.max_steps: %d, but %d epochs have only %d steps; raise training.num_epochs",
-            training["max_steps"],
-            training["num_epochs"],
-            layout.available,
-        )
-    if training["warmup_steps"] >= steps:
-        log.warning(
-            "training.warmup_steps: %d, but the run has only %d steps: the learning rate never "
-            "reaches training.lr",
-            training["warmup_steps"],
-            steps,
-        )
     chunks = int(layout.chunks_seen[steps])
     decay_steps = optimizers.decay_steps(training)
     decay_epochs = decay_steps and decay_steps * chunks_per_step / n_chunks
-    if decay_epochs and chunks > FEW_EPOCHS * n_chunks and decay_epochs > MAX_DECAY_EPOCHS:
-        log.warning(
-            "training.weight_decay: with %g, weights forget over %.3g epochs, so decay hardly "
-            "limits what this run of %.3g epochs memorizes; they forget over 2 epochs with %.3g",
-            training["weight_decay"],
-            decay_epochs,
-            chunks / n_chunks,
-            training["weight_decay"] * decay_epochs / 2,
-        )
+    is_length_known = training["max_steps"] or not training["max_minutes"]
+    if is_length_known:
+        _warn_about_length(training, layout, decay_epochs)
 
     # count the operations: a token attends to T / 2 others on average, once for the scores and once
     # for the values, so attention costs as much as T x hidden_size more weights in each layer
@@ -98,6 +78,35 @@ def describe_run(
         "seed": training["seed"],
         "loss": describe_loss(config.get("distillation")),
     }
+
+
+def _warn_about_length(training: dict, layout: Steps, decay_epochs: float | None) -> None:
+    """Warn if some settings do not fit the number of steps."""
+    steps = layout.total
+    epochs = int(layout.chunks_seen[steps]) / layout.n_chunks
+    if (training["max_steps"] or 0) > layout.available:
+        log.warning(
+            "training.max_steps: %d, but %d epochs have only %d steps; raise training.num_epochs",
+            training["max_steps"],
+            training["num_epochs"],
+            layout.available,
+        )
+    if training["warmup_steps"] >= steps:
+        log.warning(
+            "training.warmup_steps: %d, but the run has only %d steps: the learning rate never "
+            "reaches training.lr",
+            training["warmup_steps"],
+            steps,
+        )
+    if decay_epochs and epochs > FEW_EPOCHS and decay_epochs > MAX_DECAY_EPOCHS:
+        log.warning(
+            "training.weight_decay: with %g, weights forget over %.3g epochs, so decay hardly "
+            "limits what this run of %.3g epochs memorizes; they forget over 2 epochs with %.3g",
+            training["weight_decay"],
+            decay_epochs,
+            epochs,
+            training["weight_decay"] * decay_epochs / 2,
+        )
 
 
 def count_evaluations(config: dict, plan: dict[str, Any]) -> int:

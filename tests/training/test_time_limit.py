@@ -27,10 +27,11 @@ def slow_steps(monkeypatch):
 
 
 def test_timing_leaves_no_trace_and_happens_once(
-    slow_steps, config_file, tmp_path, monkeypatch, capsys
+    slow_steps, config_file, tmp_path, monkeypatch, capsys, caplog
 ):
     """Weights and log equal those of a run with this max_steps, dropout included."""
     keys = {"model__type": "GPT2", "model__resid_pdrop": 0.1, "training__save_steps": 3}
+    keys["training__warmup_steps"] = 12
     path = str(config_file(**keys, training__max_minutes=100.0))
     assert train.main(["--config", path]) == 0
     timed = tmp_path / "models" / "tiny"
@@ -40,6 +41,8 @@ def test_timing_leaves_no_trace_and_happens_once(
     steps = recorded["max_steps"]
     assert recorded["max_minutes"] == 100
     assert steps == rows[-1]["step"] == 9  # of 16
+    (warning,) = [message for message in caplog.messages if "warmup_steps" in message]
+    assert "has only 9 steps" in warning
 
     # a run that is resumed keeps the number, and so does one that is asked for again
     monkeypatch.setattr(time_limit, "_time_steps", None)
