@@ -349,6 +349,8 @@ def setup_run(
     plan = describe_run(config, model, data.report["train"], len(data.train), history)
     plan |= choose_precision_and_kernels(config, plan)
     loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
+    on_gpu = torch.cuda.is_available()
+    plan["memory_bytes"] = None if on_gpu else estimate_memory(config, model, loss)
     benchmark = make_benchmark(config, model, data.tokenizer)
     training = config["training"]
     if training["max_minutes"] and not training["max_steps"]:
@@ -358,8 +360,6 @@ def setup_run(
         plan |= describe_run(config, model, data.report["train"], len(data.train), history)
         plan["expected_seconds"] = 60 * training["max_minutes"]
     plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
-    on_gpu = torch.cuda.is_available()
-    plan["memory_bytes"] = None if on_gpu else estimate_memory(config, model, loss)
     print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
     check_checkpoint_step(checkpoint, plan["steps"])
     if distributed.is_main():
