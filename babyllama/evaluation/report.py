@@ -10,6 +10,7 @@ that loads nothing and shows names and generated text as text.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +24,8 @@ from babyllama.cli import printable
 from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import read_json, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 ON_UNIT_SCALE = {  # metrics with values up to 1, which the charts show
     "accuracy",
@@ -196,7 +199,7 @@ def questions(document: dict) -> dict[str, str]:
         chance = next(iter(document["results"].values()))[task].get("chance")
         text = ASKS[config["type"]]
         if chance is not None and config["type"] == "consistency":
-            text += f" Prompts that only end the same do at {number(chance)}."
+            text += f" Chance is {number(chance)}: an unrelated prompt with the same ending."
         elif chance is not None:
             text += f" Chance is {number(chance)}."
         texts[task] = text
@@ -380,12 +383,18 @@ def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
     """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
     groups = {}
     for model, facts in document["models"].items():
-        for heading, panels in (
-            (f"Training of {model}", _training_panels(facts)),
-            (f"Held-out text of {model}", _evaluation_panels(facts)),
+        for heading, make_panels in (
+            (f"Training of {model}", _training_panels),
+            (f"Held-out text of {model}", _evaluation_panels),
         ):
-            if panels:
-                groups[heading] = [plots.panel_for_page(draw) for draw in panels]
+            try:
+                group = [plots.panel_for_page(draw) for draw in make_panels(facts)]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                folder = facts["path"]
+                log.warning("%s: not drawn; a file in %s is damaged or missing", heading, folder)
+                continue
+            if group:
+                groups[heading] = group
     for curve in learning_curves(document):
         draw = partial(plots.draw_learning_curve, curve=curve)
         height = 4 + len(curve["lines"]) / 10
@@ -406,10 +415,7 @@ def _training_panels(facts: dict) -> list[plots.Panel]:
     scores = facts.get("training")
     if not scores or not _newer_than_weights(facts["path"], "training_metrics.json"):
         return []
-    try:
-        lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+    lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     floor_nats = None
     if scores["floor_bits_per_byte"]:
         nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]

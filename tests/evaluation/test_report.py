@@ -350,6 +350,18 @@ def test_the_page_has_pictures_of_what_is_newer_than_the_weights(trained_documen
     assert "Training of" not in page(trained_document)
 
 
+@pytest.mark.parametrize("log", ["", '{"tokens": 9, "lo', "[1]", '{"tokens": 9}', None])
+def test_a_damaged_log_or_evaluation_is_not_drawn(log, trained_document, tmp_path, caplog):
+    (tmp_path / "evaluation_results.json").write_text('{"results": {"perplexity": {}}}')
+    (tmp_path / "metrics.jsonl").unlink()
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log)
+    text = page(trained_document)
+    assert "Training of" not in text
+    assert "Held-out text of" not in text
+    assert [line.split(" of ")[0] for line in caplog.messages] == ["Training", "Held-out text"]
+
+
 def test_the_page_shows_the_held_out_scores_of_a_run(trained_document):
     text = page(trained_document)
     held_out = text[text.index("<h2>Held-out text") : text.index("<h2>Scores")]
