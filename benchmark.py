@@ -416,7 +416,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import context_length
     from babyllama.files import weights_sha256
-    from babyllama.training.run_dir import run_facts, seed_and_config, training_scores
+    from babyllama.training.run_dir import facts_of_run, seed_and_config, training_scores
 
     return {
         "path": str(suite.model_path),
@@ -428,7 +428,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
         "training": training_scores(suite.model_path),
-        "trained": run_facts(suite.model_path),
+        "trained": facts_of_run(suite.model_path),
         "run": seed_and_config(suite.model_path),
     }
 

@@ -118,8 +118,8 @@ class TrainingSection(Section):
         ge=1,
     )
     max_minutes: float | None = _key(
-        "Time for the whole command: a few steps are timed, and max_steps becomes the number that "
-        "fits; with one process; null, or with max_steps: no limit",
+        "Minutes for the whole command: a few steps are timed, and max_steps becomes the number "
+        "that fits; for one process only; ignored if max_steps is set; null: no limit",
         None,
         gt=0,
     )

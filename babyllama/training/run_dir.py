@@ -501,7 +501,7 @@ def training_scores(folder: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def run_facts(folder: str | Path) -> dict[str, Any] | None:
+def facts_of_run(folder: str | Path) -> dict[str, Any] | None:
     """Return what was trained in a run, and on what text, for a report; None if it is unknown.
 
     `folder` is the directory of a finished run, or of one of its checkpoints.
@@ -516,7 +516,7 @@ def run_facts(folder: str | Path) -> dict[str, Any] | None:
 
 
 def facts_of_metrics(metrics: dict) -> dict[str, Any]:
-    """Return the facts of run_facts from the content of training_metrics.json."""
+    """Return the facts of facts_of_run from the content of training_metrics.json."""
     words = Counter()  # by domain
     for source in metrics["data"]["train"]["sources"]:
         words[source["domain"]] += source["words"]

@@ -86,11 +86,11 @@ def choose_max_steps(
 
     # divide the time that is left
     eval_steps = training["eval_steps"] or int(steps.epoch_ends[1])
-    gone = time.perf_counter() - started
-    left = USED_SHARE * 60 * minutes - gone - 2 * evaluation - END_SECONDS
+    elapsed = time.perf_counter() - started
+    left = USED_SHARE * 60 * minutes - elapsed - 2 * evaluation - END_SECONDS
     n_steps = int(left / (per_step + evaluation / eval_steps))
     figures = (
-        f"{gone:.0f} s have passed, a step takes {per_step:.3f} s and an evaluation "
+        f"{elapsed:.0f} s have passed, a step takes {per_step:.3f} s and an evaluation "
         f"{evaluation:.1f} s"
     )
     if n_steps < 1:
