@@ -165,7 +165,8 @@ def dominating_document(rows: np.ndarray, documents: Sequence) -> dict[str, Any]
     totals = sum_by_group(rows, documents)
     nats, _, size, _ = totals.T
     others = size.sum() - size
-    if len(names) < 2 or not np.isfinite(nats).all() or not (others > 0).all():
+    is_defined = np.isfinite(nats).all() and nats.sum() > 0 and (others > 0).all()
+    if len(names) < 2 or not is_defined:
         return None
     bits_per_byte = nats.sum() / math.log(2) / size.sum()
     without = (nats.sum() - nats) / math.log(2) / others

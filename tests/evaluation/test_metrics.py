@@ -215,3 +215,4 @@ def test_a_document_dominates_if_bits_per_byte_without_it_differ_by_a_tenth():
         "bits_per_byte_without": pytest.approx(1 / math.log(2)),
     }
     assert metrics.dominating_document(rows[:1], [1]) is None
+    assert metrics.dominating_document(rows * [0, 1, 1, 1], [1, 2, 7, 7]) is None  # no loss
