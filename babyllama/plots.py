@@ -1,8 +1,7 @@
 """Draw figures, as PNG files and for pages. The only module that imports matplotlib.
 
-A panel is a function that draws on one axis. A PNG file has the panels side by side; a page has a
-picture of each, so that they fit on a phone, and their text is dark or light as the reader's
-browser wishes.
+A panel is a function that draws on one axis. A PNG file has the panels side by side. A page has a
+picture of each, so that they fit on a phone; their text follows the browser's light or dark mode.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ def draw_loss(axis, rows: list[dict], floor_nats: float | None = None) -> None:
 def draw_gap(axis, rows: list[dict], floor_nats: float) -> None:
     """Draw how far the losses are above the entropy of the grammar, on a log axis.
 
-    On little text a loss can be below the entropy, which is an average; such points are left out.
+    On little text a loss can be below the entropy, which is an average; such points are not drawn.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -81,7 +81,7 @@ def describe_run(
 
 
 def _warn_about_length(training: dict, layout: Steps, decay_epochs: float | None) -> None:
-    """Warn if some settings do not fit the number of steps."""
+    """Warn if max_steps, warm-up or weight decay do not fit the length of the run."""
     steps = layout.total
     epochs = int(layout.chunks_seen[steps]) / layout.n_chunks
     if (training["max_steps"] or 0) > layout.available:

@@ -55,7 +55,7 @@ class _StepClock(TrainerCallback):
 
 
 def _now() -> float:
-    """Return the time when all that the GPU has been given is done."""
+    """Wait until the GPU has nothing left to do, and return the time."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
