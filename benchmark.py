@@ -477,9 +477,7 @@ def check_nothing_is_lost(output: Path, models: list[str], tasks: dict[str, Benc
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description="Benchmark models and compare them."
-    )
+    parser = cli.Parser(prog="benchmark.py", description="Benchmark models and compare them.")
     add_flag = functools.partial(cli.add_flag, parser)
     parser.add_argument(
         "models",

@@ -47,7 +47,7 @@ from math import log, log2
 from pathlib import Path
 from typing import NamedTuple
 
-from babyllama.cli import add_flag, run_script
+from babyllama.cli import Parser, add_flag, run_script
 from babyllama.data.text_files import find_files
 from babyllama.files import atomic_write, check_replaceable, read_json
 
@@ -534,7 +534,7 @@ def create_synthetic_data(
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_flag(parser, "num-tokens", type=int, default=1_000_000, help="words of the training text")

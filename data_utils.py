@@ -233,7 +233,7 @@ class DataProcessor:
                 names = ", ".join(map(str, files[:3]))
                 raise ValueError(
                     f"{split}: the {report['tokens']} tokens of {names} do not fill one chunk of "
-                    f"{max_length}"
+                    f"{max_length}; use more text or shorter chunks (data.seq_length)"
                 )
             # the Arrow file appears when this block ends, so its presence means that both exist
             cached = {"sha256": _checksum(draft, report), "report": report}

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script, significant
+from babyllama.cli import Parser, add_flag, check_at_least, log_to_stderr, run_script, significant
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import domain_of, find_files
 from babyllama.files import (
@@ -583,9 +583,7 @@ def _print_figure(label: str, figures: dict, key: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Measure one language model on held-out text."
-    )
+    parser = Parser(prog="evaluate.py", description="Measure one language model on held-out text.")
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
     add_flag(
         parser, "num-samples", type=int, help="passages of held-out text to score (default 500)"

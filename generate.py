@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from babyllama.cli import add_flag, check_at_least, log_to_stderr, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, log_to_stderr, run_script
 
 
 def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) -> Iterator[str]:
@@ -53,9 +53,7 @@ def read_prompts() -> Iterator[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py", description="Continue a prompt with a language model."
-    )
+    parser = Parser(prog="generate.py", description="Continue a prompt with a language model.")
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
     add_flag(
         parser, "prompt", help='text to continue; "" starts from BOS (default: ask for prompts)'

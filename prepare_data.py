@@ -33,7 +33,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.cli import add_flag, printable, run_script
+from babyllama.cli import Parser, add_flag, printable, run_script
 from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
 from babyllama.data.documents import new_report, read_documents, read_parts, rows_joined_text
@@ -66,7 +66,7 @@ ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(description="Clean BabyLM data and train the tokenizer.")
+    parser = Parser(description="Clean BabyLM data and train the tokenizer.")
     train = parser.add_mutually_exclusive_group()
     add_flag(train, "babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track")
     add_flag(train, "babylm-100m", type=Path, metavar="DIR", help="train text, strict track")

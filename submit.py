@@ -217,7 +217,7 @@ def check_file(path: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="submit.py", description="Turn a finished BabyLM run into a submission."
     )
     add_flag = functools.partial(cli.add_flag, parser)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babyllama.architectures import ARCHITECTURES
-from babyllama.cli import add_flag, log_to_stderr, run_script
+from babyllama.cli import Parser, add_flag, log_to_stderr, run_script
 from babyllama.config import (
     check_config,
     check_model_section,
@@ -532,8 +532,15 @@ def memory_advice(args: argparse.Namespace) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line; most flags take their meaning from the schema."""
-    parser = argparse.ArgumentParser(
+    settings = {
+        key.replace("_", "-"): f"--set {section}.{key}=VALUE"
+        for section, model in SECTIONS.items()
+        for key in model.model_fields
+        if f"{section}.{key}" not in FLAGS.values()
+    }
+    parser = Parser(
         prog="train.py",
+        settings=settings,
         description="Train a language model from scratch, as a YAML file describes it.",
         epilog="Flags beat the YAML file. They may be written with hyphens or with underscores.",
     )

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.cli import add_flag, run_script
+from babyllama.cli import Parser, add_flag, run_script
 from babyllama.config import training_command
 from babyllama.data.documents import new_report, read_parts
 from babyllama.data.text_files import find_files, source_of
@@ -52,7 +52,7 @@ SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token after
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a byte-level BPE tokenizer on the training files of a directory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 TRACEBACK = "BABYLLAMA_TRACEBACK"  # the variable by which developers see where an error came from
@@ -21,6 +22,45 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 # control characters, marks that reverse text, and the bytes of a file name that are not UTF-8
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable by which a sweep asks its runs for their errors
+
+
+def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "did you mean X?" with the nearest known word, or a list of all known words.
+
+    A known word that has the initials of `word` is near too: learning_rate means lr.
+    """
+    known = list(known)
+    initials = "".join(part[:1] for part in re.split("[-_]", word))
+    nearest = difflib.get_close_matches(word, known, n=1) or [w for w in known if w == initials]
+    if nearest:
+        return f"did you mean {prefix}{nearest[0]}?"
+    return f"known: {', '.join(prefix + name for name in known)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse a command line; report a mistake in one line, as the scripts report all others.
+
+    `settings` maps names that are not flags, but that people try as flags, to what they may mean.
+    """
+
+    def __init__(self, *args, settings: Mapping[str, str] | None = None, **options):
+        super().__init__(*args, **options)
+        self.settings = settings or {}
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"{self.prog} --help lists the flags"
+        unknown = re.match(r"unrecognized arguments: (--)?([^\s=]+)", message)
+        if unknown and unknown[1]:
+            name = unknown[2].replace("_", "-")
+            flags = re.findall(r"--([a-z0-9-]+)(?![\w-])", self.format_usage())
+            settings = difflib.get_close_matches(name, self.settings, n=1, cutoff=0.8)
+            hint = suggest(name, dict.fromkeys(flags), "--")
+            if settings:
+                hint = f"did you mean {self.settings[settings[0]]}?"
+        elif unknown and self.settings:
+            hint = "--set takes SECTION.KEY=VALUE, in quotes if VALUE has spaces"
+        print_error(ValueError(f"{message}; {hint}"))
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def add_flag(parser: Any, name: str, **options) -> argparse.Action:

@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from babyllama.architectures import ARCHITECTURES, NAMES, WITH_DROPOUT
+from babyllama.cli import suggest
 from babyllama.files import ROOT
 from babyllama.schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection
 
@@ -39,22 +40,25 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"{source}: {line}" if source else line for line in problems))
 
 
-def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "did you mean X?" with the nearest known word, or a list of all known words.
-
-    A known word that has the initials of `word` is near too: learning_rate means lr.
-    """
-    known = list(known)
-    initials = "".join(part[:1] for part in word.split("_"))
-    nearest = difflib.get_close_matches(word, known, n=1) or [w for w in known if w == initials]
-    if nearest:
-        return f"did you mean {prefix}{nearest[0]}?"
-    return f"known: {', '.join(prefix + name for name in known)}"
-
-
 def seen_from(path: str | Path) -> str:
     """Return " in <working directory>" for a relative path, to say where it was looked for."""
     return "" if os.path.isabs(path) else f" in {os.getcwd()}"
+
+
+def did_you_mean_path(path: str | Path) -> str:
+    """Return "; did you mean X?" if a path exists that differs in one similar name, else ""."""
+    names = Path(path).parts
+    for i in range(len(names)):
+        folder = Path(*names[:i])
+        if (folder / names[i]).exists():
+            continue
+        similar = difflib.get_close_matches(names[i], os.listdir(folder)) if folder.is_dir() else []
+        for name in similar:
+            found = folder.joinpath(name, *names[i + 1 :])
+            if found.exists():
+                return f"; did you mean {found}?"
+        break
+    return ""
 
 
 # ---- reading YAML -------------------------------------------------------------------------------
@@ -275,7 +279,8 @@ def validation_problems(
 def check_config(raw: Any, source: str = "") -> dict:
     """Return a checked configuration with all its defaults; raise ConfigError with all problems."""
     if not isinstance(raw, dict):
-        problem = f"not a configuration; it needs the sections {', '.join(SECTIONS)}"
+        required = [name for name, field in Config.model_fields.items() if field.is_required()]
+        problem = f"not a configuration; it needs the sections {', '.join(required)}"
         raise ConfigError([problem], source)
     if "logging" in raw and raw["logging"] is None:  # a bare `logging:` means all its defaults
         raw = {**raw, "logging": {}}
@@ -367,6 +372,14 @@ def _valid_values(raw: dict, wrong: set[tuple]) -> dict[str, dict]:
     return values
 
 
+def _fitting_heads(before: str, width: int, heads: int, rotary: bool) -> str:
+    """Return e.g. ", or n_head 6 or 8": the nearest numbers of heads that fit the width, if any."""
+    multiple = 2 if rotary else 1
+    fitting = [n for n in range(1, min(width, 1024) + 1) if width % (n * multiple) == 0]
+    nearest = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
+    return f"{before} n_head {' or '.join(map(str, nearest))}" if nearest else ""
+
+
 def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
     """Yield one line for each broken rule between several keys.
 
@@ -385,12 +398,12 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
         remedy = f"{below} or {below + multiple}" if below else f"{multiple}"
         yield (
             f"model.hidden_size: {width}: hidden_size must be divisible by n_head ({heads}); "
-            f"use {remedy}"
+            f"use {remedy}{_fitting_heads(', or', width, heads, rotary)}"
         )
     elif width and heads and rotary and width // heads % 2:
         yield (
             f"model.n_head: {heads}: hidden_size / n_head is {width // heads}; "
-            "rotary positions need an even number"
+            f"rotary positions need an even number{_fitting_heads('; use', width, heads, rotary)}"
         )
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if architecture and not architecture.has_dropout and model[key]:

@@ -270,6 +270,8 @@ def check_model_exists(path: Path) -> None:
     models = [file.parent.name for file in path.parent.glob("*/config.json")]
     nearest = difflib.get_close_matches(path.name, models, n=1)
     hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    if "*" in path.name:
+        hint = "; nothing matches the *"
     raise FileNotFoundError(
         f"no model at {path}: expected a directory with config.json, weights, tokenizer.json{hint}"
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import train
 from babyllama import cli
 from babyllama.cli import add_flag, check_at_least, duration, run_script, significant
 
@@ -104,6 +105,33 @@ def test_flags_have_two_spellings_and_a_minimum():
         ]:
             with pytest.raises(ValueError, match=f"--batch-size {value} must be {requirement}"):
                 check_at_least(parser.parse_args([flag, value]), {"batch_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1; did you mean --lr?"),
+        (["--epochs=3"], "unrecognized arguments: --epochs=3; did you mean --num-epochs?"),
+        (
+            ["--max_steps", "5"],
+            "unrecognized arguments: --max_steps 5; did you mean --set training.max_steps=VALUE?",
+        ),
+        (
+            ["--set", "training.lr", "1"],
+            "unrecognized arguments: 1; --set takes SECTION.KEY=VALUE, in quotes if VALUE has spaces",
+        ),
+        (
+            ["--batch-size", "x"],
+            "argument --batch-size/--batch_size: invalid int value: 'x'; "
+            "train.py --help lists the flags",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_the_flag_that_was_meant(flags, problem, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.make_parser().parse_args(["--config", "c.yaml", *flags])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {problem}\n"
 
 
 def test_durations_have_a_suitable_unit():

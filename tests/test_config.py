@@ -101,7 +101,7 @@ def test_none_and_empty_values_are_null(config_file, text):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model__hidden_size": 200, "model__n_head": 6}, "hidden_size must be divisible by n_head (6); use 192 or 204"),
+        ({"model__hidden_size": 200, "model__n_head": 6}, "hidden_size must be divisible by n_head (6); use 192 or 204, or n_head 5 or 10"),
         ({"data__seq_length": 31}, "data.seq_length: 31 is not allowed; a whole number from 32 to 2048"),
         ({"data__seq_length": 2049}, "data.seq_length: 2049 is not allowed"),
         ({"training__lr": 2e-2}, "training.lr: 0.02 is not allowed; a number from 1e-06 to 0.01"),
@@ -115,7 +115,7 @@ def test_none_and_empty_values_are_null(config_file, text):
         ({"model__type": "Lama"}, "model.type: 'Lama' is not allowed; Llama, GPT2, GPTJ or Qwen3"),
         ({"model__name": "../up"}, "model.name: '../up' is not allowed"),
         ({"model__resid_pdrop": 0.1}, "model.resid_pdrop: 0.1: Llama has no dropout"),
-        ({"model__n_head": 64}, "model.n_head: 64: hidden_size / n_head is 1; rotary positions need an even number"),
+        ({"model__n_head": 64}, "model.n_head: 64: hidden_size / n_head is 1; rotary positions need an even number; use n_head 32"),
         ({"logging__wandb": True}, "logging.project: missing; required with wandb: true"),
         ({"logging__report_to": ["wandb"]}, "logging.report_to: wandb has its own key; use logging.wandb: true"),
         ({"logging__report_to": "trackio"}, "logging.report_to: 'trackio' is not allowed; a list of texts"),
@@ -164,7 +164,7 @@ def test_missing_sections_and_sections_that_are_no_sections():
         ("a: &x {b: 1}\nc: *x\n", "line 2, column 4: not valid YAML: aliases"),
         ("data: [1\n", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("", "not a configuration"),
+        ("", "not a configuration; it needs the sections data, model, training"),
     ],
 )
 def test_yaml_errors_name_line_and_column(config_file, text, expected):

@@ -625,6 +625,17 @@ def test_a_missing_tokenizer_is_an_error_with_the_command_that_trains_it(config_
     assert "python train_tokenizer.py --data-dir" in line
 
 
+def test_a_missing_path_suggests_a_similar_one_that_exists(config_file, tmp_path, capsys):
+    text = tmp_path / "own" / "train"
+    text.mkdir(parents=True)
+    path = config_file(data__train_path=str(tmp_path / "owm" / "train"))
+    assert train.main(["--config", str(path)]) == 2
+    assert errors_of(capsys)[0].endswith(f"; did you mean {text}?")
+    path = config_file(data__train_path=str(tmp_path / "owm" / "dev"))
+    assert train.main(["--config", str(path)]) == 2
+    assert "did you mean" not in errors_of(capsys)[0], "own/dev does not exist either"
+
+
 def test_missing_text_or_too_little_text_is_an_error(config_file, tmp_path, capsys):
     assert train.main(["--config", str(config_file(data__train_path="nowhere"))]) == 2
     assert f"nowhere not found (data.train_path) in {Path.cwd()}: " in errors_of(capsys)[0]

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from babyllama.config import ConfigError, read_yaml_file, suggest, validation_problems
+from babyllama.cli import suggest
+from babyllama.config import ConfigError, read_yaml_file, validation_problems
 from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 from babyllama.files import ROOT
 

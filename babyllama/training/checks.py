@@ -11,7 +11,7 @@ import hashlib
 import logging
 from pathlib import Path
 
-from babyllama.config import ConfigError, seen_from
+from babyllama.config import ConfigError, did_you_mean_path, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.training import distributed
@@ -31,17 +31,23 @@ def check_inputs(config: dict) -> dict | None:
     tokenizer = data["tokenizer_path"]
     for key in ("train_path", "eval_path"):
         if not Path(data[key]).exists():
+            folder = Path(data["train_path"]).parent
             size = "100m" if config.get("babylm", {}).get("track") == "strict" else "10m"
+            command = (
+                f"python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
+                f"--output-dir {folder} --tokenizer-output {tokenizer}"
+            )
+            if folder == Path("data/synthetic"):
+                command = "python create_synthetic_data.py --num-tokens 300000"
             raise FileNotFoundError(
                 f"{data[key]} not found (data.{key}){seen_from(data[key])}: prepare the text "
-                f"first: python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
-                f"--output-dir {Path(data['train_path']).parent} --tokenizer-output {tokenizer}, "
-                "or python create_synthetic_data.py"
+                f"first: {command}{did_you_mean_path(data[key])}"
             )
     if not Path(tokenizer).exists():
         raise FileNotFoundError(
             f"{tokenizer} not found (data.tokenizer_path){seen_from(tokenizer)}: train a tokenizer "
             f"first: python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
+            f"{did_you_mean_path(tokenizer)}"
         )
     distillation = config.get("distillation")
     # with a cache the teachers may have been deleted after they filled it

@@ -559,9 +559,10 @@ def check_teacher_exists(folder: str) -> None:
     if is_model(folder):
         return
     config = Path("config", f"{Path(folder).name}.yaml")
-    remedy = "it needs config.json and .safetensors weights"
+    command = f"python train.py --config FILE --model-name {Path(folder).name}"
     if (ROOT / config).is_file():
-        remedy = f"python train.py --config {config}"
+        command = f"python train.py --config {config}"
     raise FileNotFoundError(
-        f"{folder}: no trained model here (distillation.teachers); train it first: {remedy}"
+        f"{folder}: no trained model here (distillation.teachers): it needs config.json and "
+        f".safetensors weights; train it first: {command}"
     )

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
-from babyllama.config import ConfigError, read_yaml_file
+from babyllama.config import ConfigError, read_yaml_file, seen_from
 from babyllama.files import ROOT, describe_environment, read_json, write_json, write_text
 from babyllama.plots import plot_sweep
 from babyllama.training import distributed, ending
@@ -87,6 +87,11 @@ def read_grid(path: str) -> dict[str, list]:
     Raise one ConfigError that lists everything that is malformed. Whether the keys exist and their
     values are allowed is checked later, by check_points.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path}: no such file{seen_from(path)}; --sweep takes a YAML file with lines such as "
+            "training.lr: [3e-4, 1e-3]"
+        )
     raw = read_yaml_file(path)
     if not isinstance(raw, dict) or not raw:
         raise ConfigError(["not a sweep; write lines such as training.lr: [3e-4, 1e-3]"], path)

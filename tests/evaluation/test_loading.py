@@ -56,6 +56,8 @@ def test_loading_prints_nothing(model_dirs):
 def test_a_missing_model_suggests_the_nearest_one(model_dirs):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json; did you mean .*/Llama\?"):
         load_model(model_dirs["Llama"].with_name("LLama"))
+    with pytest.raises(FileNotFoundError, match=r"nothing matches the \*"):
+        load_model(model_dirs["Llama"] / "chck_*")
 
 
 def test_load_model_names_the_missing_file(model_dirs, tmp_path):

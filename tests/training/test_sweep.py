@@ -80,7 +80,7 @@ def test_a_malformed_sweep_is_a_one_line_error(run_sweep, text, message, capsys)
 
 
 def test_a_missing_or_empty_sweep_file_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such"):
+    with pytest.raises(FileNotFoundError, match="none.yaml: no such file; --sweep takes"):
         sweep.read_grid(str(tmp_path / "none.yaml"))
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ConfigError):
