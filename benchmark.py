@@ -557,7 +557,8 @@ def main(argv: list[str] | None = None) -> int:
             print(text_report(document))
             files = ", ".join(map(str, written))
             print(f"\nresults: {files}" if written else "\nthe report is incomplete; see the note")
-            command = ["python", "generate.py", args.models[-1], "--prompt", "Once upon a time"]
+            last = list(document["models"].values())[-1]["path"]
+            command = ["python", "generate.py", last, "--prompt", "Once upon a time"]
             print(f"next  {shlex.join(command)}")
         return cli.EXIT_BAD_INPUT if document["failed"] or not written else 0
 

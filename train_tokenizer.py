@@ -258,7 +258,7 @@ def summary_text(summary: dict[str, float], vocab_size: int) -> str:
     if actual_size < vocab_size:
         lines.append(
             f"note: the text gives only {actual_size - MIN_VOCAB_SIZE} merges instead of "
-            f"{vocab_size - MIN_VOCAB_SIZE}: use --vocab-size {actual_size} or more text"
+            f"{vocab_size - MIN_VOCAB_SIZE}: choose a vocabulary of {actual_size}, or more text"
         )
     if summary["replaces"]:
         lines.append("note: replaced a different tokenizer; runs that use it cannot be resumed")

@@ -384,7 +384,7 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     build_tiny_model("Llama", seed=9).save_pretrained(other)
     load_model(model_dirs["Llama"], "cpu")[1].save_pretrained(other)
     output = tmp_path / "out" / "comparison.json"
-    models = [str(model_dirs["Llama"]), str(broken), str(other)]
+    models = [str(model_dirs["Llama"]), str(other), str(broken)]
     flags = ["--output", str(output), "--benchmark_config", str(small_file), "--device", "cpu"]
     assert benchmark.main([*models, *flags]) == 2
 
@@ -404,7 +404,7 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     # the second model is compared with the first
     items = load_tasks(small_file)["blimp"].items
     first_scores = naive_item_scores(BenchmarkSuite(models[0], "cpu", {}), items)
-    second_scores = naive_item_scores(BenchmarkSuite(models[2], "cpu", {}), items)
+    second_scores = naive_item_scores(BenchmarkSuite(models[1], "cpu", {}), items)
     expected = grading.compare("blimp", items, second_scores, first_scores)
     assert document["comparison"]["reference"] == first_name
     difference = document["comparison"]["differences"][second_name]["blimp"]["difference"]
@@ -418,6 +418,7 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     assert "Traceback" not in err
     assert "completion" in out
     assert "other/Llama" in out
+    assert f"next  python generate.py {other} --prompt" in out, "the last model that works"
     assert "~" in out
     folder = output.parent / "results/other_Llama/main/zero_shot/causal/blimp/blimp_fast"
     predictions = json.loads((folder / "predictions.json").read_text())
