@@ -360,7 +360,8 @@ def setup_run(
         plan |= describe_run(config, model, data.report["train"], len(data.train), history)
         plan["expected_seconds"] = 60 * training["max_minutes"]
     plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
-    print_plan(config, plan, data.tokenizer.decode(data.train[0]["input_ids"][:48]))
+    example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
+    print_plan(config, plan, checkpoint, example)
     check_checkpoint_step(checkpoint, plan["steps"])
     if distributed.is_main():
         check_disk_space(config, plan, run_dir)

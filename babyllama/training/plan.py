@@ -170,8 +170,8 @@ def describe_loss(distillation: dict | None) -> str:
     )
 
 
-def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
-    """Print the numbers and choices of a run, and one decoded training example."""
+def print_plan(config: dict, plan: dict[str, Any], checkpoint: Path | None, example: str) -> None:
+    """Print the numbers and choices of a run, its checkpoint, and a decoded training example."""
     training = config["training"]
     teachers = config.get("distillation", {}).get("teachers", [])
     step_factors = (
@@ -219,6 +219,8 @@ def print_plan(config: dict, plan: dict[str, Any], example: str) -> None:
         if teachers:
             rows["memory"] += " without the teachers'"
     rows["time"] = f"about {time} ({speed}, {work})"
+    if checkpoint:
+        rows["resume"] = f"from {checkpoint}; the time is that of all steps"
     rows["example"] = repr(example)
     for name, text in rows.items():
         print(f"{name:<11} {text}")

@@ -173,10 +173,12 @@ def test_resume_at_the_last_step_only_writes_the_results(config_file, tmp_path, 
     run_dir = tmp_path / "models" / "tiny"
     steps = ["--set", "training.max_steps=10"]  # in the second epoch
     assert train.main(["--config", path, *steps]) == 0
+    assert "\nresume " not in capsys.readouterr().out
     weights = (run_dir / "model.safetensors").read_bytes()
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
     assert train.main(["--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
+    assert f"\nresume      from {run_dir / 'checkpoint-10'}; the time" in capsys.readouterr().out
     assert (run_dir / "model.safetensors").read_bytes() == weights
     metrics = json.loads((run_dir / METRICS_FILE).read_text())
     assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"]
