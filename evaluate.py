@@ -514,10 +514,11 @@ def notes_on_text(figures: dict, drawn: DrawnPassages, in_training: dict | None)
             f"{dominating['document']}, domain {drawn.domains[number]}: {start!r}"
         )
     if in_training:
+        floor = in_training["floor_bits_per_byte"]  # None for natural text
+        best = f"; compare that figure with the best possible, {floor:.4f}" if floor else ""
         yield (
             f"training measured {in_training['eval_bits_per_byte']:.4f} bits per byte on this text:"
-            " it reads chunks that cut documents, and counts the end of each document; compare that"
-            " figure with the best possible, if that is known"
+            f" it reads chunks that cut documents, and counts the end of each document{best}"
         )
 
 

@@ -387,6 +387,7 @@ def run_dir(model_dirs, corpus_dir, tmp_path):
 
 def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     in_training = {"eval_loss": 2.0, "eval_perplexity": 7.4, "eval_bits_per_byte": 0.98764}
+    in_training["floor_bits_per_byte"] = 0.82414
     (run_dir / "training_metrics.json").write_text(json.dumps({"results": in_training}))
     assert evaluate.main([str(run_dir), "--device", "cpu", "--batch-size", "4"]) == 0
     out = capsys.readouterr().out
@@ -407,6 +408,7 @@ def test_the_command_writes_strict_json_and_plots(run_dir, capsys):
     assert f" {significant(report['results']['perplexity']['bits_per_byte'])} " in out
     assert "note: only 12 documents" in out
     assert "note: training measured 0.9876 bits per byte on this text" in out
+    assert "end of each document; compare that figure with the best possible, 0.8241" in out
     assert report["notes"]
     assert (run_dir / "evaluation_plots.png").stat().st_size > 5000
 
