@@ -267,9 +267,13 @@ def check_model_exists(path: Path) -> None:
     """Raise FileNotFoundError, with the nearest name beside it, if `path` is no model directory."""
     if (path / "config.json").is_file():
         return
-    models = [file.parent.name for file in path.parent.glob("*/config.json")]
+    models = {
+        file.parent.name: file.parent
+        for folder in (Path("models"), path.parent)
+        for file in folder.glob("*/config.json")
+    }
     nearest = difflib.get_close_matches(path.name, models, n=1)
-    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    hint = f"; did you mean {models[nearest[0]]}?" if nearest else ""
     if "*" in path.name:
         hint = "; nothing matches the *"
     raise FileNotFoundError(

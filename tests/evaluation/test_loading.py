@@ -53,9 +53,13 @@ def test_loading_prints_nothing(model_dirs):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_missing_model_suggests_the_nearest_one(model_dirs):
+def test_a_missing_model_suggests_the_nearest_one(model_dirs, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json; did you mean .*/Llama\?"):
         load_model(model_dirs["Llama"].with_name("LLama"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dirs["Llama"], "models/mine")
+    with pytest.raises(FileNotFoundError, match=r"did you mean models/mine\?"):
+        load_model("mine")
     with pytest.raises(FileNotFoundError, match=r"nothing matches the \*"):
         load_model(model_dirs["Llama"] / "chck_*")
 
