@@ -77,7 +77,7 @@ __all__ = [
     "load_tokenizer",
 ]
 logger = logging.getLogger(__name__)
-BATCH = 1 << 20  # characters that the tokenizer gets at a time
+BATCH = 1 << 19  # characters that the tokenizer gets at a time
 CACHE_VERSION = 2  # increase it whenever the content of a cached file changes
 
 

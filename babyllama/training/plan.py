@@ -18,6 +18,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
+from babyllama.schema import MAX_EPOCHS
 from babyllama.training import distributed, optimizers
 from babyllama.training.memory import memory_text
 from babyllama.training.run_dir import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
@@ -121,7 +122,11 @@ def count_milestones(config: dict, plan: dict[str, Any]) -> int:
     """Return how many of BabyLM's checkpoints a run saves, at most."""
     if "babylm" not in config:
         return 0
-    return sum(words <= plan["words"] for words in checkpoint_words(config["babylm"]["track"]))
+    targets = checkpoint_words(config["babylm"]["track"])
+    count = sum(words <= plan["words"] for words in targets)
+    # the end of ten epochs of a smaller text is the last one (BabyLMCallback.due_step)
+    is_complete = plan["epochs"] == MAX_EPOCHS and count == len(targets) - 1
+    return count + is_complete
 
 
 def checkpoint_bytes(model, training: dict[str, Any]) -> int:
