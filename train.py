@@ -151,7 +151,8 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
     vocab_size = model["vocab_size"] or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ValueError(
-            f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
+            f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} "
+            "tokens; use at least as many, or leave the key out"
         )
     architecture = ARCHITECTURES[model["type"]]
     head_size = model["hidden_size"] // model["n_head"]

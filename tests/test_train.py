@@ -161,7 +161,7 @@ def test_an_unknown_model_type_or_too_small_a_vocabulary_is_an_error():
     ):
         train.create_model({"model": {"type": "BERT"}}, TokenizerSize())
     small = {"type": "Llama", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}
-    with pytest.raises(ValueError, match="100 is less than the tokenizer's 16000 tokens"):
+    with pytest.raises(ValueError, match="100 is less than the tokenizer's 16000 tokens; use"):
         train.create_model({"model": small}, TokenizerSize())
 
 
