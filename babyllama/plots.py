@@ -161,9 +161,10 @@ def _losses(rows: list[dict]) -> list[dict]:
 def draw_loss(axis, rows: list[dict], floor_nats: float | None = None) -> None:
     """Draw the training and held-out loss, and the entropy of the grammar if it is known."""
     _plot_against_tokens(axis, _losses(rows), "loss", color=BLUE, lw=1.2, label="training")
-    last = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
-    style = {"color": ORANGE, "ms": 4, "label": f"held-out, {last:.3f}"}
-    _plot_against_tokens(axis, rows, "eval_loss", "o-", **style)
+    evaluated = [row for row in rows if "eval_loss" in row]
+    if evaluated:  # none if the run ended at a checkpoint between two evaluations
+        style = {"color": ORANGE, "ms": 4, "label": f"held-out, {evaluated[-1]['eval_loss']:.3f}"}
+        _plot_against_tokens(axis, evaluated, "eval_loss", "o-", **style)
     if floor_nats is not None:
         floor_label = f"entropy of the grammar, {floor_nats:.3f}"
         axis.axhline(floor_nats, color=GREEN, ls="--", lw=1.2, label=floor_label)

@@ -57,14 +57,15 @@ def with_bos(tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_equal_a_float64_loop_for_any_batch_and_order(models, tokenizer, texts, kind):
     double = copy.deepcopy(models[kind]).double()
+    tolerance = 1e-4 if kind == "Qwen3" else 1e-5  # normalizing queries and keys magnifies rounding
     expected = {text: naive_logprobs(double, with_bos(tokenizer, text)) for text in texts}
     longest = max(len(logprobs) for logprobs in expected.values())
     for rows in (1, 2, 7, 64):
         shuffled = random.Random(rows).sample(texts, len(texts))
         results = token_logprobs(models[kind], tokenizer, shuffled, batch_tokens=rows * longest)
         for text, scores in zip(shuffled, results, strict=True):
-            assert scores.logprobs == pytest.approx(expected[text], rel=1e-5)
-            assert scores.logprobs.sum() == pytest.approx(sum(expected[text]), rel=1e-5)
+            assert scores.logprobs == pytest.approx(expected[text], rel=tolerance)
+            assert scores.logprobs.sum() == pytest.approx(sum(expected[text]), rel=tolerance)
             assert tokenizer.decode(scores.ids) == text
 
 
