@@ -420,7 +420,10 @@ def _training_panels(facts: dict) -> list[plots.Panel]:
     if scores["floor_bits_per_byte"]:
         nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]
         floor_nats = scores["floor_bits_per_byte"] * nats_per_bit
-    return plots.training_panels(list(map(json.loads, lines)), floor_nats)
+    rows = list(map(json.loads, lines))
+    if not any("loss" in row for row in rows):
+        raise ValueError("the log has no loss")
+    return plots.training_panels(rows, floor_nats)
 
 
 def _evaluation_panels(facts: dict) -> list[plots.Panel]:
