@@ -38,7 +38,7 @@ RESUME = ["--resume_from_checkpoint", "latest"]
 DEEP = "[" * 100_000
 
 
-def damages(content: bytes, flips: int) -> Iterator[bytes | None]:
+def corruptions(content: bytes, flips: int) -> Iterator[bytes | None]:
     """Yield damaged copies of a file: deleted (None), truncated, and with one bit changed."""
     yield None
     for length in {0, len(content) // 2, len(content) - 1}:
@@ -68,7 +68,7 @@ def test_every_damage_of_a_checkpoint_is_noticed(flips, finished_copy, figures, 
     made = detected = 0
     for file in sorted(newest.iterdir()):
         whole = file.read_bytes()
-        for damaged in damages(whole, flips):
+        for damaged in corruptions(whole, flips):
             put(file, damaged)
             caplog.clear()
             made += 1
@@ -77,7 +77,7 @@ def test_every_damage_of_a_checkpoint_is_noticed(flips, finished_copy, figures, 
             elif file.name == MANIFEST:  # its last newline means nothing
                 detected += json.loads(damaged) == json.loads(whole)
         file.write_bytes(whole)
-    figures.count("damages noticed", detected, made)
+    figures.count("corruptions detected", detected, made)
     assert made > 60
     assert detected == made
     assert find_checkpoint("latest", run_dir) == newest
@@ -142,7 +142,7 @@ def test_no_damage_that_was_sealed_ends_in_a_traceback(finished_copy, capsys, fi
     shutil.copytree(newest, run_dir.parent / "whole")
     tried = 0
     for name in sorted(path.name for path in newest.iterdir() if path.name != MANIFEST):
-        for damaged in damages((run_dir.parent / "whole" / name).read_bytes(), flips=1):
+        for damaged in corruptions((run_dir.parent / "whole" / name).read_bytes(), flips=1):
             unfinish(run_dir)
             shutil.rmtree(newest, ignore_errors=True)
             shutil.copytree(run_dir.parent / "whole", newest)
@@ -153,7 +153,7 @@ def test_no_damage_that_was_sealed_ends_in_a_traceback(finished_copy, capsys, fi
             output = capsys.readouterr().err
             assert code == 0 or (code == 2 and output.count("error: ") == 1), (name, output)
             assert "weights_only" not in output
-    figures.count("sealed damages without a traceback", tried, tried)
+    figures.count("sealed corruptions without a traceback", tried, tried)
 
 
 # ---- the other files of a run ----------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_damaged_cache_is_named_and_prepared_again(
     made = detected = 0
     for file in sorted(tmp_path.iterdir()):
         whole = file.read_bytes()
-        for damaged in damages(whole, flips):
+        for damaged in corruptions(whole, flips):
             put(file, damaged)
             caplog.clear()
             assert prepare() == expected
@@ -327,7 +327,7 @@ def test_a_damaged_cache_is_named_and_prepared_again(
                 detected += file.suffix == ".arrow"  # without it there is no cache
             else:
                 detected += damaged == whole.rstrip()  # the last newline means nothing
-    figures.count("damages of a cache noticed", detected, made)
+    figures.count("corruptions of a cache detected", detected, made)
     assert made >= 4 * (4 + flips)
     assert detected == made
 
