@@ -277,7 +277,8 @@ def check_model_exists(path: Path) -> None:
     if "*" in path.name:
         hint = "; nothing matches the *"
     raise FileNotFoundError(
-        f"no model at {path}: expected a directory with config.json, weights, tokenizer.json{hint}"
+        f"no model at {path}: expected a directory with config.json, weights, tokenizer.json "
+        f"(nothing is downloaded){hint}"
     )
 
 
