@@ -174,11 +174,13 @@ def next_command(args: argparse.Namespace) -> str | None:
         return shlex.join(["python", "train_tokenizer.py", "--data-dir", str(train_path)])
     if not dev_path.is_dir():
         return None
+    name = "llama-10M.yaml"
+    if args.babylm_100m:
+        name = "babylm-strict.yaml"
+    elif args.babylm_10m and args.tokenizer_prefix_space:  # only BabyLM's tasks need the space
+        name = "babylm-strict-small.yaml"
     return training_command(
-        "babylm-strict.yaml" if args.babylm_100m else "llama-10M.yaml",
-        tokenizer_path=args.tokenizer_output,
-        train_path=train_path,
-        eval_path=dev_path,
+        name, tokenizer_path=args.tokenizer_output, train_path=train_path, eval_path=dev_path
     )
 
 
@@ -398,6 +400,7 @@ def clean_splits(
                 records[domain] = {"file": f"{split}/{target.name}", **record}
             splits[split] = {
                 "cleaner_version": None if cleaners is None else CLEANER_VERSION,
+                "one_document_per_row": one_per_row,
                 "tokenizer_sha256": None,
                 "files": records,
             }

@@ -302,7 +302,8 @@ def test_one_document_per_row_keeps_short_rows_apart(run, raw, tmp_path, capsys)
     assert run("--skip-tokenizer", "--one-document-per-row", dev=None) == 0
     assert "rows of tables" not in capsys.readouterr().out
     assert written.read_text() == "\n\n\n".join(tweets) + "\n"
-    assert manifest_of(tmp_path)["splits"]["train"]["files"]["tweets"]["documents"] == 20
+    record = manifest_of(tmp_path)["splits"]["train"]
+    assert record["files"]["tweets"]["documents"] == 20 and record["one_document_per_row"]
 
 
 def test_skip_tokenizer_counts_with_the_existing_tokenizer(run, tmp_path, capsys):
@@ -326,6 +327,12 @@ def test_preparing_one_split_keeps_the_other_and_its_record(run, tmp_path, capsy
     assert after["splits"]["train"] == before["splits"]["train"]
     assert after["word_budget"] == before["word_budget"]
     assert after["splits"]["dev"]["cleaner_version"] is None and after["overlap"] is None
+
+
+def test_the_next_command_follows_the_track_and_the_tokenizer(run, capsys):
+    for flags, name in (([], "llama-10M"), (["--tokenizer-prefix-space"], "babylm-strict-small")):
+        assert run(*flags) == 0
+        assert f"next  python train.py --config config/{name}.yaml" in capsys.readouterr().out
 
 
 def test_no_command_is_printed_that_would_miss_a_split(run, tmp_path, capsys):
