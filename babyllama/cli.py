@@ -40,18 +40,24 @@ def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
 class Parser(argparse.ArgumentParser):
     """Parse a command line; report a mistake in one line, as the scripts report all others.
 
-    `settings` maps names that are not flags, but that people try as flags, to what they may mean.
+    People may write --some_flag for --some-flag. `settings` maps names that are not flags, but that
+    people try as flags, to what they may mean.
     """
 
     def __init__(self, *args, settings: Mapping[str, str] | None = None, **options):
         super().__init__(*args, **options)
         self.settings = settings or {}
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        hyphens = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]
+        return super().parse_known_args(hyphens, namespace)
+
     def error(self, message: str) -> NoReturn:
         hint = f"{self.prog} --help lists the flags"
         unknown = re.match(r"unrecognized arguments: (--)?([^\s=]+)", message)
         if unknown and unknown[1]:
-            name = unknown[2].replace("_", "-")
+            name = unknown[2]
             flags = re.findall(r"--([a-z0-9-]+)(?![\w-])", self.format_usage())
             settings = difflib.get_close_matches(name, self.settings, n=1, cutoff=0.8)
             hint = suggest(name, dict.fromkeys(flags), "--")
@@ -64,10 +70,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(parser: Any, name: str, **options) -> argparse.Action:
-    """Add --some-flag to a parser or a group of flags; people may also write --some_flag."""
-    return parser.add_argument(
-        *dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options
-    )
+    """Add --some-flag to a parser or a group of flags."""
+    return parser.add_argument(f"--{name}", **options)
 
 
 def check_at_least(args: argparse.Namespace, minimum: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import VOCABULARY, run_child, spread
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 WAYS = {"bare": "tokenizer alone", "raw": "prepare_dataset", "clean": "prepare_dataset, clean=True"}
 BATCH = 48  # texts that the tokenizer encodes at a time
@@ -93,7 +93,7 @@ def compare(data_dir: str, tokenizer_file: str, repeats: int) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_flag(parser, "data-dir", default="data/train", help="directory of training text")
     add_flag(parser, "tokenizer", help="tokenizer.json (default: trained on the data)")
     add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")

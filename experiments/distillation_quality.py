@@ -21,7 +21,7 @@ from pathlib import Path
 
 import common  # noqa: F401  puts the repository on sys.path
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 VOCABULARY = 4000
 TEACHERS = {
@@ -153,7 +153,7 @@ def print_row(title: str, run_dirs: list[Path]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     output = Path("models/distillation-quality")
     add_flag(parser, "data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
     add_flag(parser, "words", type=int, default=20_000, help="of each training file")

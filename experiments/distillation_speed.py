@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import ROOT, VOCABULARY, chunks_per_step, random_chunks, spread, tokenizer_or_stand_in
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 WARM_UP = 1
 TITLES = {"run": "two teachers, run", "cached": "two teachers, cached", "alone": "no teacher"}
@@ -133,7 +133,7 @@ def measure(student: dict, teacher: dict, top_k: int, steps: int, repeats: int) 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     configs = ROOT / "config"
     add_flag(parser, "config", default=str(configs / "llama-10M.yaml"), help="the student")
     add_flag(parser, "teacher", default=str(configs / "llama-16M.yaml"), help="both teachers")

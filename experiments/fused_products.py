@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from common import spread
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 
 def make_passes(n_tokens: int, width: int, outputs: list[int], dtype):
@@ -56,7 +56,7 @@ def cpu_seconds(call: Callable) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_flag(parser, "tokens", type=int, default=4096, help="of a step (default 4,096)")
     add_flag(parser, "width", type=int, default=192, help="of the model (default 192)")
     add_flag(parser, "feed-forward", type=int, default=512, help="width (default 512)")

@@ -20,7 +20,7 @@ import common  # noqa: F401  (puts the repository on sys.path)
 import torch
 import torch.nn.functional as F
 
-from babyllama.cli import add_flag, run_script
+from babyllama.cli import Parser, add_flag, run_script
 from babyllama.data.documents import read_documents
 from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ def train(config: dict) -> list[float]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_flag(parser, "config", required=True, help="YAML file, e.g. config/quickstart.yaml")
     add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="as for train.py")
     return parser

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common import run_child, seconds_of, spread, use_default_threads
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 WAYS = ("loop", "exact", "choose")
 BATCH = 64  # pairs
@@ -263,7 +263,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="model directory")
     parser.add_argument("data", help="directory of BLiMP's .jsonl files")
     add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")

@@ -41,7 +41,7 @@ from common import (
     use_default_threads,
 )
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
 BLOCK = 10  # steps between two synchronisations with a GPU
 OURS = ["as it is", "compiled"]
@@ -327,7 +327,7 @@ def make_variants(config: dict, args: argparse.Namespace) -> dict[str, dict]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_flag(parser, "config", default=str(ROOT / "config" / "llama-10M.yaml"), help="YAML file")
     add_flag(parser, "steps", type=int, default=6, help="counted steps of a turn (default 6)")
     add_flag(parser, "repeats", type=int, default=3, help="turns of each variant (default 3)")

@@ -80,7 +80,7 @@ def load_item_tasks(path: str) -> dict[str, BenchmarkTask]:
 def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None:
     """Raise ValueError if the flags contradict each other, the directory or the machine."""
     if args.overwrite and args.resume_from_checkpoint:
-        raise ValueError("--overwrite starts over, --resume_from_checkpoint continues; choose one")
+        raise ValueError("--overwrite starts over, --resume-from-checkpoint continues; choose one")
     check_allowed_changes(args, config)
     check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
     check_trackers(config["logging"])
@@ -92,7 +92,7 @@ def check_allowed_changes(args: argparse.Namespace, config: dict) -> None:
     """Raise ValueError if --allow-change names a key that a resumed run cannot change."""
     allowed = args.allow_change or ()
     if allowed and not args.resume_from_checkpoint:
-        raise ValueError("--allow-change needs --resume_from_checkpoint")
+        raise ValueError("--allow-change needs --resume-from-checkpoint")
     for key in allowed:
         if key not in CHANGEABLE:
             raise ValueError(

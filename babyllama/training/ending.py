@@ -174,5 +174,5 @@ def _interrupted_message(number: int, status: Status) -> str:
     if (status.run_dir / METRICS_FILE).is_file():
         remedy = "the results are complete"
     elif saved:
-        remedy = f"resume from {saved[0].name} with --resume_from_checkpoint auto"
+        remedy = f"resume from {saved[0].name} with --resume-from-checkpoint auto"
     return f"interrupted by {signal.Signals(number).name} after step {status.step}; {remedy}"

@@ -214,11 +214,11 @@ def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
     )
     if saved:
         unchanged = (
-            f"{saved} is intact, and the same command resumes with --resume_from_checkpoint auto, "
+            f"{saved} is intact, and the same command resumes with --resume-from-checkpoint auto, "
             "if it was another program that used the memory"
         )
         if batch_size == 1:
-            return f"{unchanged}; other settings need a run with another --model_name"
+            return f"{unchanged}; other settings need a run with another --model-name"
         return (
             f"{unchanged}; with less memory it resumes if you also add {smaller_batch} "
             "--allow-change training.batch_size --allow-change training.gradient_accumulation_steps"

@@ -202,7 +202,7 @@ def resume_flags(run_dir: Path) -> list[str]:
     if not is_interrupted:
         return []
     if any(checkpoint_error(folder) is None for folder in saved):
-        return ["--resume_from_checkpoint", "latest"]
+        return ["--resume-from-checkpoint", "latest"]
     return ["--overwrite"]
 
 
@@ -334,7 +334,7 @@ def check_flags(args: argparse.Namespace, kind: str) -> None:
         raise ValueError(f"--{kind}: runs in one process, not in {distributed.world_size()}")
     if args.resume_from_checkpoint:
         raise ValueError(
-            f"--resume_from_checkpoint: leave it out, --{kind} resumes its runs itself"
+            f"--resume-from-checkpoint: leave it out, --{kind} resumes its runs itself"
         )
     if args.allow_change:
         raise ValueError(f"--allow-change: does not go with --{kind}")

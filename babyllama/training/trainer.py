@@ -279,7 +279,7 @@ class LMTrainer(Trainer):
             raise TrainingError(
                 f"the held-out loss became NaN or infinite at step {self.state.global_step}; train "
                 "again with a smaller --lr or a longer training.warmup_steps, under another "
-                "--model_name to keep what this run has saved"
+                "--model-name to keep what this run has saved"
             )
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         metrics["eval_seconds"] = time.perf_counter() - started
@@ -449,5 +449,5 @@ def _disk_full(folder: Path, saved: list[Path]) -> OSError:
     return OSError(
         f"{folder} cannot be saved: it needs {needed}, and the disk has {free:,} bytes free (or a "
         "limit on the size of files); earlier checkpoints are intact. Make room, and continue with "
-        "--resume_from_checkpoint auto"
+        "--resume-from-checkpoint auto"
     )

@@ -102,7 +102,7 @@ def check_interrupted(place: str, number: int, command: list[str], tmp_path: Pat
     if step:
         newest = checkpoints(run_dir)[0]
         assert newest.name == f"checkpoint-{step}" and checkpoint_error(newest) is None
-        remedy = f"resume from checkpoint-{step} with --resume_from_checkpoint auto"
+        remedy = f"resume from checkpoint-{step} with --resume-from-checkpoint auto"
     line = f"interrupted by {signal.Signals(number).name} after step {step}; {remedy}"
     assert errors[-1] == line == status["message"]
 
@@ -143,7 +143,7 @@ def test_a_second_signal_during_the_save_corrupts_nothing(second, command, calm,
     saved = 5 if second == signal.SIGTERM else 3
     assert code == 128 + signal.SIGUSR1
     assert errors[-1].endswith(
-        f"after step 5; resume from checkpoint-{saved} with --resume_from_checkpoint auto"
+        f"after step 5; resume from checkpoint-{saved} with --resume-from-checkpoint auto"
     )
     assert status_of(run_dir)["state"] == "preempted"
     assert train.main(command) == 0
@@ -271,7 +271,7 @@ def check_out_of_memory(
     (line,) = errors_of(capsys)
     saved = checkpoints(tmp_path / "tiny")[0].name
     assert saved == {"step": "checkpoint-6", "evaluation": "checkpoint-3"}[place]
-    assert "out of memory: " + saved in line and "--resume_from_checkpoint auto" in line
+    assert "out of memory: " + saved in line and "--resume-from-checkpoint auto" in line
     assert "--overwrite" not in line
     assert status_of(tmp_path / "tiny")["state"] == "failed"
     # the advice: the unchanged run, or one with less memory

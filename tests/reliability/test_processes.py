@@ -58,7 +58,7 @@ class Pair:
             variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
             for key, value in {**variables, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
                 patch.setenv(key, str(value))
-            arguments = ["--config", str(self.config_path), "--resume_from_checkpoint", "auto"]
+            arguments = ["--config", str(self.config_path), "--resume-from-checkpoint", "auto"]
             arguments += ["--set", f"logging.output_dir={self.folder}"]
             for rank in (0, 1):
                 patch.setenv("RANK", str(rank))
@@ -116,7 +116,7 @@ def test_a_signal_to_one_process_saves_the_same_step_in_both(first, second, step
     assert newest.name == f"checkpoint-{step}" and checkpoint_error(newest) is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in newest.iterdir()}
     name = signal.Signals(codes[0] - 128).name
-    line = f"interrupted by {name} after step {step}; resume from {newest.name} with --resume_from_checkpoint auto"
+    line = f"interrupted by {name} after step {step}; resume from {newest.name} with --resume-from-checkpoint auto"
     assert pair.errors(0)[-1] == line
     assert not any("interrupted by" in error for error in pair.errors(1))
     assert pair.status()["state"] == "preempted"

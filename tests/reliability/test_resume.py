@@ -139,7 +139,7 @@ def test_a_change_that_is_not_allowed_is_refused_with_the_difference(finished_co
     error = errors_of(capsys)[-1]
     assert "--allow-change training.seed: a resumed run can only change processes, train" in error
     assert run(config_path, *batch, *allow_batch) == 2
-    assert "--allow-change needs --resume_from_checkpoint" in errors_of(capsys)[-1]
+    assert "--allow-change needs --resume-from-checkpoint" in errors_of(capsys)[-1]
 
 
 @pytest.mark.slow

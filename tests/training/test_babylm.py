@@ -383,7 +383,7 @@ def test_words_and_checkpoints_stay_exact_if_the_batch_size_changes(shop, spy):
 
     with added_callback(Stop()):  # at step 5, within the first epoch
         assert train.main(RUN) == 130
-    allow = ["--resume_from_checkpoint", "latest", "--allow-change", "training.batch_size"]
+    allow = ["--resume-from-checkpoint", "latest", "--allow-change", "training.batch_size"]
     assert train.main([*RUN, "--batch-size", "2", *allow]) == 0
     words, crossed = crossings(spy)
     record = json.loads(Path("models/tiny/compliance.json").read_text())
@@ -441,7 +441,7 @@ def test_a_new_run_does_not_delete_checkpoints_without_overwrite(shop, capsys):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert train.main(RUN) == 2
     error = capsys.readouterr().err
-    assert "--overwrite to replace it" in error and "--resume_from_checkpoint" not in error
+    assert "--overwrite to replace it" in error and "--resume-from-checkpoint" not in error
     assert train.main([*RUN, "--overwrite", "--set", "training.num_epochs=1"]) == 0
     assert len(milestones(run_dir)) < 10  # those of the first run were deleted
 

@@ -107,7 +107,7 @@ def test_every_configuration_is_checked_before_the_first_run(run_sweep, capsys):
 
 
 def test_a_sweep_resumes_by_itself_and_runs_in_one_process(run_sweep, capsys, monkeypatch):
-    assert run_sweep({"training.lr": [1e-3]}, "--resume_from_checkpoint", "latest") == 2
+    assert run_sweep({"training.lr": [1e-3]}, "--resume-from-checkpoint", "latest") == 2
     assert "--sweep resumes its runs itself" in errors_of(capsys)[0]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_sweep({"training.lr": [1e-3]}) == 2
@@ -222,7 +222,7 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     make_unfinished(first)
     make_unfinished(second)
     (checkpoints(second)[0] / MANIFEST).unlink()
-    assert sweep.resume_flags(first) == ["--resume_from_checkpoint", "latest"]
+    assert sweep.resume_flags(first) == ["--resume-from-checkpoint", "latest"]
     assert sweep.resume_flags(second) == ["--overwrite"]
     assert run_sweep(grid) == 0
     assert [(folder / "model.safetensors").read_bytes() for folder in (first, second)] == weights
@@ -369,7 +369,7 @@ def test_an_interrupted_sweep_saves_its_step(number, run_sweep, tmp_path):
     assert errors.splitlines()[-1].endswith(
         "sweep.yaml: interrupted in run 1 of 2; the same command continues"
     )
-    assert sweep.resume_flags(log.parent) == ["--resume_from_checkpoint", "latest"], errors
+    assert sweep.resume_flags(log.parent) == ["--resume-from-checkpoint", "latest"], errors
 
 
 def test_a_failed_run_does_not_stop_the_others(run_sweep, corpus_dir, tmp_path, capfd):
