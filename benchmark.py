@@ -65,8 +65,8 @@ class BenchmarkSuite:
     and bootstrap intervals. `scores` keeps what a comparison of models needs from each task: the
     scores of all candidates, or of all groups of prompts.
 
-    The default device is "cuda", which warns and falls back on a machine
-    without a GPU; "auto" picks the best device without a warning.
+    The default device is "cuda", which warns and falls back on a machine without a GPU; "auto"
+    picks the best device without a warning.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class BenchmarkSuite:
         tasks: dict[str, BenchmarkTask] | None = None,
         seed: int = 0,
     ):
-        from babyllama.evaluation.loading import can_start, load_model
+        from babyllama.evaluation.loading import has_start_token, load_model
 
         self.model_path = Path(model_path)
         self.seed = seed
         self.tasks = load_tasks() if tasks is None else tasks
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
-        self.bos = can_start(self.tokenizer)
+        self.bos = has_start_token(self.tokenizer)
         self.scores: dict[str, np.ndarray] = {}
 
     def run_completion_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:

@@ -73,13 +73,13 @@ class ModelEvaluator:
     """
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
-        from babyllama.evaluation.loading import can_start, load_model
+        from babyllama.evaluation.loading import has_start_token, load_model
 
         self.model_path = Path(model_path)
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
         self.seed = seed
-        self.bos = can_start(self.tokenizer)
+        self.bos = has_start_token(self.tokenizer)
         self._cached_request: tuple | None = None
         self._cached_scores: list = []
 
@@ -370,6 +370,7 @@ def draw_passages(path: Path, count: int, seed: int) -> DrawnPassages:
         for passage in passages(text):
             place = len(reservoir) if len(reservoir) < count else rng.randrange(total + 1)
             if place < count:
+                # appends while the reservoir is not full, then replaces
                 reservoir[place : place + 1] = [(total, passage, document, domain)]
             total += 1
     if not total:

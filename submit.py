@@ -74,12 +74,12 @@ def zero_shot_job(
     def run() -> None:
         from babyllama.evaluation.candidates import score_task
         from babyllama.evaluation.grading import official_predictions
-        from babyllama.evaluation.loading import can_start
+        from babyllama.evaluation.loading import has_start_token
         from babyllama.submission.collate import read_task
 
         lm, tokenizer = open_model(model, args.device)
         items = read_task(name, data)
-        scores, _, _ = score_task(lm, tokenizer, name, items, can_start(tokenizer))
+        scores, _, _ = score_task(lm, tokenizer, name, items, has_start_token(tokenizer))
         write_json(output, official_predictions(name, items, scores, args.seed))
 
     weights = weights_hash(model)

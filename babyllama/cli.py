@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
-TRACEBACK = "BABYLLAMA_TRACEBACK"  # the variable by which developers see where an error came from
+TRACEBACK = "BABYLLAMA_TRACEBACK"  # the variable that adds a traceback to errors
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 # control characters, marks that reverse text, and the bytes of a file name that are not UTF-8
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable by which a sweep asks its runs for their errors
+ERROR_FILE = "BABYLLAMA_ERROR_FILE"  # the variable that names a file for errors; a sweep sets it
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -139,7 +139,7 @@ def print_error(error: BaseException) -> None:
 
 
 def _print_last_words(line: str) -> None:
-    """Print a line on stderr; if that is on a full disk too, the exit code must do."""
+    """Print a line on stderr, or nothing if that is on a full disk too."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
@@ -157,8 +157,8 @@ def run_script(
     exit code is 2; running out of memory is reported the same way, with `memory_advice`. Ctrl-C
     gives exit code 130 and one line, either the message of the KeyboardInterrupt or `interrupted`;
     an empty string prints nothing. Any other exception is a bug of ours, so it keeps its traceback.
-    If nobody reads the output any more, as after `| head`, it ends without a word. Names of files
-    and generated text reach stdout without control characters.
+    If nobody reads the output any more, as after `| head`, it ends silently. Names of files and
+    generated text reach stdout without control characters.
     """
     try:
         with contextlib.redirect_stdout(SafeOutput(sys.stdout)):

@@ -34,10 +34,10 @@ READER_VERSION = 3
 BLOCK = 1 << 18  # characters that are read at a time
 LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
 # A compressed file may be a bomb: a few kilobytes that fill the disk. Text shrinks to a fifth.
-MAX_RATIO = 200  # of text to file, once there is this much text:
-UNCHECKED = 100_000_000  # characters
-ROWS = 256  # of a table that are read at a time
-LINE = 200  # characters; rows whose median is at most as long can be lines of a text
+MAX_RATIO = 200  # characters of text for each byte of the file
+SAFE_CHARS = 100_000_000  # less text than this is accepted at any ratio
+TABLE_ROWS = 256  # rows of a table that are read at a time
+LINE_CHARS = 200  # rows whose median is at most as long can be lines of a text
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
 # how files start that are not text, whatever their names say
 MAGIC = {
@@ -143,7 +143,7 @@ def _check_is_text(path: Path, block: str) -> None:
 
 def _check_ratio(path: Path, n_characters: int, n_bytes: int) -> None:
     """Raise ValueError if more text than can be meant came out of the bytes read so far."""
-    if n_characters > max(UNCHECKED, MAX_RATIO * n_bytes):
+    if n_characters > max(SAFE_CHARS, MAX_RATIO * n_bytes):
         raise ValueError(
             f"{path}: its text is more than {MAX_RATIO} times as large as the file, which no real "
             "text is; if it is meant, decompress it first"
@@ -294,7 +294,7 @@ def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[
     (= T =), at a title.
     """
     rows = _read_rows(path, report)
-    first_texts = list(itertools.islice(rows, ROWS))
+    first_texts = list(itertools.islice(rows, TABLE_ROWS))
     texts = itertools.chain(first_texts, rows)
     if not one_per_row and _are_lines(first_texts):
         has_titles = any(_WIKI_TITLE.match(text + "\n") for text in first_texts)
@@ -315,7 +315,7 @@ def _are_lines(texts: list[str]) -> bool:
     if not lengths or any("\n" in text for text in texts):
         return False
     n_blank = len(texts) - len(lengths)
-    return lengths[len(lengths) // 2] <= LINE or 10 * n_blank >= len(texts)
+    return lengths[len(lengths) // 2] <= LINE_CHARS or 10 * n_blank >= len(texts)
 
 
 def _lines_of_rows(texts: Iterable[str], blank: str, report: dict) -> Iterator[str]:
@@ -338,7 +338,7 @@ def _read_rows(path: Path, report: dict) -> Iterator[str]:
         if path.suffix.lower() == ".parquet":
             table = parquet.ParquetFile(path)
             names = table.schema_arrow.names
-            batches = table.iter_batches(ROWS, columns=["text"])
+            batches = table.iter_batches(TABLE_ROWS, columns=["text"])
         else:
             batches = ipc.open_stream(pyarrow.memory_map(str(path)))
             names = batches.schema.names

@@ -197,7 +197,7 @@ def context_length(model) -> int:
     return DEFAULT_CONTEXT
 
 
-def can_start(tokenizer) -> bool:
+def has_start_token(tokenizer) -> bool:
     """Return True if a token can precede a text: BOS or, for GPT-2's tokenizer, EOS.
 
     Without one, the first token of a text follows nothing and has no score.
@@ -211,8 +211,8 @@ def encode(
     """Return the token ids of each text, starting with BOS if `bos`; nothing is appended.
 
     A text may already be a list of ids. BOS is not added a second time if the ids start with it. A
-    tokenizer without BOS uses its EOS instead; if it has neither (see can_start), bos=True raises
-    ValueError and bos=None adds nothing.
+    tokenizer without BOS uses its EOS instead; if it has neither, bos=True raises ValueError and
+    bos=None adds nothing.
     """
     # encode all strings in one call, because the tokenizer works in parallel
     strings = [text for text in texts if isinstance(text, str)]
@@ -227,9 +227,9 @@ def encode(
         encoded = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
     sequences = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
 
-    if bos is False or (bos is None and not can_start(tokenizer)):
+    if bos is False or (bos is None and not has_start_token(tokenizer)):
         return sequences
-    if not can_start(tokenizer):
+    if not has_start_token(tokenizer):
         raise ValueError("the tokenizer has neither a BOS nor an EOS token: use bos=False")
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [ids if ids[:1] == [start] else [start, *ids] for ids in sequences]

@@ -1,4 +1,4 @@
-"""Compute log-probabilities of tokens: the one kernel behind every reported number.
+"""Compute log-probabilities of tokens: the one kernel behind evaluate.py and benchmark.py.
 
     for scores in token_logprobs(model, tokenizer, ["Once upon a time", "The end"]):
         print(scores.logprobs.sum())
@@ -95,8 +95,10 @@ def ids_logprobs(
 
     # score the longest windows first, so that a batch that does not fit into memory fails at once
     windows.sort(key=lambda window: -len(window.inputs))
-    rows = 1 if not stats else 5 if token_set is None else 6
-    scores = np.empty((rows, total))
+    n_arrays = 1
+    if stats:
+        n_arrays = 5 if token_set is None else 6
+    scores = np.empty((n_arrays, total))  # in the order of the fields of TokenScores
     if token_set is not None:
         token_set = torch.as_tensor(token_set, device=model.device)
     if windows:

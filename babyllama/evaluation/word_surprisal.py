@@ -67,10 +67,10 @@ def word_surprisal(
     ValueError for a tokenizer that is not byte-level, that has neither BOS nor EOS, or that changes
     where the words of a text begin.
     """
-    from babyllama.evaluation.loading import can_start, encode
+    from babyllama.evaluation.loading import encode, has_start_token
     from babyllama.evaluation.scoring import ids_logprobs
 
-    if not can_start(tokenizer):
+    if not has_start_token(tokenizer):
         raise ValueError("the tokenizer has neither BOS nor EOS: the first word follows nothing")
     texts_of_ids = token_bytes(tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]

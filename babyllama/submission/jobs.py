@@ -32,8 +32,8 @@ class Job:
     name: str
     outputs: list[Path]
     data: list[Path]
-    command: str  # downloads the data
-    weights: str  # hash
+    download_command: str  # for the data
+    weights_hash: str
     cost: float  # relative time
     run: Callable[[], None]
 
@@ -65,7 +65,7 @@ class Record:
     def _facts(self, job: Job) -> dict[str, str]:
         outputs = {path.name: sha256(path) for path in job.outputs}
         data = "".join(map(data_hash, job.data))
-        return {"weights": job.weights, "data": data, "seed": str(self.seed), **outputs}
+        return {"weights": job.weights_hash, "data": data, "seed": str(self.seed), **outputs}
 
 
 def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) -> int:
@@ -114,7 +114,7 @@ def warn_about_missing_data(jobs: list[Job]) -> None:
         if missing:
             warned.update(missing)
             paths = ", ".join([str(missing[0]), *(path.name for path in missing[1:])])
-            log.warning("missing: %s; in babylm-eval/strict: %s", paths, job.command)
+            log.warning("missing: %s; in babylm-eval/strict: %s", paths, job.download_command)
 
 
 # ---- hashes and sizes ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from babyllama.evaluation import grading
 from babyllama.evaluation.benchmark_config import BenchmarkTask
 from babyllama.evaluation.candidates import score_task, scored_spans
-from babyllama.evaluation.loading import can_start
+from babyllama.evaluation.loading import has_start_token
 from babyllama.training.run_dir import BENCHMARK_PREFIX
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
@@ -37,7 +37,7 @@ class TrainingBenchmark:
     def __init__(self, tasks: dict[str, BenchmarkTask], model, tokenizer):
         self.tasks = tasks
         self.tokenizer = tokenizer
-        self.bos = can_start(tokenizer)
+        self.bos = has_start_token(tokenizer)
         self.tokens = 0
         for name, task in tasks.items():
             try:

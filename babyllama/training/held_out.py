@@ -93,7 +93,8 @@ def evaluate_chunks(
         targets = input_ids[:, 1:]  # (B, T - 1)
         nlls = token_nlls(model, input_ids.to(model.device), document_bos_id).cpu().numpy()
         domain_ids = domains.ids(batch_rows)[:, 1:] if domains else np.zeros(targets.shape, int)
-        # the -1 of a BOS corrects the token after it
+        # BOS has length -1 if the tokenizer adds a space after it, which no text has: take that
+        # byte off the next token
         n_bytes = byte_lengths[targets].clamp(min=0) + byte_lengths[input_ids[:, :-1]].clamp(max=0)
         columns = (nlls, np.ones(targets.shape), n_bytes.numpy())
         for number, column in enumerate(columns):

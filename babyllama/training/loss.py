@@ -181,17 +181,17 @@ class NextTokenLoss:
         self.batch_size = batch_size
         self.compile = compile
         self.document_bos_id = document_bos_id
-        self.plain = (_hidden_states, _nll_from_logits)
-        self.fast = tuple(map(self._compiled, self.plain))
+        self.as_written = (_hidden_states, _nll_from_logits)
+        self.compiled = tuple(map(self._compiled, self.as_written))
         self.slice_loss = None
-        self.fast_slice_loss = None
+        self.compiled_slice_loss = None
         if chunked:
             self.set_slice_loss(slice_nll)
 
     def set_slice_loss(self, slice_loss: Callable) -> None:
         """Compute the output layer in slices from now on, with `slice_loss` for each of them."""
         self.slice_loss = slice_loss
-        self.fast_slice_loss = self._compiled(slice_loss)
+        self.compiled_slice_loss = self._compiled(slice_loss)
 
     def _compiled(self, function: Callable) -> Callable:
         """Wrap a function so that its first call compiles it, if compilation is on."""
@@ -203,13 +203,13 @@ class NextTokenLoss:
         `slice_inputs` are tensors (B, T, ...) for the slice loss.
         """
         mask = attention_mask(model, input_ids, self.document_bos_id, self.dtype)
-        is_fast = self.compile and len(input_ids) == self.batch_size
-        hidden_states, nll_from_logits = self.fast if is_fast else self.plain
+        use_compiled = self.compile and len(input_ids) == self.batch_size
+        hidden_states, nll_from_logits = self.compiled if use_compiled else self.as_written
         if self.slice_loss is None:
             return nll_from_logits(model, input_ids, mask)
         states = hidden_states(model, input_ids, mask)  # (B, T, D)
         head = model.get_output_embeddings()
-        slice_loss = self.fast_slice_loss if is_fast else self.slice_loss
+        slice_loss = self.compiled_slice_loss if use_compiled else self.slice_loss
         return HeadLoss.apply(
             states, head.weight, head.bias, input_ids, self.dtype, slice_loss, *slice_inputs
         )

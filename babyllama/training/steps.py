@@ -1,8 +1,7 @@
-"""Tell which chunks each optimizer step of a run takes, over all of its processes.
+"""Lay out the optimizer steps of a run: which chunks each one takes, in all processes together.
 
 Every epoch takes every chunk once, in an order that the sampler decides. A run that was resumed
-with another batch size has steps of several sizes; its history (run_dir.py) says from which step
-on.
+with another batch size has steps of several sizes. Its history says at which step each size begins.
 
     steps = Steps(n_chunks, config["training"])
     print(steps.total, steps.chunks_seen[100])
@@ -20,10 +19,11 @@ from babyllama.training import distributed
 
 
 class Steps:
-    """Hold the number of chunks that were seen after each step, `chunks_seen` (steps + 1,).
+    """Describe the steps of a run, which ends after `total` of them.
 
-    `chunks_seen` and `epoch_ends` (epochs + 1,), which counts steps, cover all epochs that the run
-    begins. The run ends after `total` steps, of the `available` ones of training.num_epochs.
+    `chunks_seen` (steps + 1,) is the number of chunks seen after each step, and `epoch_ends`
+    (epochs + 1,) the step at which each epoch ends. Both cover complete epochs, so they may go past
+    `total`. training.num_epochs has `available` steps.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class Steps:
         processes.
         """
         self.n_chunks = n_chunks
-        after = np.zeros(1, dtype=np.int64)
+        seen = np.zeros(1, dtype=np.int64)  # chunks after each step
         for part in history or [current_settings(training)]:
-            after = after[: part["step"] + 1]
-            position = int(after[-1])
-            epochs = [after]
+            seen = seen[: part["step"] + 1]
+            position = int(seen[-1])
+            epochs = [seen]
             while position < training["num_epochs"] * n_chunks:
                 epoch_end = (position // n_chunks + 1) * n_chunks
                 epochs.append(_step_ends(position, epoch_end, part))
                 position = epoch_end
-            after = np.concatenate(epochs)
+            seen = np.concatenate(epochs)
         self._last_part = part
 
-        self.available = len(after) - 1
+        self.available = len(seen) - 1
         self.total = min(self.available, training["max_steps"] or self.available)
-        n_epochs = math.ceil(after[self.total] / n_chunks)
-        self.epoch_ends = np.searchsorted(after, n_chunks * np.arange(n_epochs + 1))
-        self.chunks_seen = after[: self.epoch_ends[-1] + 1]
+        n_epochs = math.ceil(seen[self.total] / n_chunks)
+        self.epoch_ends = np.searchsorted(seen, n_chunks * np.arange(n_epochs + 1))
+        self.chunks_seen = seen[: self.epoch_ends[-1] + 1]
 
     @property
     def epochs(self) -> int:

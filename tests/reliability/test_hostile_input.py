@@ -147,8 +147,8 @@ def test_no_hostile_file_hangs_or_ends_in_a_traceback(tmp_path, figures):
 @pytest.mark.parametrize("threshold", [10**6, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["bomb.train.gz", "bomb.jsonl.gz"])
 def test_a_compressed_bomb_is_refused(name, threshold, tmp_path, monkeypatch, figures):
-    threshold = threshold or documents.UNCHECKED
-    monkeypatch.setattr(documents, "UNCHECKED", threshold)
+    threshold = threshold or documents.SAFE_CHARS
+    monkeypatch.setattr(documents, "SAFE_CHARS", threshold)
     block = b"the cat sees the dog\n" if ".train" in name else b"the cat sees the dog "
     member = gzip.compress(block * 50_000)
     path = tmp_path / name
@@ -164,7 +164,7 @@ def test_a_compressed_bomb_is_refused(name, threshold, tmp_path, monkeypatch, fi
 
 @pytest.mark.promise(11)
 def test_well_compressed_text_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "UNCHECKED", 10**5)
+    monkeypatch.setattr(documents, "SAFE_CHARS", 10**5)
     path = tmp_path / "a.train.gz"
     path.write_bytes(gzip.compress("\n".join(sentences(20_000)).encode()))
     report = new_report()

@@ -66,8 +66,8 @@ def compiled_graphs(model, ids) -> list:
 
     torch._dynamo.reset()
     next_token_loss = NextTokenLoss(batch_size=len(ids), compile=True)
-    plain = next_token_loss.plain
-    next_token_loss.fast = tuple(torch.compile(part, backend=keep) for part in plain)
+    as_written = next_token_loss.as_written
+    next_token_loss.compiled = tuple(torch.compile(part, backend=keep) for part in as_written)
     next_token_loss(model, ids)
     torch._dynamo.reset()
     return graphs
