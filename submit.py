@@ -16,7 +16,7 @@ the data have changed.
 The output folder gets results/MODEL/ in the layout of BabyLM's pipeline, with the file to submit,
 all_full_preds_and_fast_scores_causal.json; scores.json, form.json and index.html. Nothing is
 downloaded: if data are missing, the script lists the commands that fetch them, and goes on without
-them. Nothing is uploaded without --push. RUN stays as it is.
+them. Nothing is uploaded without --push. The run directory does not change.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STAGES = ("zero_shot", "fast", "aoa", "glue")
 def plan_jobs(
     args: argparse.Namespace, results: Path, checkpoints: list[Path], needed: Requirements
 ) -> list[Job]:
-    """Return the jobs of the selected stages in order; those whose data are missing too."""
+    """Return the jobs of the selected stages in order, even if their data are missing."""
     jobs = []
     for stage in args.stages:
         if stage == "glue":
@@ -171,13 +171,13 @@ def write_results(
     collated, problems = collate.collate(results, eval_data, needed)
     write_json(official.collated_file(results), collated)
     acquisition = official.acquisition_folder(results) / "acquisition.json"
-    known = read_json(acquisition) if acquisition.is_file() else None
+    acquisition_scores = read_json(acquisition) if acquisition.is_file() else None
     scores = {
         "model": args.run,
         "track": run["babylm"]["track"],
         "weights_sha256": weights_sha256(args.run),
         "date": utc_now(),
-        **collate.score(collated, eval_data, known),
+        **collate.score(collated, eval_data, acquisition_scores),
         "git_hash": describe_environment(args.device)["git_hash"],
     }
     write_json(output / "scores.json", scores)
@@ -317,7 +317,7 @@ def lay_out_cache(args: argparse.Namespace) -> None:
 
     name = args.push or f"local/{Path(args.run).resolve().stem}"
     lay_out_hub_cache(Path(args.run), Path(args.hub_cache), name)
-    print(f"HF_HUB_CACHE={args.hub_cache} HF_HUB_OFFLINE=1 makes {name} load, with revisions")
+    print(f"to load {name} and its revisions: HF_HUB_CACHE={args.hub_cache} HF_HUB_OFFLINE=1")
 
 
 def publish(args: argparse.Namespace) -> None:
