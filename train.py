@@ -39,20 +39,16 @@ from babyllama.config import (
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
 from babyllama.schema import SECTIONS
 from babyllama.training import distributed, ending
+from babyllama.training.checkpoints import checkpoint_step, checkpoints, find_checkpoint
 from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
-from babyllama.training.run_dir import (
-    CURVES_FILE,
-    LOG_FILE,
+from babyllama.training.resume import (
     check_checkpoint_step,
-    checkpoint_step,
-    checkpoints,
-    find_checkpoint,
     finished_metrics,
     resolve_checkpoint,
     run_history,
-    start_run_dir,
     steps_chosen_before,
 )
+from babyllama.training.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
 from babyllama.training.sweep import run_sweep
 from babyllama.training.tracking import open_trackers, run_facts
 

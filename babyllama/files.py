@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -141,6 +142,18 @@ def nan_to_null(value: Any, name: str, undefined: list[str]) -> Any:
             undefined.append(name)
         return None
     return value
+
+
+def make_weights_readable(folder: Path) -> None:
+    """Give the weights the permissions of config.json.
+
+    safetensors creates files that only their owner can read, which surprises people who share a
+    model directory.
+    """
+    config = folder / "config.json"
+    if config.is_file():
+        for file in folder.glob("*.safetensors"):
+            file.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 # ---- existing outputs ---------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def make_config(
 
 def train(config: dict) -> None:
     """Train a run, or resume it, unless it is finished."""
-    from babyllama.training.run_dir import METRICS_FILE, checkpoint_error, checkpoints
+    from babyllama.training.checkpoints import checkpoint_error, checkpoints
+    from babyllama.training.run_dir import METRICS_FILE
     from train import main
 
     run_dir = Path(config["logging"]["output_dir"], config["model"]["name"])

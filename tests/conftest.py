@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from babyllama.architectures import NAMES
+from babyllama.training.checkpoints import checkpoints
 
 # Draw the same examples in every run, so that a failure can be repeated; BABYLLAMA_FUZZ=1 draws new ones.
 hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))
@@ -76,6 +77,15 @@ def rows_of(run_dir: Path) -> list[dict]:
 def timeless(rows: list[dict]) -> list[dict]:
     """Return the rows without the keys that depend on the clock."""
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+
+
+def back_to_checkpoint(run_dir: Path) -> str:
+    """Take a finished run back to its second last checkpoint; return the checkpoint's name."""
+    newest, earlier = checkpoints(run_dir)
+    shutil.rmtree(newest)
+    for name in ("model.safetensors", "training_metrics.json", "README.md"):
+        (run_dir / name).unlink()
+    return earlier.name
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:

@@ -12,7 +12,7 @@ from conftest import errors_of, html_errors, sentences, svg_pictures, tiny_confi
 import submit
 import train
 from babyllama.submission import collate, jobs, official
-from babyllama.training import run_dir
+from babyllama.training.checkpoints import milestones
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def babylm_run(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     (root / "c.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
-        patch.setattr(run_dir, "MILLION", 1000)
+        patch.setattr("babyllama.training.checkpoints.MILLION", 1000)
         assert train.main(["--config", str(root / "c.yaml")]) == 0
     return root / "models" / "baby"
 
 
 @pytest.fixture(scope="module")
 def needed(babylm_run):
-    names = [path.name for path in run_dir.milestones(babylm_run)]
+    names = [path.name for path in milestones(babylm_run)]
     assert names[:3] == ["chck_1M", "chck_2M", "chck_3M"]
     for extra in names[3:]:
         shutil.rmtree(babylm_run / extra)

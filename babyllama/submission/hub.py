@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from babyllama.files import atomic_write, check_replaceable, is_model, sha256
+from babyllama.training.checkpoints import milestones
 from babyllama.training.run_dir import (
     COMPLIANCE_FILE,
     CONFIG_FILE,
     DATA_REPORT_FILE,
     LOG_FILE,
     METRICS_FILE,
-    milestones,
 )
 
 CARD_FILE = "README.md"

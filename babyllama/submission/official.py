@@ -15,7 +15,7 @@ from pathlib import Path
 
 from babyllama.evaluation.tasks import TASKS
 from babyllama.schema import TRACKS
-from babyllama.training.run_dir import checkpoint_words, milestone_name
+from babyllama.training.checkpoints import checkpoint_words, milestone_name
 
 Sizes = dict[str, int]  # the number of predictions of each subset
 

@@ -23,7 +23,8 @@ from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.files import write_text
 from babyllama.training import distributed, ending
 from babyllama.training.optimizers import WeightAverage
-from babyllama.training.run_dir import BENCHMARK_PREFIX, changes_at
+from babyllama.training.resume import changes_at
+from babyllama.training.run_dir import BENCHMARK_PREFIX
 from babyllama.training.steps import Steps
 
 

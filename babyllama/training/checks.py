@@ -14,8 +14,10 @@ from pathlib import Path
 from babyllama.config import ConfigError, did_you_mean_path, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
+from babyllama.files import ROOT, is_model
 from babyllama.training import distributed
-from babyllama.training.run_dir import CHANGEABLE, check_output_dir, check_teacher_exists
+from babyllama.training.resume import CHANGEABLE
+from babyllama.training.run_dir import check_output_dir
 from babyllama.training.tracking import check_trackers
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,20 @@ def check_inputs(config: dict) -> dict | None:
     from babyllama.training.babylm import check_budget
 
     return check_budget(config)
+
+
+def check_teacher_exists(folder: str) -> None:
+    """Raise FileNotFoundError if a teacher is missing, with the command that trains it."""
+    if is_model(folder):
+        return
+    config = Path("config", f"{Path(folder).name}.yaml")
+    command = f"python train.py --config FILE --model-name {Path(folder).name}"
+    if (ROOT / config).is_file():
+        command = f"python train.py --config {config}"
+    raise FileNotFoundError(
+        f"{folder}: no trained model here (distillation.teachers): it needs config.json and "
+        f".safetensors weights; train it first: {command}"
+    )
 
 
 def load_item_tasks(path: str) -> dict[str, BenchmarkTask]:

@@ -20,8 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from babyllama.cli import duration
 from babyllama.schema import MAX_EPOCHS
 from babyllama.training import distributed, optimizers
+from babyllama.training.checkpoints import (
+    KEPT_CHECKPOINTS,
+    checkpoint_words,
+    checkpoints,
+    milestones,
+)
 from babyllama.training.memory import memory_text
-from babyllama.training.run_dir import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)

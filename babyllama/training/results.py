@@ -19,18 +19,17 @@ from babyllama.cli import printable
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
-from babyllama.files import write_json, write_text
+from babyllama.files import make_weights_readable, write_json, write_text
 from babyllama.plots import plot_training
+from babyllama.training.finished_run import facts_of_metrics
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
+from babyllama.training.resume import changes_at
 from babyllama.training.run_dir import (
     BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
     CURVES_FILE,
     METRICS_FILE,
     RETRAIN,
-    changes_at,
-    facts_of_metrics,
-    make_weights_readable,
 )
 
 MAX_DOMAINS = 12  # that are listed; training_metrics.json has all of them

@@ -38,13 +38,8 @@ from babyllama.config import ConfigError, read_yaml_file, seen_from
 from babyllama.files import ROOT, describe_environment, read_json, write_json, write_text
 from babyllama.plots import plot_sweep
 from babyllama.training import distributed, ending
-from babyllama.training.run_dir import (
-    BENCHMARK_PREFIX,
-    METRICS_FILE,
-    checkpoint_error,
-    checkpoints,
-    milestones,
-)
+from babyllama.training.checkpoints import checkpoint_error, checkpoints, milestones
+from babyllama.training.run_dir import BENCHMARK_PREFIX, METRICS_FILE
 
 COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
     "eval_loss": ("held-out loss", ".4f"),

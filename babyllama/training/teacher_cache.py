@@ -30,9 +30,9 @@ from babyllama.files import (
     weights_sha256,
     write_json,
 )
+from babyllama.training.checks import check_teacher_exists
 from babyllama.training.chunks import collate_chunks
 from babyllama.training.kernels import pick_precision
-from babyllama.training.run_dir import check_teacher_exists
 from babyllama.training.teachers import DTYPES, Ensemble, SoftTargets, divergence
 
 ABOUT_FILE = "about.json"

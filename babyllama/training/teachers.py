@@ -21,8 +21,8 @@ from babyllama.data.tokenizer import load_tokenizer, vocabulary_difference
 from babyllama.evaluation.loading import context_length, load_model
 from babyllama.files import is_model
 from babyllama.training.attention import attention_mask, prepare_for_chunks
+from babyllama.training.checks import check_teacher_exists
 from babyllama.training.kernels import eager_is_faster, pick_precision
-from babyllama.training.run_dir import check_teacher_exists
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -41,18 +41,18 @@ from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
 from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.callbacks import Intervals, UpdateAverage
-from babyllama.training.chunks import ShiftedChunks, collate_chunks
-from babyllama.training.cuda_graphs import CudaGraphStep
-from babyllama.training.held_out import evaluate_chunks
-from babyllama.training.loss import NextTokenLoss
-from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
-from babyllama.training.run_dir import (
-    RETRAIN,
+from babyllama.training.checkpoints import (
     checkpoint_step,
     checkpoints,
     rotate_checkpoints,
     seal_checkpoint,
 )
+from babyllama.training.chunks import ShiftedChunks, collate_chunks
+from babyllama.training.cuda_graphs import CudaGraphStep
+from babyllama.training.held_out import evaluate_chunks
+from babyllama.training.loss import NextTokenLoss
+from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
+from babyllama.training.run_dir import RETRAIN
 from babyllama.training.steps import Steps
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights
@@ -77,7 +77,7 @@ class LMTrainer(Trainer):
     returns a sum over the batch. With `cuda_graphs` the passes of full batches are recorded once
     and then replayed (cuda_graphs.py). The `benchmark` is scored at each evaluation; with several
     processes it is None in all but the main one. The `history` of a run that was resumed with
-    other settings says how large its earlier steps were (run_dir.py).
+    other settings says how large its earlier steps were (resume.py).
     """
 
     def __init__(

@@ -20,17 +20,14 @@ from babyllama.data.tokenizer import load_tokenizer
 from babyllama.evaluation.loading import load_model
 from babyllama.training.babylm import teacher_sources
 from babyllama.training.callbacks import RunLog
-from babyllama.training.run_dir import (
-    CONFIG_FILE,
-    DATA_REPORT_FILE,
-    LOG_FILE,
+from babyllama.training.checkpoints import (
     MANIFEST,
-    METRICS_FILE,
     checkpoint_error,
     checkpoints,
     find_checkpoint,
     seal_checkpoint,
 )
+from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE, LOG_FILE, METRICS_FILE
 from babyllama.training.trainer import named_if_unreadable
 from data_utils import DataProcessor
 

@@ -17,7 +17,8 @@ from forks import signal_before, start_child
 
 import train
 from babyllama.training import trainer
-from babyllama.training.run_dir import MANIFEST, STATUS_FILE, checkpoint_error, checkpoints
+from babyllama.training.checkpoints import MANIFEST, checkpoint_error, checkpoints
+from babyllama.training.run_dir import STATUS_FILE
 
 pytestmark = pytest.mark.promise(9)
 TIMEOUT = 6.0  # seconds that a process may be silent in these tests

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_model, errors_of, rows_of, timeless, tiny_config
-from test_run_dir import back_to_checkpoint
+from conftest import back_to_checkpoint, build_tiny_model, errors_of, rows_of, timeless, tiny_config
 from test_train import chunks
 
 import train
@@ -18,10 +17,10 @@ from babyllama.config import check_config
 from babyllama.device import compiler_missing, pick_device
 from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
+from babyllama.training.checks import check_teacher_exists
 from babyllama.training.distillation import DistillationTrainer, distillation_loss, make_slice_loss
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
-from babyllama.training.run_dir import check_teacher_exists
 from babyllama.training.teacher_cache import CachedChunks, cache_folder, write_cache
 from babyllama.training.teachers import Ensemble, SoftTargets, average_teachers, divergence
 

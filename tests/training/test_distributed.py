@@ -21,7 +21,8 @@ import train
 from babyllama.config import ConfigError, check_config
 from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.training import distributed
-from babyllama.training.run_dir import MANIFEST, METRICS_FILE, checkpoints
+from babyllama.training.checkpoints import MANIFEST, checkpoints
+from babyllama.training.run_dir import METRICS_FILE
 from babyllama.training.steps import Steps
 from benchmark import BenchmarkSuite
 

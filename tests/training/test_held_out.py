@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from babyllama.data.tokenizer import byte_lengths
+from babyllama.training.finished_run import training_scores
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
-from babyllama.training.run_dir import training_scores
 
 FILES = {  # name -> its domain; the shards of one domain are not next to each other
     "books-1-of-2.dev": "books",

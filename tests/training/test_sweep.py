@@ -16,7 +16,8 @@ from conftest import ROOT, errors_of, rows_of
 import train
 from babyllama.config import ConfigError, set_key
 from babyllama.training import sweep
-from babyllama.training.run_dir import LOG_FILE, MANIFEST, METRICS_FILE, RESULTS, checkpoints
+from babyllama.training.checkpoints import MANIFEST, checkpoints
+from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, RESULTS
 
 
 @pytest.fixture

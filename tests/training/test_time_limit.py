@@ -11,7 +11,9 @@ from conftest import rows_of, timeless
 
 import train
 from babyllama.training import time_limit
-from babyllama.training.run_dir import METRICS_FILE, checkpoint_step, seed_and_config
+from babyllama.training.checkpoints import checkpoint_step
+from babyllama.training.finished_run import seed_and_config
+from babyllama.training.run_dir import METRICS_FILE
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments
 import train
 from babyllama.config import check_config
 from babyllama.training import callbacks
+from babyllama.training.checkpoints import checkpoints
 from babyllama.training.chunks import ShiftedChunks
-from babyllama.training.run_dir import RESULTS, checkpoints
+from babyllama.training.run_dir import RESULTS
 from babyllama.training.trainer import LMTrainer
 
 

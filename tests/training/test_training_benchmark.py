@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, build_tiny_model, errors_of, rows_of, sentences, timeless
-from test_run_dir import back_to_checkpoint
+from conftest import (
+    ROOT,
+    back_to_checkpoint,
+    build_tiny_model,
+    errors_of,
+    rows_of,
+    sentences,
+    timeless,
+)
 
 import train
 from babyllama import plots
