@@ -21,7 +21,7 @@ import functools
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from babyllama.training.held_out import TokenDomains
+    from babyllama.training.kernels import Execution
+    from babyllama.training.plan import Plan
 
 log = logging.getLogger("train")
 
@@ -277,8 +279,13 @@ class PreparedRun:
     model: torch.nn.Module
     loss: Any  # callable: (model, batch) -> loss in nats
     benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
-    plan: dict  # what describe_run and choose_precision_and_kernels return, and `benchmark`
+    plan: Plan
+    execution: Execution
     checkpoint: Path | None  # the checkpoint to resume from
+
+    def plan_record(self) -> dict[str, Any]:
+        """Return the plan as training_metrics.json and the trackers record it."""
+        return asdict(self.plan) | asdict(self.execution)
 
 
 def run_dir_of(config: dict) -> Path:
@@ -344,25 +351,30 @@ def setup_run(
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, data.tokenizer)
     plan = describe_run(config, model, data.report["train"], len(data.train), history)
-    plan |= choose_precision_and_kernels(config, plan)
-    loss = build_loss(config, model, plan, data.tokenizer.bos_token_id)
-    on_gpu = torch.cuda.is_available()
-    plan["memory_bytes"] = None if on_gpu else estimate_memory(config, model, loss)
+    execution = choose_precision_and_kernels(config, plan)
+    bos_token_id = data.tokenizer.bos_token_id
+    loss = build_loss(config, model, bos_token_id, execution.precision, execution.compile)
+    if not torch.cuda.is_available():
+        execution = replace(execution, memory_bytes=estimate_memory(config, model, loss))
     benchmark = make_benchmark(config, model, data.tokenizer)
     training = config["training"]
     if training["max_minutes"] and not training["max_steps"]:
         training["max_steps"] = choose_max_steps(
-            config, data, model, loss, benchmark, plan, started
+            config, data, model, loss, benchmark, plan, execution, started
         )
-        plan |= describe_run(config, model, data.report["train"], len(data.train), history)
-        plan["expected_seconds"] = 60 * training["max_minutes"]
-    plan["benchmark"] = benchmark and benchmark.cost(plan, count_evaluations(config, plan))
+        plan = describe_run(config, model, data.report["train"], len(data.train), history)
+        execution = replace(execution, expected_seconds=60 * training["max_minutes"])
+    if benchmark:
+        cost = benchmark.cost(plan, execution, count_evaluations(config, plan))
+        execution = replace(execution, benchmark=cost)
     example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
-    print_plan(config, plan, checkpoint, example)
-    check_checkpoint_step(checkpoint, plan["steps"])
+    print_plan(config, plan, execution, checkpoint, example)
+    check_checkpoint_step(checkpoint, plan.steps)
     if distributed.is_main():
         check_disk_space(config, plan, run_dir)
-    return PreparedRun(config, run_dir, data, budget, model, loss, benchmark, plan, checkpoint)
+    return PreparedRun(
+        config, run_dir, data, budget, model, loss, benchmark, plan, execution, checkpoint
+    )
 
 
 def make_benchmark(config: dict, model, tokenizer):
@@ -392,14 +404,15 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
 
     config = run.config
     plan = run.plan
+    execution = run.execution
     counts = run.data.report["train"]
     words_per_token = counts["words"] / counts["tokens"]
     history = run.data.report.get("history", [])
     run_log = RunLog(
         run.run_dir / LOG_FILE,
         words_per_token,
-        plan["flops_per_token"],
-        plan["matmul_flops"],
+        plan.flops_per_token,
+        execution.matmul_flops,
         history,
         trackers,
     )
@@ -408,14 +421,14 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
         make_trainer = functools.partial(make_distillation_trainer, config, run.data.report)
     trainer = make_trainer(
         model=run.model,
-        args=training_arguments(config, run.run_dir, plan["precision"], plan["steps"], facts),
+        args=training_arguments(config, run.run_dir, execution.precision, plan.steps, facts),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
         byte_lengths=run.data.byte_lengths,
         training=config["training"],
         loss=run.loss,
-        cuda_graphs=plan["cuda_graphs"],
+        cuda_graphs=execution.cuda_graphs,
         benchmark=run.benchmark,
         history=history,
         callbacks=[*([run_log] if distributed.is_main() else []), SaveWhenInterrupted(status)],
@@ -461,7 +474,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
             **measure_training(trainer, run_log, word_counter, run.config["data"]["seq_length"]),
         },
         "babylm": word_counter.compliance(),
-        "plan": run.plan,
+        "plan": run.plan_record(),
         "samples": draw_samples(model, run.data.tokenizer, run.config),
         "data": run.data.report,
         "config": run.config,
@@ -514,7 +527,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             if writes:
                 start_run_dir(run_dir, config, data.report, checkpoint)
         distributed.connect()
-        facts = run_facts(config, prepared.plan, data.report)
+        facts = run_facts(config, prepared.plan_record(), data.report)
         with open_trackers(config, run_dir, facts) as trackers:
             train_and_save(prepared, status, facts, trackers)
 

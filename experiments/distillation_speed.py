@@ -64,14 +64,15 @@ def take_turn(
     transformers.set_seed(0)
     model = create_model(config, tokenizer)
     plan = describe_run(config, model, {"words": 0, "tokens": 1}, len(chunks))
-    plan |= choose_precision_and_kernels(config, plan)
-    loss = build_loss(config, model, plan, tokenizer.bos_token_id)
+    execution = choose_precision_and_kernels(config, plan)
+    precision = execution.precision
+    loss = build_loss(config, model, tokenizer.bos_token_id, precision, execution.compile)
     config = {**config, "training": {**config["training"], "num_epochs": 1}}
-    arguments = training_arguments(config, folder, plan["precision"])
+    arguments = training_arguments(config, folder, precision)
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
     arguments.logging_steps = 1
-    run_log = RunLog(folder / "metrics.jsonl", 1.0, plan["flops_per_token"], plan["matmul_flops"])
+    run_log = RunLog(folder / "metrics.jsonl", 1.0, plan.flops_per_token, execution.matmul_flops)
     report = {
         "train": {"key": "random ids"},
         "teachers": [{"path": path, "sha256": path} for path in teachers],

@@ -113,7 +113,7 @@ def our_trainer(config: dict, variant: dict, tokenizer, arguments, common: dict)
         args=arguments,
         byte_lengths=[1] * len(tokenizer),
         training=config["training"],
-        loss=build_loss(config, common["model"], variant, tokenizer.bos_token_id),
+        loss=build_loss(config, common["model"], tokenizer.bos_token_id, **variant),
         cuda_graphs=torch.cuda.is_available(),
         **common,
     )
@@ -228,7 +228,7 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict]]) -> None:
         model = create_model(config, tokenizer)
     per_step = chunks_per_step(config)
     plan = describe_run(config, model, {"words": 0, "tokens": 1}, per_step)
-    flops = plan["flops_per_token"]
+    flops = plan.flops_per_token
     on_gpu = torch.cuda.is_available()
     formats = {
         name: "bf16" if "bf16" in name or (on_gpu and "plain" in name) else "fp32" for name in turns

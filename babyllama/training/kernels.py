@@ -3,13 +3,14 @@
 Every choice comes with a reason, which is printed before step 0, and a key of the `training`
 section overrides it. The data and Trainer do not matter here.
 
-    plan |= choose_precision_and_kernels(config, plan)   # the choices, their reasons, the time
-    loss = build_loss(config, model, plan, tokenizer.bos_token_id)
+    execution = choose_precision_and_kernels(config, plan)  # the choices, their reasons, the time
+    loss = build_loss(config, model, bos_token_id, execution.precision, execution.compile)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +25,9 @@ from babyllama.device import (
 from babyllama.training import distributed
 from babyllama.training.loss import NextTokenLoss
 
+if TYPE_CHECKING:
+    from babyllama.training.plan import Plan
+
 # Compiling takes 20 to 60 s, so it pays off only in longer runs. In float32 on a CPU it saves less,
 # because most of a step is matrix products, compiled or not. All figures are measured
 # (docs/results.md).
@@ -32,6 +36,25 @@ MIN_SECONDS_TO_COMPILE_FP32_CPU = 1200
 # the share of the speed of bare matrix products that training reaches: (not compiled, compiled)
 EXPECTED_MFU = (0.25, 0.5)
 EXPECTED_MFU_FP32_CPU = (0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Hold how this machine computes a run, why, and what that takes.
+
+    `matmul_flops` is the measured speed of matrix products, of all processes together.
+    """
+
+    precision: str
+    precision_reason: str
+    compile: bool
+    compile_reason: str
+    matmul_flops: float
+    expected_seconds: float
+    cuda_graphs: bool
+    cuda_graphs_reason: str
+    memory_bytes: dict[str, int] | None = None  # of each part of a process, on a CPU
+    benchmark: dict[str, Any] | None = None  # TrainingBenchmark.cost
 
 
 # ---- the choices --------------------------------------------------------------------------------
@@ -119,16 +142,12 @@ def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool
     return True, "one call starts all kernels of a batch"
 
 
-def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str, Any]:
-    """Return how to compute the run that `plan` describes, and how long that will take.
-
-    `plan` is the result of describe_run. In the result, `matmul_flops` is the measured speed of
-    matrix products, of all processes together.
-    """
+def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
+    """Return how to compute the run that `plan` describes, and how long that will take."""
     training = config["training"]
     precision, precision_reason = pick_precision(training)
     flops_per_second = matmul_flops(precision) * distributed.world_size()
-    ideal_seconds = plan["tokens"] * plan["flops_per_token"] / flops_per_second
+    ideal_seconds = plan.tokens * plan.flops_per_token / flops_per_second
     uncompiled_seconds = ideal_seconds / expected_mfu(precision, False)
     if training["max_minutes"]:
         uncompiled_seconds = 60 * training["max_minutes"]
@@ -139,33 +158,35 @@ def choose_precision_and_kernels(config: dict, plan: dict[str, Any]) -> dict[str
         cuda_graphs = False
         cuda_graphs_reason = "no CUDA"
     seconds = ideal_seconds / expected_mfu(precision, compiled)
-    return {
-        "precision": precision,
-        "precision_reason": precision_reason,
-        "compile": compiled,
-        "compile_reason": compile_reason,
-        "matmul_flops": flops_per_second,
-        "expected_seconds": seconds + optimizer_seconds(plan),
-        "cuda_graphs": cuda_graphs,
-        "cuda_graphs_reason": cuda_graphs_reason,
-    }
+    return Execution(
+        precision=precision,
+        precision_reason=precision_reason,
+        compile=compiled,
+        compile_reason=compile_reason,
+        matmul_flops=flops_per_second,
+        expected_seconds=seconds + optimizer_seconds(plan),
+        cuda_graphs=cuda_graphs,
+        cuda_graphs_reason=cuda_graphs_reason,
+    )
 
 
-def build_loss(config: dict, model, plan: dict[str, Any], bos_token_id: int) -> NextTokenLoss:
-    """Prepare the model and this process as `plan` says, and return the loss to train with."""
+def build_loss(
+    config: dict, model, bos_token_id: int, precision: str, compile: bool
+) -> NextTokenLoss:
+    """Prepare the model and this process for training, and return the loss to train with."""
     training = config["training"]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         keep_freed_memory()
-    if eager_is_faster(plan["precision"], config["data"]["seq_length"]):
+    if eager_is_faster(precision, config["data"]["seq_length"]):
         model.set_attn_implementation("eager")
     chunked = training["chunked_loss"]
     if chunked == "auto":
         chunked = not on_gpu
     return NextTokenLoss(
-        dtype=torch.bfloat16 if plan["precision"] == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         batch_size=training["batch_size"],
-        compile=plan["compile"],
+        compile=compile,
         chunked=chunked,
         document_bos_id=bos_token_id if config["data"]["document_mask"] else None,
     )
@@ -184,17 +205,17 @@ def expected_mfu(precision: str, compiled: bool) -> float:
     return shares[compiled]
 
 
-def optimizer_seconds(plan: dict[str, Any]) -> float:
+def optimizer_seconds(plan: Plan) -> float:
     """Return how long the optimizer steps of a run take.
 
     Only Muon's matrix products count. Every process computes all of them, so more processes do not
     make this faster.
     """
-    if not plan["optimizer_flops_per_step"]:
+    if not plan.optimizer_flops_per_step:
         return 0.0
     # Muon picks its number format itself, whatever the precision of the run
     precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
-    flops = plan["steps"] * plan["optimizer_flops_per_step"]
+    flops = plan.steps * plan.optimizer_flops_per_step
     return flops / matmul_flops(precision) / expected_mfu(precision, False)
 
 

@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from babyllama.training.checkpoints import (
     checkpoints,
     milestones,
 )
+from babyllama.training.kernels import Execution
 from babyllama.training.memory import memory_text
 from babyllama.training.steps import Steps
 
@@ -37,14 +39,38 @@ FEW_EPOCHS = 4
 MAX_DECAY_EPOCHS = 5
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Hold the derived numbers of a run, as training_metrics.json has them.
+
+    `flops_per_token` counts 2 operations per weight in the forward pass, 4 in the backward pass,
+    and causal attention.
+    """
+
+    parameters: int
+    parameters_without_embeddings: int
+    processes: int
+    tokens_per_step: int
+    steps: int
+    warmup_steps: int
+    epochs: float
+    words: int  # in all epochs, as are the tokens
+    tokens: int
+    flops_per_token: int
+    decay_steps: float | None  # over which the weights forget; None without weight decay
+    decay_epochs: float | None
+    optimizer_flops_per_step: int
+    checkpoint_bytes: int
+    seed: int
+    loss: str  # its formula
+
+
 def describe_run(
     config: dict, model, report: dict, n_chunks: int, history: Sequence[dict] = ()
-) -> dict[str, Any]:
+) -> Plan:
     """Return the derived numbers of a run over `n_chunks` chunks.
 
-    `report` holds the numbers of `words` and `tokens` in the training text. `flops_per_token`
-    counts 2 operations per weight in the forward pass, 4 in the backward pass, and causal
-    attention.
+    `report` holds the numbers of `words` and `tokens` in the training text.
     """
     training = config["training"]
     seq_length = config["data"]["seq_length"]
@@ -66,24 +92,24 @@ def describe_run(
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     weights = sum(layer.weight.numel() for layer in layers)
     attention = config["model"]["n_layer"] * config["model"]["hidden_size"] * seq_length
-    return {
-        "parameters": model.num_parameters(),
-        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        "processes": processes,
-        "tokens_per_step": chunks_per_step * seq_length,
-        "steps": steps,
-        "warmup_steps": optimizers.warmup_steps(training, steps),
-        "epochs": round(chunks / n_chunks, 4),
-        "words": round(report["words"] / report["tokens"] * chunks * seq_length),
-        "tokens": chunks * seq_length,
-        "flops_per_token": 6 * (weights + attention),
-        "decay_steps": decay_steps,
-        "decay_epochs": decay_epochs,
-        "optimizer_flops_per_step": optimizers.flops_per_step(model, training),
-        "checkpoint_bytes": checkpoint_bytes(model, training),
-        "seed": training["seed"],
-        "loss": describe_loss(config.get("distillation")),
-    }
+    return Plan(
+        parameters=model.num_parameters(),
+        parameters_without_embeddings=model.num_parameters(exclude_embeddings=True),
+        processes=processes,
+        tokens_per_step=chunks_per_step * seq_length,
+        steps=steps,
+        warmup_steps=optimizers.warmup_steps(training, steps),
+        epochs=round(chunks / n_chunks, 4),
+        words=round(report["words"] / report["tokens"] * chunks * seq_length),
+        tokens=chunks * seq_length,
+        flops_per_token=6 * (weights + attention),
+        decay_steps=decay_steps,
+        decay_epochs=decay_epochs,
+        optimizer_flops_per_step=optimizers.flops_per_step(model, training),
+        checkpoint_bytes=checkpoint_bytes(model, training),
+        seed=training["seed"],
+        loss=describe_loss(config.get("distillation")),
+    )
 
 
 def _warn_about_length(training: dict, layout: Steps, decay_epochs: float | None) -> None:
@@ -115,22 +141,22 @@ def _warn_about_length(training: dict, layout: Steps, decay_epochs: float | None
         )
 
 
-def count_evaluations(config: dict, plan: dict[str, Any]) -> int:
+def count_evaluations(config: dict, plan: Plan) -> int:
     """Return at how many steps a run is evaluated or saves one of BabyLM's checkpoints, at most."""
     eval_steps = config["training"]["eval_steps"]
     # a run is evaluated after its last step too
-    count = math.ceil(plan["steps"] / eval_steps if eval_steps else plan["epochs"])
+    count = math.ceil(plan.steps / eval_steps if eval_steps else plan.epochs)
     return count + count_milestones(config, plan)
 
 
-def count_milestones(config: dict, plan: dict[str, Any]) -> int:
+def count_milestones(config: dict, plan: Plan) -> int:
     """Return how many of BabyLM's checkpoints a run saves, at most."""
     if "babylm" not in config:
         return 0
     targets = checkpoint_words(config["babylm"]["track"])
-    count = sum(words <= plan["words"] for words in targets)
+    count = sum(words <= plan.words for words in targets)
     # the end of ten epochs of a smaller text is the last one (BabyLMCallback.due_step)
-    is_complete = plan["epochs"] == MAX_EPOCHS and count == len(targets) - 1
+    is_complete = plan.epochs == MAX_EPOCHS and count == len(targets) - 1
     return count + is_complete
 
 
@@ -141,7 +167,7 @@ def checkpoint_bytes(model, training: dict[str, Any]) -> int:
     return 4 * elements
 
 
-def check_disk_space(config: dict, plan: dict[str, Any], run_dir: Path) -> None:
+def check_disk_space(config: dict, plan: Plan, run_dir: Path) -> None:
     """Raise OSError if the disk of a run cannot hold what the run will have on it at its fullest.
 
     That is one checkpoint more than are kept, because an old one is deleted only when the new one
@@ -151,7 +177,7 @@ def check_disk_space(config: dict, plan: dict[str, Any], run_dir: Path) -> None:
     if config["training"]["early_stopping_patience"]:
         n_checkpoints += 1  # the best one
     n_models = 1 + count_milestones(config, plan)
-    needed = n_checkpoints * plan["checkpoint_bytes"] + n_models * 4 * plan["parameters"]
+    needed = n_checkpoints * plan.checkpoint_bytes + n_models * 4 * plan.parameters
     folders = [*checkpoints(run_dir), *milestones(run_dir)]
     replaced = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
     disk = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
@@ -159,7 +185,7 @@ def check_disk_space(config: dict, plan: dict[str, Any], run_dir: Path) -> None:
     if free + replaced < needed:
         raise OSError(
             f"{run_dir}: the run needs {needed:,} bytes ({n_checkpoints} checkpoints of "
-            f"{plan['checkpoint_bytes']:,} and {n_models} x the model), and the disk has "
+            f"{plan.checkpoint_bytes:,} and {n_models} x the model), and the disk has "
             f"{free + replaced:,} free; make room, or set logging.output_dir to another disk"
         )
 
@@ -180,52 +206,54 @@ def describe_loss(distillation: dict | None) -> str:
     )
 
 
-def print_plan(config: dict, plan: dict[str, Any], checkpoint: Path | None, example: str) -> None:
+def print_plan(
+    config: dict, plan: Plan, execution: Execution, checkpoint: Path | None, example: str
+) -> None:
     """Print the numbers and choices of a run, its checkpoint, and a decoded training example."""
     training = config["training"]
     teachers = config.get("distillation", {}).get("teachers", [])
     step_factors = (
         f"{training['batch_size']} x {training['gradient_accumulation_steps']} x "
-        f"{plan['processes']} x {config['data']['seq_length']}"
+        f"{plan.processes} x {config['data']['seq_length']}"
     )
-    time = duration(plan["expected_seconds"])
+    time = duration(execution.expected_seconds)
     if teachers:
         time += " without the teachers' part"
-    speed = f"{plan['matmul_flops'] / 1e9:,.0f} GFLOP/s in matrix products"
-    work = f"{plan['flops_per_token'] / 1e6:,.1f} MFLOP per token"
-    if plan["optimizer_flops_per_step"]:
-        work += f", {plan['optimizer_flops_per_step'] / 1e9:,.1f} GFLOP per step for Muon"
+    speed = f"{execution.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products"
+    work = f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token"
+    if plan.optimizer_flops_per_step:
+        work += f", {plan.optimizer_flops_per_step / 1e9:,.1f} GFLOP per step for Muon"
 
-    epochs = "epoch" if plan["epochs"] == 1 else "epochs"
+    epochs = "epoch" if plan.epochs == 1 else "epochs"
     rows = {
-        "model": f"{config['model']['type']}, {plan['parameters']:,} parameters "
-        f"({plan['parameters_without_embeddings']:,} without embeddings)",
-        "step": f"{plan['tokens_per_step']:,} tokens "
+        "model": f"{config['model']['type']}, {plan.parameters:,} parameters "
+        f"({plan.parameters_without_embeddings:,} without embeddings)",
+        "step": f"{plan.tokens_per_step:,} tokens "
         f"(batch x accumulation x processes x seq_length: {step_factors})",
-        "run": f"{plan['steps']:,} steps, {plan['epochs']:g} {epochs}, "
-        f"about {plan['words']:,} words, {plan['tokens']:,} tokens",
+        "run": f"{plan.steps:,} steps, {plan.epochs:g} {epochs}, "
+        f"about {plan.words:,} words, {plan.tokens:,} tokens",
         "decay": "none",
-        "precision": f"{plan['precision']} ({plan['precision_reason']})",
-        "compile": f"{'yes' if plan['compile'] else 'no'} ({plan['compile_reason']})",
+        "precision": f"{execution.precision} ({execution.precision_reason})",
+        "compile": f"{'yes' if execution.compile else 'no'} ({execution.compile_reason})",
     }
-    if plan["decay_steps"]:
+    if plan.decay_steps:
         rows["decay"] = (
-            f"weights forget over {plan['decay_steps']:,.0f} steps, {plan['decay_epochs']:.3g} "
+            f"weights forget over {plan.decay_steps:,.0f} steps, {plan.decay_epochs:.3g} "
             "epochs (1 / (lr x weight_decay))"
         )
     if torch.cuda.is_available():
-        graphs = "yes" if plan["cuda_graphs"] else "no"
-        rows["CUDA graphs"] = f"{graphs} ({plan['cuda_graphs_reason']})"
+        graphs = "yes" if execution.cuda_graphs else "no"
+        rows["CUDA graphs"] = f"{graphs} ({execution.cuda_graphs_reason})"
     if teachers:
-        rows["teachers"] = f"{', '.join(teachers)}; loss = {plan['loss']}"
-    if benchmark := plan["benchmark"]:
+        rows["teachers"] = f"{', '.join(teachers)}; loss = {plan.loss}"
+    if benchmark := execution.benchmark:
         items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
         rows["benchmark"] = (
             f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, about "
             f"{duration(benchmark['expected_seconds'])} each, not included in the time"
         )
-    if plan["memory_bytes"]:
-        rows["memory"] = memory_text(plan["memory_bytes"])
+    if execution.memory_bytes:
+        rows["memory"] = memory_text(execution.memory_bytes)
         if teachers:
             rows["memory"] += " without the teachers'"
     rows["time"] = f"about {time} ({speed}, {work})"

@@ -3,7 +3,7 @@
 The number is chosen once, before step 0, and recorded as training.max_steps. So the schedule ends
 with the time, and a resumed run keeps its length, however fast the machine is then.
 
-    max_steps = choose_max_steps(config, data, model, loss, benchmark, plan, started)
+    max_steps = choose_max_steps(config, data, model, loss, benchmark, plan, execution, started)
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from transformers import TrainerCallback
 from babyllama.training import distributed
 from babyllama.training.arguments import training_arguments
 from babyllama.training.held_out import evaluate_chunks
+from babyllama.training.kernels import Execution
+from babyllama.training.plan import Plan
 from babyllama.training.steps import Steps
 from babyllama.training.trainer import LMTrainer
 
@@ -62,7 +64,14 @@ def _now() -> float:
 
 
 def choose_max_steps(
-    config: dict[str, Any], data, model, loss, benchmark, plan: dict[str, Any], started: float
+    config: dict[str, Any],
+    data,
+    model,
+    loss,
+    benchmark,
+    plan: Plan,
+    execution: Execution,
+    started: float,
 ) -> int:
     """Train a few steps, undo them, and return how many fit into training.max_minutes.
 
@@ -80,9 +89,9 @@ def choose_max_steps(
     if steps.total <= WARM_UP_STEPS[on_gpu]:
         return steps.total
 
-    per_step, evaluation = _time_steps(config, data, model, loss, plan)
+    per_step, evaluation = _time_steps(config, data, model, loss, execution)
     if benchmark:
-        evaluation += benchmark.cost(plan, 1)["expected_seconds"]
+        evaluation += benchmark.cost(plan, execution, 1)["expected_seconds"]
 
     # divide the time that is left
     eval_steps = training["eval_steps"] or int(steps.epoch_ends[1])
@@ -102,7 +111,7 @@ def choose_max_steps(
     return min(n_steps, steps.total)
 
 
-def _time_steps(config: dict, data, model, loss, plan: dict) -> tuple[float, float]:
+def _time_steps(config: dict, data, model, loss, execution: Execution) -> tuple[float, float]:
     """Train a few steps and undo them; return the seconds of a step and of an evaluation."""
     on_gpu = torch.cuda.is_available()
     n_steps = WARM_UP_STEPS[on_gpu] + TIMED_STEPS[on_gpu]
@@ -113,7 +122,7 @@ def _time_steps(config: dict, data, model, loss, plan: dict) -> tuple[float, flo
     clock = _StepClock(WARM_UP_STEPS[on_gpu], TIMED_SHARE * 60 * training["max_minutes"])
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(config, Path(folder), plan["precision"], n_steps)
+        arguments = training_arguments(config, Path(folder), execution.precision, n_steps)
         arguments.save_strategy = "no"
         arguments.eval_strategy = "no"
         trainer = LMTrainer(
@@ -125,7 +134,7 @@ def _time_steps(config: dict, data, model, loss, plan: dict) -> tuple[float, flo
             byte_lengths=data.byte_lengths,
             training=training,
             loss=loss,
-            cuda_graphs=plan["cuda_graphs"],
+            cuda_graphs=execution.cuda_graphs,
             callbacks=[clock],
         )
         trainer.train()

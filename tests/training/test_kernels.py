@@ -34,28 +34,26 @@ def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
         "model": {"n_layer": 2, "hidden_size": 32},
     }
     n_chunks = 4 * keys["batch_size"] * 6
-    plans = {}
+    steps = {}
+    seconds = {}
     for optimizer in ("adamw", "muon"):
         config["training"] = {**keys, "optimizer": optimizer}
         for processes in (1, 2):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
-            numbers = plan.describe_run(config, model, {"words": 1, "tokens": 1}, n_chunks)
-            numbers |= kernels.choose_precision_and_kernels(config, numbers)
-            plans[optimizer, processes] = numbers
+            run_plan = plan.describe_run(config, model, {"words": 1, "tokens": 1}, n_chunks)
+            execution = kernels.choose_precision_and_kernels(config, run_plan)
+            steps[optimizer, processes] = run_plan.steps
+            seconds[optimizer, processes] = execution.expected_seconds
 
     precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
     flops = optimizers.flops_per_step(model, {"optimizer": "muon"})
     muon_seconds_per_step = flops / 1e6 / expected_mfu(precision, False)
     for processes in (1, 2):
-        adamw = plans["adamw", processes]
-        muon = plans["muon", processes]
-        assert adamw["steps"] == muon["steps"]
-        assert muon["expected_seconds"] - adamw["expected_seconds"] == pytest.approx(
-            muon["steps"] * muon_seconds_per_step
-        )
-    assert plans["adamw", 2]["expected_seconds"] == pytest.approx(
-        plans["adamw", 1]["expected_seconds"] / 2
-    )
+        n_steps = steps["muon", processes]
+        assert steps["adamw", processes] == n_steps
+        muon_seconds = seconds["muon", processes] - seconds["adamw", processes]
+        assert muon_seconds == pytest.approx(n_steps * muon_seconds_per_step)
+    assert seconds["adamw", 2] == pytest.approx(seconds["adamw", 1] / 2)
 
 
 def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
