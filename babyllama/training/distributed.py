@@ -1,4 +1,4 @@
-"""Coordinate several processes that train one model, each on its share of every step.
+"""Coordinate several processes that train one model.
 
 The processes are started by torchrun or `accelerate launch`. Rank 0 prepares the data, writes files
 and prints, while the others wait; then all of them train. In a single process these functions do
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import math
 import os
 import sys
 import threading
@@ -26,14 +25,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from babyllama import cli
-
-if TYPE_CHECKING:
-    from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -359,95 +352,3 @@ def forward_through_wrapper(function, model, *args):
         return model(*args)
     finally:
         restore()
-
-
-# ---- the chunks of each process -----------------------------------------------------------------
-
-
-def batches_per_step(n_chunks: int, batch_size: int, at_most: int | None = None) -> int:
-    """Return the number of batches into which each process splits its share of `n_chunks`.
-
-    A batch has up to `batch_size` chunks. Batches become larger, and fewer, if one would be empty
-    or if there would be more than `at_most`.
-    """
-    needed = math.ceil(n_chunks / (batch_size * world_size()))
-    batches = max(1, min(needed, n_chunks // world_size()))
-    return min(batches, at_most) if at_most else batches
-
-
-def split_for_rank(chunks: np.ndarray, n_batches: int) -> list[np.ndarray]:
-    """Return this process's share of the chunks, as `n_batches` batches.
-
-    Every chunk is in exactly one batch of one process, and batch sizes differ by at most one.
-    """
-    return np.array_split(chunks, n_batches * world_size())[rank() :: world_size()]
-
-
-class ExactBatchSampler:
-    """Yield this process's batches of an epoch, so that all processes together see each chunk once.
-
-    The steps hold the same chunks as those of a single process. accelerate's sampler and torch's
-    DistributedSampler cannot do this: they repeat or drop chunks to make all shares equal.
-    """
-
-    drop_last = False
-
-    def __init__(self, sampler, steps: Steps, batch_size: int, accumulation: int):
-        """Split the chunks in the order of `sampler`, which is the same in every process."""
-        self.sampler = sampler
-        self.steps = steps
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-
-    def _n_batches(self) -> list[int]:
-        """Return the number of batches of each step of the sampler's epoch.
-
-        Only the last step of an epoch may have fewer than `accumulation`. Steps before a change of
-        their size have as many too, although a batch may then be empty: a resumed run skips them.
-        """
-        steps = self.steps.slices(self.sampler.epoch)
-        last = steps[-1].stop - steps[-1].start
-        n_last = batches_per_step(last, self.batch_size, self.accumulation)
-        return [self.accumulation] * (len(steps) - 1) + [n_last]
-
-    def __len__(self) -> int:
-        return sum(self._n_batches())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        slices = self.steps.slices(self.sampler.epoch)
-        n_batches = self._n_batches()
-        order = np.fromiter(self.sampler, dtype=np.int64)
-        for chunks, n in zip(slices, n_batches, strict=True):
-            for batch in split_for_rank(order[chunks], n):
-                yield batch.tolist()
-
-
-def train_loader(dataset, steps: Steps, args, collate):
-    """Return this process's DataLoader for a Trainer; `args` are its TrainingArguments."""
-    import torch
-    from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-
-    order = SeedableRandomSampler(dataset, generator=torch.Generator(), data_seed=args.data_seed)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=ExactBatchSampler(
-            order, steps, args.per_device_train_batch_size, args.gradient_accumulation_steps
-        ),
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_persistent_workers,
-        pin_memory=args.dataloader_pin_memory,
-        # Otherwise the seeds of the workers come from the global generator, and come again after a
-        # resume, which would change every later dropout mask.
-        generator=torch.Generator().manual_seed(args.data_seed),
-    )
-    # accelerate moves the batches to the device and tells the sampler the epoch. It is told that
-    # there is one process, because it would split the batches, which are our share already
-    return prepare_data_loader(
-        loader,
-        args.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=True,
-        non_blocking=torch.cuda.is_available(),
-    )

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from babyllama.training import distributed
+from babyllama.training.batches import batches_per_step, split_for_rank
 from babyllama.training.chunks import collate_chunks
 from babyllama.training.loss import token_nlls
 
@@ -77,8 +78,8 @@ def evaluate_chunks(
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     across_ranks = across_ranks and 1 < distributed.world_size() <= len(chunks)
     if across_ranks:
-        n_batches = distributed.batches_per_step(len(chunks), batch_size)
-        batches = distributed.split_for_rank(rows, n_batches)
+        n_batches = batches_per_step(len(chunks), batch_size)
+        batches = split_for_rank(rows, n_batches)
     # DataLoader draws a seed even if it does not shuffle. From the global generator that would
     # change the dropout of all later training steps.
     loader = DataLoader(

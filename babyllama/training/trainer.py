@@ -39,6 +39,7 @@ from babyllama.device import is_out_of_memory
 from babyllama.evaluation.generation import generate
 from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
+from babyllama.training.batches import train_loader
 from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.callbacks import Intervals, UpdateAverage
 from babyllama.training.checkpoints import (
@@ -224,9 +225,7 @@ class LMTrainer(Trainer):
     # -- Trainer's hooks: data, optimizer, schedule --
 
     def get_train_dataloader(self) -> DataLoader:
-        return distributed.train_loader(
-            self.train_dataset, self.steps, self.args, self.data_collator
-        )
+        return train_loader(self.train_dataset, self.steps, self.args, self.data_collator)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

@@ -26,8 +26,9 @@ from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.data.words import WordCounts
 from babyllama.files import describe_environment
-from babyllama.training import babylm, distributed
+from babyllama.training import babylm
 from babyllama.training.babylm import SeenWords, chunk_order, compliance_problems
+from babyllama.training.batches import ExactBatchSampler, batches_per_step
 from babyllama.training.checkpoints import (
     checkpoint_error,
     checkpoint_step,
@@ -109,10 +110,10 @@ def steps_of_process(
     """The chunks that this process gets in each step of an epoch."""
     order = SeedableRandomSampler(range(n), generator=torch.Generator(), data_seed=7)
     order.set_epoch(epoch)
-    batches = iter(distributed.ExactBatchSampler(order, layout, batch, accumulation))
+    batches = iter(ExactBatchSampler(order, layout, batch, accumulation))
     steps = []
     for step in layout.slices(epoch):
-        n_batches = distributed.batches_per_step(step.stop - step.start, batch, accumulation)
+        n_batches = batches_per_step(step.stop - step.start, batch, accumulation)
         steps.append(sum((next(batches) for _ in range(n_batches)), []))
     return steps
 
