@@ -1,7 +1,6 @@
 """Sweeps over real tiny models: the grid, the checks, and what is kept, resumed and shown."""
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from conftest import ROOT, errors_of, rows_of
 
 import train
 from babyllama.config import ConfigError, set_key
-from babyllama.training import sweep
+from babyllama.training import sweep, sweep_results
 from babyllama.training.checkpoints import MANIFEST, checkpoints
 from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, RESULTS
 
@@ -39,7 +38,7 @@ def run_sweep(config_file, tmp_path):
 
 def read_rows(folder) -> list[dict]:
     """Return the rows of sweep.json."""
-    return json.loads((folder / sweep.RESULTS).read_text())["runs"]
+    return json.loads((folder / sweep_results.RESULTS).read_text())["runs"]
 
 
 # ---- the grid and its checks --------------------------------------------------------------------
@@ -154,7 +153,7 @@ def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
     assert "run 2 of 2, about " in out
 
     # sweep.json holds the values and the figures of each run
-    document = json.loads((run_sweep.folder / sweep.RESULTS).read_text())
+    document = json.loads((run_sweep.folder / sweep_results.RESULTS).read_text())
     assert document["grid"] == grid
     assert document["environment"]["torch"]
     rows = document["runs"]
@@ -164,12 +163,12 @@ def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
         metrics = json.loads((run_sweep.folder / row["name"] / METRICS_FILE).read_text())
         assert metrics["config"]["training"]["lr"] == row["values"]["training.lr"]
         assert metrics["config"]["model"]["n_layer"] == row["values"]["model.n_layer"]
-        assert all(row[key] == metrics["results"][key] for key in sweep.COLUMNS)
+        assert all(row[key] == metrics["results"][key] for key in sweep_results.COLUMNS)
     losses = {row["name"]: row["eval_bits_per_byte"] for row in rows}
     assert losses[document["best"]] == min(losses.values())
 
     # so does the table
-    lines = (run_sweep.folder / sweep.TABLE).read_text().splitlines()
+    lines = (run_sweep.folder / sweep_results.TABLE).read_text().splitlines()
     assert lines[0].split() == [
         "lr",
         "n_layer",
@@ -184,7 +183,7 @@ def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
     best = [line.endswith("best") for line in lines[1:]]
     assert best == [row["name"] == document["best"] for row in rows]
     assert "\n".join(lines) in out
-    assert (run_sweep.folder / sweep.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (run_sweep.folder / sweep_results.PLOT).read_bytes().startswith(b"\x89PNG")
 
     # a point is trained like the same configuration without a sweep
     alone = ["--lr", "5e-3", "--set", "model.n_layer=2", "--model-name", "alone"]
@@ -232,7 +231,9 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
 
     # a different run of the same name is not replaced
     assert run_sweep({"training.seed": [1]}, "--lr", "1e-3") == 2
-    assert "training.lr: was 0.003, is 0.001" in (run_sweep.folder / sweep.TABLE).read_text()
+    assert (
+        "training.lr: was 0.003, is 0.001" in (run_sweep.folder / sweep_results.TABLE).read_text()
+    )
 
 
 def test_seeds_are_trained_and_summarized(run_sweep, capfd):
@@ -244,7 +245,7 @@ def test_seeds_are_trained_and_summarized(run_sweep, capfd):
     out = capfd.readouterr().out
 
     # the summary follows from the results of the runs
-    document = json.loads((folder / sweep.RESULTS).read_text())
+    document = json.loads((folder / sweep_results.RESULTS).read_text())
     results = []
     for seed in (3, 7):
         metrics = json.loads((folder / f"tiny-seed{seed}" / METRICS_FILE).read_text())
@@ -259,9 +260,9 @@ def test_seeds_are_trained_and_summarized(run_sweep, capfd):
 
     # no seed is the best one, and there is nothing to plot
     assert document["best"] is None
-    assert "best" not in (folder / sweep.TABLE).read_text()
-    assert not (folder / sweep.PLOT).exists()
-    *_, mean, deviation = (folder / sweep.TABLE).read_text().splitlines()
+    assert "best" not in (folder / sweep_results.TABLE).read_text()
+    assert not (folder / sweep_results.PLOT).exists()
+    *_, mean, deviation = (folder / sweep_results.TABLE).read_text().splitlines()
     loss = document["over_seeds"]["eval_loss"]
     assert mean.split()[:2] == ["mean", f"{loss['mean']:.4f}"]
     assert deviation.split()[:3] == ["standard", "deviation", f"{loss['standard_deviation']:.4f}"]
@@ -291,13 +292,6 @@ def test_the_command_of_a_seed_has_no_flag_for_seeds(tmp_path):
     args = train.make_parser().parse_args(flags)
     assert (args.config, args.lr, args.seeds, args.seed) == ("c.yaml", 1e-3, None, None)
     assert args.set[0] == "training.seed=2"
-
-
-def test_one_finished_seed_has_no_spread():
-    finished = {"name": "a", "values": {"training.seed": 1}, **dict.fromkeys(sweep.COLUMNS, 1.0)}
-    failed = {"name": "b", "values": {"training.seed": 2}, "error": "no memory"}
-    assert sweep.seed_summary([finished, failed]) is None
-    assert sweep.seed_summary([failed, finished, finished])["eval_loss"]["n"] == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
@@ -382,7 +376,7 @@ def test_a_failed_run_does_not_stop_the_others(run_sweep, corpus_dir, tmp_path, 
     assert "do not fill one chunk of 32" in failed["error"]
     assert finished["eval_loss"] > 0
     assert "error" not in finished
-    lines = (run_sweep.folder / sweep.TABLE).read_text().splitlines()
+    lines = (run_sweep.folder / sweep_results.TABLE).read_text().splitlines()
     assert "failed: train: " in lines[1]
     assert lines[2].endswith("best")
     assert len(errors_of(capfd)) == 1
@@ -394,53 +388,3 @@ def test_a_crashed_run_shows_its_traceback_and_is_reported_with_its_exit_code(ca
     assert "RuntimeError: no memory" in capfd.readouterr().err
     silent = "import os; os._exit(7)"
     assert sweep.train_point([sys.executable, "-c", silent]) == "train.py ended with exit code 7"
-
-
-# ---- results ------------------------------------------------------------------------------------
-
-
-def test_a_best_value_at_the_edge_gets_a_note():
-    grid = {
-        "training.lr": [1e-3, 3e-3, 1e-2],
-        "model.n_layer": [1, 2, 3],
-        "training.optimizer": ["a", "b", "c"],
-    }
-    points = sweep.combinations(grid)
-    failed = {"name": "x", "values": points[0], "error": "no memory"}
-    for lr, n_layer, expected in (
-        (1e-2, 2, ["training.lr: the largest value, 0.01,"]),
-        (3e-3, 2, []),
-        (1e-3, 3, ["training.lr: the smallest", "model.n_layer: the largest value, 3,"]),
-    ):
-        rows = [
-            {"name": str(i), "values": values, "eval_bits_per_byte": 1.0}
-            for i, values in enumerate(points)
-        ]
-        best = {"training.lr": lr, "model.n_layer": n_layer, "training.optimizer": "a"}
-        rows[points.index(best)]["eval_bits_per_byte"] = 0.5
-        lines = sweep.edge_notes(grid, [*rows, failed])
-        assert len(lines) == len(expected)
-        for line, start in zip(lines, expected, strict=True):
-            assert line.startswith(start)
-    assert sweep.edge_notes(grid, [failed]) == []
-
-
-def test_the_table_has_a_column_for_each_task_of_a_benchmark():
-    rows = []
-    for seed, accuracy in ((1, 0.5), (2, 0.7)):
-        results = dict.fromkeys(sweep.COLUMNS, 1.0) | {"benchmark/blimp": accuracy}
-        rows.append({"name": f"s{seed}", "values": {"training.seed": seed}, **results})
-    rows.append({"name": "s3", "values": {"training.seed": 3}, "error": "no memory"})
-    table = sweep.format_table(sweep.seed_grid([1, 2, 3]), rows)
-    heading, *lines = (re.split(r"\s{2,}", line.strip()) for line in table.splitlines())
-    assert heading[-1] == "blimp"
-    assert [line[4] for line in lines] == ["0.5000", "0.7000", "-", "0.6000", "0.1414"]
-
-
-def test_a_sweep_without_a_finished_run_has_no_plot(tmp_path):
-    rows = [{"name": "x", "values": {"training.lr": 0.1}, "error": "no memory\nat all"}]
-    sweep.write_sweep(tmp_path, {"training.lr": [0.1]}, rows)
-    document = json.loads((tmp_path / sweep.RESULTS).read_text())
-    assert document["best"] is None
-    assert (tmp_path / sweep.TABLE).read_text().endswith("failed: no memory\n")
-    assert not (tmp_path / sweep.PLOT).exists()
