@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
+    from babyllama.training.babylm import Budget
     from babyllama.training.held_out import TokenDomains
     from babyllama.training.kernels import Execution
     from babyllama.training.plan import Plan
@@ -275,7 +276,7 @@ class PreparedRun:
     config: dict
     run_dir: Path
     data: Data
-    budget: dict | None  # BabyLM's word budget, with a babylm section
+    budget: Budget | None  # with a babylm section
     model: torch.nn.Module
     loss: Any  # callable: (model, batch) -> loss in nats
     benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
@@ -315,7 +316,7 @@ def setup_run(
     config: dict,
     run_dir: Path,
     data: Data,
-    budget: dict | None,
+    budget: Budget | None,
     started: float,
 ) -> PreparedRun:
     """Create the model, choose precision and kernels for this machine, and print the plan.

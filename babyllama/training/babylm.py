@@ -16,6 +16,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,13 @@ class BabyLMCallback(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Trainer, counts: WordCounts, config: dict, budget: dict | None = None
+        self, trainer: Trainer, counts: WordCounts, config: dict, budget: Budget | None = None
     ):
         self.trainer = trainer
         self.counts = counts
         self.config = config
         self.budget = budget
-        self.targets = checkpoint_words(budget["track"]) if budget else []
+        self.targets = checkpoint_words(budget.track) if budget else []
         self.seen: SeenWords | None = None  # set when training begins
         self.due: dict[int, list[Path]] = {}  # step -> checkpoints to save after it
 
@@ -214,10 +215,10 @@ class BabyLMCallback(TrainerCallback):
                 }
             )
         facts = {
-            **self.budget,
+            **asdict(self.budget),
             "word": "characters between white space, counted in the chunk in which they begin",
             "text": self.config["data"]["train_path"],
-            "words_left_out": self.budget["words"] - self.seen.words_per_epoch(last_step),
+            "words_left_out": self.budget.words - self.seen.words_per_epoch(last_step),
             "epochs": self.trainer.state.epoch,
             "words_seen": self.words_seen(last_step),
             "words_seen_by_domain": self.seen.by_domain(last_step),
@@ -238,7 +239,7 @@ class BabyLMCallback(TrainerCallback):
 
 
 def attach_word_counter(
-    trainer: Trainer, config: dict, report: dict, budget: dict | None
+    trainer: Trainer, config: dict, report: dict, budget: Budget | None
 ) -> BabyLMCallback:
     """Make a trainer count words and, with a budget, save BabyLM's checkpoints.
 
@@ -295,6 +296,19 @@ def compliance_problems(facts: dict[str, Any]) -> list[str]:
 # ---- the budget ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Hold what a track allows and the words that count toward it, as compliance.json has them."""
+
+    track: str
+    words_allowed: int
+    epochs_allowed: int
+    words: int  # of the training text
+    words_by_domain: dict[str, int]
+    other_words_learned_from: dict[str, int | None]  # by tokenizer or teacher; None: no record
+    words_counted: int
+
+
 def count_text(folder: str) -> list[dict]:
     """Return `file`, `sha256`, `domain` and `words` of each file of a training text."""
     sources = []
@@ -314,12 +328,12 @@ def teacher_sources(path: str) -> list[dict] | None:
         return None
 
 
-def check_budget(config: dict) -> dict[str, Any]:
+def check_budget(config: dict) -> Budget:
     """Count the words that count toward the track's budget; raise ValueError if they are too many.
 
     These are the words of the training text, which is read for that, and of any other text that the
     tokenizer or a teacher was trained on, because the model learns from it too. If there is no
-    record of that text, warn. Return what is allowed and what was counted.
+    record of that text, warn.
     """
     track = config["babylm"]["track"]
     data = config["data"]
@@ -351,40 +365,41 @@ def check_budget(config: dict) -> dict[str, Any]:
         words_of_file |= other_files
 
     total = words + sum(words_of_file.values())
-    budget = {
-        "track": track,
-        "words_allowed": TRACKS[track],
-        "epochs_allowed": MAX_EPOCHS,
-        "words": words,
-        "words_by_domain": dict(words_by_domain),
-        "other_words_learned_from": other_words,
-        "words_counted": total,
-    }
+    budget = Budget(
+        track=track,
+        words_allowed=TRACKS[track],
+        epochs_allowed=MAX_EPOCHS,
+        words=words,
+        words_by_domain=dict(words_by_domain),
+        other_words_learned_from=other_words,
+        words_counted=total,
+    )
     if total > TRACKS[track]:
-        raise ValueError(budget_error(budget, data["train_path"], total))
+        raise ValueError(budget_error(budget, data["train_path"]))
     log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{TRACKS[track]:,}")
     return budget
 
 
-def budget_error(budget: dict[str, Any], train_path: str, total: int) -> str:
-    """Explain in one line why `total` words are too many, and what to do about it."""
-    words = budget["words"]
-    allowed = budget["words_allowed"]
-    domains = Counter(budget["words_by_domain"]).most_common()
+def budget_error(budget: Budget, train_path: str) -> str:
+    """Explain in one line why the words that count are too many, and what to do about it."""
+    words = budget.words
+    allowed = budget.words_allowed
+    excess = budget.words_counted - allowed
+    domains = Counter(budget.words_by_domain).most_common()
     listed = ", ".join(f"{name} {count:,}" for name, count in domains[:10])
     if len(domains) > 10:
         listed += f", {len(domains) - 10} more"
     line = (
-        f"babylm.track: {budget['track']} allows {allowed:,} words of training text; "
+        f"babylm.track: {budget.track} allows {allowed:,} words of training text; "
         f"{train_path} has {words:,} ({listed})"
     )
     remedies = []
     if words > allowed:
         remedies.append("remove or shorten files")
-        if budget["track"] == "strict-small":
+        if budget.track == "strict-small":
             remedies[0] += ", or train on the strict track (--set babylm.track=strict)"
-    for path, count in budget["other_words_learned_from"].items():
+    for path, count in budget.other_words_learned_from.items():
         if count:
             line += f", and {path} was trained on {count:,} other words, which count too"
             remedies.append(f"train {path} on this text only")
-    return f"{line}: {total - allowed:,} too many; {', and '.join(remedies)}"
+    return f"{line}: {excess:,} too many; {', and '.join(remedies)}"

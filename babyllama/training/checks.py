@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from babyllama.config import ConfigError, did_you_mean_path, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
@@ -20,10 +21,13 @@ from babyllama.training.resume import CHANGEABLE
 from babyllama.training.run_dir import check_output_dir
 from babyllama.training.tracking import check_trackers
 
+if TYPE_CHECKING:
+    from babyllama.training.babylm import Budget
+
 log = logging.getLogger(__name__)
 
 
-def check_inputs(config: dict) -> dict | None:
+def check_inputs(config: dict) -> Budget | None:
     """Check the texts, the tokenizer, the teachers, the benchmark and BabyLM's rules.
 
     If something is missing, raise FileNotFoundError with the command that creates it. With a babylm
