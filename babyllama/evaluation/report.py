@@ -1,4 +1,4 @@
-"""Present the results of a benchmark as a table, a bar chart, learning curves and a page.
+"""Present the results of a benchmark as a table for a terminal or a page.
 
 Measures nothing: its input is the document that the JSON file holds. The page is one static file
 that loads nothing and shows names and generated text as text.
@@ -9,11 +9,6 @@ that loads nothing and shows names and generated text as text.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +16,11 @@ import jinja2
 
 from babyllama import plots
 from babyllama.cli import printable
-from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
+from babyllama.evaluation.model_names import checkpoints_by_run
+from babyllama.evaluation.pictures import ON_UNIT_SCALE, learning_curves, pictures
 from babyllama.evaluation.tasks import TASKS
-from babyllama.files import read_json, write_json, write_text
+from babyllama.files import write_json, write_text
 
-log = logging.getLogger(__name__)
-
-ON_UNIT_SCALE = {  # metrics with values up to 1, which the charts show
-    "accuracy",
-    "completion_accuracy",
-    "generation_accuracy",
-    "spearman",
-    "avg_consistency_score",
-    "avg_repetition_score",
-}
 SECOND_FIGURES = {  # metric: {another metric of its results: what to call it}
     "completion_accuracy": {"generation_accuracy": "generated"},
     "eye_tracking_percent": {"self_paced_reading_percent": "self-paced"},
@@ -326,110 +312,6 @@ def domain_bits(document: dict) -> dict[str, dict[str, float | None]]:
         domain: {model: scores[model].get(domain, {}).get("bits_per_byte") for model in scores}
         for domain in sorted(set().union(*scores.values()))
     }
-
-
-# ---- learning curves ----------------------------------------------------------------------------
-
-
-def _runs_with_curves(document: dict) -> Iterator[tuple[RunCheckpoints, list[dict]]]:
-    """Yield each run with two or more checkpoints, and the results of these by task."""
-    results = [document["results"][model] for model in document["models"]]
-    paths = [facts["path"] for facts in document["models"].values()]
-    for run in checkpoints_by_run(paths):
-        if len(run.counts) > 1:
-            yield run, [results[index] for index in run.indices]
-
-
-def learning_curves(document: dict) -> list[dict[str, Any]]:
-    """Return a curve for plots.draw_learning_curve for each run and each task scored up to 1.
-
-    If the task has phenomena, `lines` has the accuracy of each: the mean over its subsets.
-    """
-    curves = []
-    for run, results in _runs_with_curves(document):
-        for task, config in document["configs"].items():
-            task_results = [checkpoint[task] for checkpoint in results]
-            metric = task_results[0]["metric"]
-            if metric not in ON_UNIT_SCALE:
-                continue
-            phenomenon_of = config.get("phenomena", {})  # by subset
-            lines = {}
-            for phenomenon in sorted(set(phenomenon_of.values())):
-                members = [name for name in phenomenon_of if phenomenon_of[name] == phenomenon]
-                lines[phenomenon] = [
-                    math.fsum(result["subsets"][name]["accuracy"] for name in members)
-                    / len(members)
-                    for result in task_results
-                ]
-            curves.append({
-                "run": run.run,
-                "task": task,
-                "words": run.counts_words,
-                "at": run.counts,
-                "lines": lines,
-                "mean": [result[metric] for result in task_results],
-                "ci95": [result[f"{metric}_ci95"] for result in task_results],
-                "chance": task_results[0].get("chance"),
-            })  # fmt: skip
-    runs = sorted({curve["run"] for curve in curves})
-    run_names = dict(zip(runs, short_names(runs), strict=True))
-    return [{**curve, "run": run_names[curve["run"]]} for curve in curves]
-
-
-# ---- pictures -----------------------------------------------------------------------------------
-
-
-def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
-    """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
-    groups = {}
-    for model, facts in document["models"].items():
-        for heading, make_panels in (
-            (f"Training of {model}", _training_panels),
-            (f"Held-out text of {model}", _evaluation_panels),
-        ):
-            try:
-                group = [plots.panel_for_page(draw) for draw in make_panels(facts)]
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                folder = facts["path"]
-                log.warning("%s: not drawn; a file in %s is damaged or missing", heading, folder)
-                continue
-            if group:
-                groups[heading] = group
-    for curve in learning_curves(document):
-        draw = partial(plots.draw_learning_curve, curve=curve)
-        height = 4 + len(curve["lines"]) / 10
-        group = groups.setdefault(f"Learning curves of {curve['run']}", [])
-        group.append(plots.panel_for_page(draw, height))
-    return groups
-
-
-def _newer_than_weights(folder: str, name: str) -> bool:
-    """Return True if a model's directory has a file of this name that is about its weights."""
-    file = Path(folder, name)
-    weights = file.with_name("model.safetensors")
-    is_there = file.is_file() and weights.is_file()
-    return is_there and file.stat().st_mtime >= weights.stat().st_mtime
-
-
-def _training_panels(facts: dict) -> list[plots.Panel]:
-    scores = facts.get("training")
-    if not scores or not _newer_than_weights(facts["path"], "training_metrics.json"):
-        return []
-    lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    floor_nats = None
-    if scores["floor_bits_per_byte"]:
-        nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]
-        floor_nats = scores["floor_bits_per_byte"] * nats_per_bit
-    rows = list(map(json.loads, lines))
-    if not any("loss" in row for row in rows):
-        raise ValueError("the log has no loss")
-    return plots.training_panels(rows, floor_nats)
-
-
-def _evaluation_panels(facts: dict) -> list[plots.Panel]:
-    if not _newer_than_weights(facts["path"], "evaluation_results.json"):
-        return []
-    return plots.evaluation_panels(read_json(Path(facts["path"], "evaluation_results.json")))
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from babyllama.evaluation import grading, report
+from babyllama.evaluation import grading
+from babyllama.evaluation.pictures import pictures
+from babyllama.evaluation.report import render
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import read_json
 from babyllama.submission import official
@@ -16,7 +18,7 @@ TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
 def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[str, Any]:
-    """Return the checkpoints' results on the fast tasks, in the shape of report.learning_curves.
+    """Return the checkpoints' results on the fast tasks, in the shape of pictures.learning_curves.
 
     A task that some checkpoint lacks is not in it.
     """
@@ -47,11 +49,11 @@ def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[
 
 def page(model: str, scores: dict[str, Any], problems: list[str], document: dict) -> str:
     """Return the page; `scores` is the content of scores.json."""
-    return report.render(
+    return render(
         TEMPLATE,
         model=model,
         scores=scores,
         problems=problems,
         published=official.PUBLISHED[scores["track"]],
-        pictures=report.pictures(document),
+        pictures=pictures(document),
     )

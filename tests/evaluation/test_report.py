@@ -1,4 +1,4 @@
-"""The report: its tables, learning curves, and a page that is self-contained and escaped."""
+"""The report: its tables, and a page that is self-contained and escaped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ import pytest
 from conftest import html_errors, svg_pictures
 from lxml import etree
 
-from babyllama import plots
 from babyllama.evaluation import report
 from babyllama.evaluation.benchmark_config import TYPES
-from babyllama.evaluation.report import (
-    difference_text,
-    learning_curves,
-    page,
-    table_rows,
-    text_report,
-)
+from babyllama.evaluation.report import difference_text, page, table_rows, text_report
 
 EVIL = '<script>alert("x")</script>'
 
@@ -180,86 +173,6 @@ def test_a_second_metric_of_a_task_has_separate_rows():
         assert row["chance"] is None
         assert row["difference"] is None
         assert row["baselines"] == {}
-
-
-# ---- learning curves ----------------------------------------------------------------------------
-
-
-def test_a_learning_curve_has_the_scores_of_each_task():
-    curves = learning_curves(make_document())
-    assert [(curve["run"], curve["task"]) for curve in curves] == [
-        ("run", "blimp"),
-        ("run", "repetition"),
-    ]
-    assert (curves[0]["words"], curves[0]["at"]) == (False, [100, 400])
-    assert curves[0]["mean"] == pytest.approx([0.6, 0.7])
-    assert curves[0]["ci95"] == [pytest.approx([0.55, 0.65]), pytest.approx([0.65, 0.75])]
-
-
-def test_a_learning_curve_needs_two_checkpoints_of_a_run():
-    assert learning_curves(make_document(("a", "b", "c"))) == []
-    curve, _ = learning_curves(make_document(("run/chck_1M", "run/chck_10M", "run/other")))
-    assert curve["words"]
-
-
-def make_milestones(*millions: int) -> dict:
-    """Return results of checkpoints of one run on four paradigms of two phenomena.
-
-    The accuracy on paradigm a is a hundredth of the millions of words, on b half of that.
-    """
-    document = make_document(tuple(f"run/chck_{n}M" for n in millions))
-    document["configs"]["blimp"]["phenomena"] = {
-        "a": "agreement",
-        "b": "agreement",
-        "c": "binding",
-        "d": "binding",
-    }
-    for n, results in zip(millions, document["results"].values(), strict=True):
-        accuracies = {"a": n / 100, "b": n / 200, "c": 0.5, "d": 1.0}
-        subsets = {name: make_result(accuracy) for name, accuracy in accuracies.items()}
-        results["blimp"]["subsets"] = subsets
-    return document
-
-
-def test_curves_of_phenomena_are_the_means_of_their_paradigms(tmp_path):
-    document = make_milestones(10, 1, 20)
-    curve, _ = learning_curves(document)
-    assert (curve["run"], curve["task"]) == ("run", "blimp")
-    assert curve["words"] is True
-    assert curve["at"] == [1, 10, 20]
-    assert curve["lines"]["agreement"] == pytest.approx([0.0075, 0.075, 0.15])
-    assert curve["lines"]["binding"] == [0.75] * 3
-    assert curve["mean"] == pytest.approx([0.7, 0.6, 0.8])
-
-    written = report.write_files(document, tmp_path / "learning.json")
-    names = [path.name for path in written]
-    assert names[:3] == ["learning.json", "learning.html", "learning.png"]
-    assert names[3:] == ["learning-run-blimp.png"]
-    assert written[-1].read_bytes().startswith(b"\x89PNG")
-    assert not learning_curves(make_document())[0]["lines"]
-
-
-def test_a_run_with_checkpoints_by_words_and_by_steps_has_two_pictures(tmp_path):
-    document = make_milestones(1, 2, 3, 4)
-    names = ("chck_1M", "chck_2M", "checkpoint-5", "checkpoint-9")
-    for facts, name in zip(document["models"].values(), names, strict=True):
-        facts["path"] = f"models/run/{name}"
-    pictures = report.write_files(document, tmp_path / "both.json")[3:]
-    assert [path.name for path in pictures] == ["both-run-blimp.png", "both-run-blimp-steps.png"]
-
-
-def test_words_are_on_a_log_axis():
-    _, ((axis,),) = plots.new_figure(1, 1, 5, 4)
-    plots.draw_learning_curve(axis, learning_curves(make_milestones(1, 3, 10, 100))[0])
-    assert axis.get_xscale() == "log"
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1M", "10M", "100M"]
-
-
-@pytest.mark.parametrize("first", ["chck_0M", "chck_01M"])
-def test_a_curve_may_start_at_zero_words_or_have_equal_counts(first):
-    # 0 has no logarithm, and two checkpoints of 1M have the same position
-    document = make_document((f"run/{first}", "run/chck_1M", "other"))
-    assert len(report.pictures(document)["Learning curves of run"]) == 2
 
 
 # ---- the page -----------------------------------------------------------------------------------

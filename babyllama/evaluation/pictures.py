@@ -1,0 +1,134 @@
+"""Draw the pictures of a page: how its models were trained and evaluated, and learning curves.
+
+The first two read the files in the directories of the models. A file that is older than the weights
+is about earlier ones, so it is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from babyllama import plots
+from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
+from babyllama.files import read_json
+
+log = logging.getLogger(__name__)
+
+ON_UNIT_SCALE = {  # metrics with values up to 1, which the charts show
+    "accuracy",
+    "completion_accuracy",
+    "generation_accuracy",
+    "spearman",
+    "avg_consistency_score",
+    "avg_repetition_score",
+}
+
+
+# ---- learning curves ----------------------------------------------------------------------------
+
+
+def _runs_with_curves(document: dict) -> Iterator[tuple[RunCheckpoints, list[dict]]]:
+    """Yield each run with two or more checkpoints, and the results of these by task."""
+    results = [document["results"][model] for model in document["models"]]
+    paths = [facts["path"] for facts in document["models"].values()]
+    for run in checkpoints_by_run(paths):
+        if len(run.counts) > 1:
+            yield run, [results[index] for index in run.indices]
+
+
+def learning_curves(document: dict) -> list[dict[str, Any]]:
+    """Return a curve for plots.draw_learning_curve for each run and each task scored up to 1.
+
+    If the task has phenomena, `lines` has the accuracy of each: the mean over its subsets.
+    """
+    curves = []
+    for run, results in _runs_with_curves(document):
+        for task, config in document["configs"].items():
+            task_results = [checkpoint[task] for checkpoint in results]
+            metric = task_results[0]["metric"]
+            if metric not in ON_UNIT_SCALE:
+                continue
+            phenomenon_of = config.get("phenomena", {})  # by subset
+            lines = {}
+            for phenomenon in sorted(set(phenomenon_of.values())):
+                members = [name for name in phenomenon_of if phenomenon_of[name] == phenomenon]
+                lines[phenomenon] = [
+                    math.fsum(result["subsets"][name]["accuracy"] for name in members)
+                    / len(members)
+                    for result in task_results
+                ]
+            curves.append({
+                "run": run.run,
+                "task": task,
+                "words": run.counts_words,
+                "at": run.counts,
+                "lines": lines,
+                "mean": [result[metric] for result in task_results],
+                "ci95": [result[f"{metric}_ci95"] for result in task_results],
+                "chance": task_results[0].get("chance"),
+            })  # fmt: skip
+    runs = sorted({curve["run"] for curve in curves})
+    run_names = dict(zip(runs, short_names(runs), strict=True))
+    return [{**curve, "run": run_names[curve["run"]]} for curve in curves]
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
+    """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
+    groups = {}
+    for model, facts in document["models"].items():
+        for heading, make_panels in (
+            (f"Training of {model}", _training_panels),
+            (f"Held-out text of {model}", _evaluation_panels),
+        ):
+            try:
+                group = [plots.panel_for_page(draw) for draw in make_panels(facts)]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                folder = facts["path"]
+                log.warning("%s: not drawn; a file in %s is damaged or missing", heading, folder)
+                continue
+            if group:
+                groups[heading] = group
+    for curve in learning_curves(document):
+        draw = partial(plots.draw_learning_curve, curve=curve)
+        height = 4 + len(curve["lines"]) / 10
+        group = groups.setdefault(f"Learning curves of {curve['run']}", [])
+        group.append(plots.panel_for_page(draw, height))
+    return groups
+
+
+def _newer_than_weights(folder: str, name: str) -> bool:
+    """Return True if a model's directory has a file of this name that is about its weights."""
+    file = Path(folder, name)
+    weights = file.with_name("model.safetensors")
+    is_there = file.is_file() and weights.is_file()
+    return is_there and file.stat().st_mtime >= weights.stat().st_mtime
+
+
+def _training_panels(facts: dict) -> list[plots.Panel]:
+    scores = facts.get("training")
+    if not scores or not _newer_than_weights(facts["path"], "training_metrics.json"):
+        return []
+    lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    floor_nats = None
+    if scores["floor_bits_per_byte"]:
+        nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]
+        floor_nats = scores["floor_bits_per_byte"] * nats_per_bit
+    rows = list(map(json.loads, lines))
+    if not any("loss" in row for row in rows):
+        raise ValueError("the log has no loss")
+    return plots.training_panels(rows, floor_nats)
+
+
+def _evaluation_panels(facts: dict) -> list[plots.Panel]:
+    if not _newer_than_weights(facts["path"], "evaluation_results.json"):
+        return []
+    return plots.evaluation_panels(read_json(Path(facts["path"], "evaluation_results.json")))
