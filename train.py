@@ -1,9 +1,9 @@
 """Train a language model from scratch, from one YAML file to a plain Hugging Face model directory.
 
     python train.py --config config/quickstart.yaml
-    python train.py --config config/llama-10M.yaml --lr 5e-4 --model_name my-model
+    python train.py --config config/llama-10M.yaml --lr 5e-4 --model-name my-model
     python train.py --config config/llama-10M.yaml --set training.num_epochs=3 --dry-run
-    python train.py --config config/llama-10M.yaml --resume_from_checkpoint latest
+    python train.py --config config/llama-10M.yaml --resume-from-checkpoint latest
     python train.py --config config/llama-10M.yaml --sweep sweep.yaml
     python train.py --config config/llama-10M.yaml --seeds 1 2 3
 
@@ -517,7 +517,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
                 return
             writes = distributed.is_main() and not args.dry_run
             if writes:
-                stack.enter_context(exclusive_folder(run_dir, "choose another --model_name"))
+                stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
             prepared = setup_run(args, config, run_dir, data, budget, started)
             if args.dry_run:
                 print("dry run: nothing was trained; the tokenized text is cached for the real run")

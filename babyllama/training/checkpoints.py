@@ -92,7 +92,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(name: str, run_dir: Path) -> Path:
-    """Return the checkpoint that --resume_from_checkpoint names, by its path or as "latest".
+    """Return the checkpoint that --resume-from-checkpoint names, by its path or as "latest".
 
     "latest" is the newest checkpoint of the run that is intact; damaged ones are skipped with a
     warning. Raise FileNotFoundError if there is none, and ValueError for the path of a damaged one.
@@ -101,7 +101,7 @@ def find_checkpoint(name: str, run_dir: Path) -> Path:
         newest = newest_intact_checkpoint(run_dir)
         if newest is None:
             raise FileNotFoundError(
-                f"{run_dir}: no complete checkpoint; --resume_from_checkpoint auto starts the run "
+                f"{run_dir}: no complete checkpoint; --resume-from-checkpoint auto starts the run "
                 "if there is nothing to resume"
             )
         return newest

@@ -171,9 +171,9 @@ def resolve_checkpoint(
         return None
     changes = config_diff(run_dir, config, report)
     state = ", ".join(changes.values()) or "same configuration, not finished"
-    remedies = ["--overwrite to replace it", "or choose another --model_name"]
+    remedies = ["--overwrite to replace it", "or choose another --model-name"]
     if intact and changes.keys() <= FREE_ON_RESUME:
-        remedies.insert(0, "--resume_from_checkpoint latest to resume it")
+        remedies.insert(0, "--resume-from-checkpoint latest to resume it")
     raise ValueError(f"{run_dir} holds another run ({state}); add {', '.join(remedies)}")
 
 

@@ -48,7 +48,7 @@ COMPLIANCE_FILE = "compliance.json"
 WANDB_ID_FILE = "wandb_run_id.txt"  # so that a resumed run continues its W&B run
 TENSORBOARD_DIR = "tensorboard"  # event files
 BENCHMARK_PREFIX = "benchmark/"  # of the scores of training.benchmark: benchmark/<task>
-RETRAIN = "retrain with --overwrite or another --model_name"
+RETRAIN = "retrain with --overwrite or another --model-name"
 
 # Files that a run writes at its end.
 RESULTS = (
@@ -81,7 +81,7 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
         if Path(teacher).resolve().is_relative_to(run_dir.resolve()):
             raise ValueError(
                 f"{teacher}: this teacher (distillation.teachers) is in the run's output directory "
-                f"{run_dir}, whose files the run replaces; choose another --model_name"
+                f"{run_dir}, whose files the run replaces; choose another --model-name"
             )
     is_run = (run_dir / CONFIG_FILE).is_file()
     # a process that was killed while it wrote its first file leaves a temporary folder
@@ -90,7 +90,7 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
         *ours,
         *(draft.name for draft in drafts(run_dir)),
     }
-    check_replaceable(run_dir, is_run or is_empty, "choose another --model_name")
+    check_replaceable(run_dir, is_run or is_empty, "choose another --model-name")
 
 
 def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:

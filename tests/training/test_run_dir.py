@@ -38,12 +38,12 @@ def test_a_directory_locked_by_another_process_stays_untouched(finished_copy, ca
     config_path, run_dir = finished_copy
     back_to_checkpoint(run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    for flags in (["--overwrite"], ["--resume_from_checkpoint", "latest"]):
+    for flags in (["--overwrite"], ["--resume-from-checkpoint", "latest"]):
         with exclusive_folder(run_dir, ""):  # a second lock fails, in the same process too
             assert train.main(["--config", str(config_path), *flags]) == 2
         (line,) = errors_of(capsys)
         assert "another process is writing there (process " in line
-        assert "wait until it ends, or choose another --model_name" in line
+        assert "wait until it ends, or choose another --model-name" in line
         assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
     assert train.main(["--config", str(config_path), *flags]) == 0
 

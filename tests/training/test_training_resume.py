@@ -47,10 +47,10 @@ def test_a_different_run_of_the_same_name_needs_overwrite(finished_copy, capsys)
 def test_resume_is_suggested_only_if_it_would_work(finished_copy, capsys):
     config_path, run_dir = finished_copy
     assert train.main(["--config", str(config_path), "--lr", "1e-3"]) == 2
-    assert "--resume_from_checkpoint" not in capsys.readouterr().err
+    assert "--resume-from-checkpoint" not in capsys.readouterr().err
     assert train.main(["--config", str(config_path), "--num-epochs", "3"]) == 2
-    assert "add --resume_from_checkpoint latest to resume it" in capsys.readouterr().err
-    resume = ["--num-epochs", "3", "--resume_from_checkpoint", "latest"]
+    assert "add --resume-from-checkpoint latest to resume it" in capsys.readouterr().err
+    resume = ["--num-epochs", "3", "--resume-from-checkpoint", "latest"]
     assert train.main(["--config", str(config_path), *resume]) == 0
 
 
@@ -109,12 +109,12 @@ def test_resume_at_the_last_step_only_writes_the_results(config_file, tmp_path, 
     weights = (run_dir / "model.safetensors").read_bytes()
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
-    assert train.main(["--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main(["--config", path, *steps, "--resume-from-checkpoint", "latest"]) == 0
     assert f"\nresume      from {run_dir / 'checkpoint-10'}; the time" in capsys.readouterr().out
     assert (run_dir / "model.safetensors").read_bytes() == weights
     metrics = json.loads((run_dir / METRICS_FILE).read_text())
     assert metrics["results"]["tokens_trained"] == metrics["plan"]["tokens"]
-    fewer = ["--set", "training.max_steps=3", "--resume_from_checkpoint", "latest"]
+    fewer = ["--set", "training.max_steps=3", "--resume-from-checkpoint", "latest"]
     assert train.main(["--config", path, *fewer]) == 2
     assert "checkpoint-10 is past the last step of this run, 3" in capsys.readouterr().err
     assert (run_dir / METRICS_FILE).is_file()
@@ -126,7 +126,7 @@ def test_resume_at_the_last_step_without_a_log_is_a_one_line_error(config_file, 
     assert train.main(["--config", path]) == 0
     for name in (*RESULTS, LOG_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    assert train.main(["--config", path, "--resume_from_checkpoint", "latest"]) == 2
+    assert train.main(["--config", path, "--resume-from-checkpoint", "latest"]) == 2
     (line,) = errors_of(capsys)
     assert "metrics.jsonl is missing" in line
     assert is_model(run_dir)
@@ -142,7 +142,7 @@ def test_resume_survives_a_truncated_or_missing_log(config_file, tmp_path):
         (run_dir / "metrics.jsonl").unlink()
         if text is not None:
             (run_dir / "metrics.jsonl").write_text(text)
-        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+        assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         kept = [json.loads(line) for line in (text or "").splitlines()[:-1]]
         assert rows[: len(kept)] == kept
@@ -163,7 +163,7 @@ def test_resume_from_an_earlier_checkpoint_deletes_later_ones(config_file, tmp_p
     assert train.main(["--config", str(path)]) == 0
     newest, earlier = checkpoints(run_dir)
     (run_dir / "training_metrics.json").unlink()
-    resume = ["--resume_from_checkpoint", str(earlier), "--num-epochs", "3"]
+    resume = ["--resume-from-checkpoint", str(earlier), "--num-epochs", "3"]
     intervals = ["--set", "training.save_steps=3", "--set", "training.logging_steps=2"]
     assert train.main(["--config", str(path), *resume, *intervals]) == 0
     assert not newest.exists() or checkpoint_step(newest) % 3 == 0
@@ -176,7 +176,7 @@ def test_resume_from_an_earlier_checkpoint_deletes_later_ones(config_file, tmp_p
 def test_resume_refuses_a_different_run(finished_copy, capsys):
     config_path, run_dir = finished_copy
     back_to_checkpoint(run_dir)
-    resume = ["--config", str(config_path), "--resume_from_checkpoint", "latest"]
+    resume = ["--config", str(config_path), "--resume-from-checkpoint", "latest"]
     assert train.main([*resume, "--batch-size", "4", "--seed", "1"]) == 2
     error = capsys.readouterr().err
     assert "training.batch_size: was 8, is 4" in error
@@ -196,17 +196,17 @@ def test_resume_refuses_a_different_run(finished_copy, capsys):
 def test_a_checkpoint_of_another_directory_is_refused(finished_copy, capsys):
     config_path, run_dir = finished_copy
     checkpoint = str(checkpoints(run_dir)[0])
-    resume = ["--model-name", "new", "--resume_from_checkpoint", checkpoint]
+    resume = ["--model-name", "new", "--resume-from-checkpoint", checkpoint]
     assert train.main(["--config", str(config_path), *resume]) == 2
     assert "does not belong to this run" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_an_error_for_a_finished_run_too(finished_copy, capsys):
-    resume = ["--resume_from_checkpoint", str(finished_copy[1] / "checkpoint-9999")]
+    resume = ["--resume-from-checkpoint", str(finished_copy[1] / "checkpoint-9999")]
     assert train.main(["--config", str(finished_copy[0]), *resume]) == 2
     assert "checkpoint-9999: no such checkpoint" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_is_an_error(config_file, capsys):
-    assert train.main(["--config", str(config_file()), "--resume_from_checkpoint", "latest"]) == 2
+    assert train.main(["--config", str(config_file()), "--resume-from-checkpoint", "latest"]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
