@@ -292,7 +292,9 @@ def test_the_models_of_the_readme_have_these_parameters():
     for name, kind, millions in rows:
         config = load_config(ROOT / "config" / name)
         with torch.device("meta"):
-            model = create_model(config, Tokenizer(700 if name == "quickstart.yaml" else 16000))
+            usual_size = 700 if name == "quickstart.yaml" else 16_000
+            size = config["model"]["vocab_size"] or usual_size
+            model = create_model(config, Tokenizer(size))
         assert f"{model.num_parameters() / 1e6:.1f}" == millions, name
         assert kind.replace("-", "") == config["model"]["type"], name
 

@@ -61,7 +61,7 @@ def test_shipped_configs_build_with_the_size_of_their_name(name):
     config = train.load_config(SHIPPED[name])
     assert config["model"]["name"] == name
     with torch.device("meta"):
-        model = train.create_model(config, TokenizerSize())
+        model = train.create_model(config, TokenizerSize(config["model"]["vocab_size"] or 16_000))
     size = re.search(r"-(\d+)M", name)
     if size:
         assert model.num_parameters() / 1e6 == pytest.approx(float(size[1]), rel=0.05)
