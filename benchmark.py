@@ -416,7 +416,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import context_length
     from babyllama.files import weights_sha256
-    from babyllama.training.finished_run import facts_of_run, seed_and_config, training_scores
+    from babyllama.runs.finished_run import facts_of_run, seed_and_config, training_scores
 
     return {
         "path": str(suite.model_path),

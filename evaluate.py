@@ -433,7 +433,7 @@ def first_words(texts: Sequence[str]) -> list[str]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return a report with the top-level keys of lm-evaluation-harness."""
     from babyllama.evaluation.loading import training_text_of
-    from babyllama.training.finished_run import training_scores
+    from babyllama.runs.finished_run import training_scores
 
     # read text and prompts first, so that a wrong path is an error before the model is loaded
     model_path = Path(args.model)

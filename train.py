@@ -37,18 +37,18 @@ from babyllama.config import (
     with_defaults,
 )
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
-from babyllama.schema import SECTIONS
-from babyllama.training import distributed, ending
-from babyllama.training.checkpoints import checkpoint_step, checkpoints, find_checkpoint
-from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
-from babyllama.training.resume import (
+from babyllama.runs.checkpoints import checkpoint_step, checkpoints, find_checkpoint
+from babyllama.runs.resume import (
     check_checkpoint_step,
     finished_metrics,
     resolve_checkpoint,
     run_history,
     steps_chosen_before,
 )
-from babyllama.training.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
+from babyllama.runs.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
+from babyllama.schema import SECTIONS
+from babyllama.training import distributed, ending
+from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
 from babyllama.training.sweep import run_sweep
 from babyllama.training.tracking import open_trackers, run_facts
 
@@ -250,8 +250,8 @@ def load_data(config: dict) -> Data:
     lengths = byte_lengths(tokenizer)
     entropy_floor = grammar_floor(config["data"]["eval_path"])
     if "distillation" in config:
-        from babyllama.training.teacher_cache import identify_teachers
-        from babyllama.training.teachers import check_teachers
+        from babyllama.distillation.teacher_cache import identify_teachers
+        from babyllama.distillation.teachers import check_teachers
 
         check_teachers(config, tokenizer)
 
@@ -396,10 +396,10 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
 
     The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
     """
+    from babyllama.distillation.student import make_distillation_trainer
     from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog, SaveWhenInterrupted
-    from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.results import print_summary
     from babyllama.training.trainer import LMTrainer
 

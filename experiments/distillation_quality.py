@@ -113,8 +113,8 @@ def make_config(
 
 def train(config: dict) -> None:
     """Train a run, or resume it, unless it is finished."""
-    from babyllama.training.checkpoints import checkpoint_error, checkpoints
-    from babyllama.training.run_dir import METRICS_FILE
+    from babyllama.runs.checkpoints import checkpoint_error, checkpoints
+    from babyllama.runs.run_dir import METRICS_FILE
     from train import main
 
     run_dir = Path(config["logging"]["output_dir"], config["model"]["name"])
@@ -131,7 +131,7 @@ def train(config: dict) -> None:
 
 def bits_by_epoch(run_dir: Path) -> list[float]:
     """Return held-out bits per byte after each epoch of a run."""
-    from babyllama.training.run_dir import LOG_FILE
+    from babyllama.runs.run_dir import LOG_FILE
 
     lines = (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -140,7 +140,7 @@ def bits_by_epoch(run_dir: Path) -> list[float]:
 
 def print_row(title: str, run_dirs: list[Path]) -> None:
     """Print the means over some runs, and each run's last and best epoch."""
-    from babyllama.training.run_dir import METRICS_FILE
+    from babyllama.runs.run_dir import METRICS_FILE
 
     curves = [bits_by_epoch(run_dir) for run_dir in run_dirs]
     last = statistics.fmean(curve[-1] for curve in curves)

@@ -53,9 +53,9 @@ def take_turn(
     import numpy as np
     import transformers
 
+    from babyllama.distillation.student import make_distillation_trainer
     from babyllama.training.arguments import training_arguments
     from babyllama.training.callbacks import RunLog
-    from babyllama.training.distillation import make_distillation_trainer
     from babyllama.training.kernels import build_loss, choose_precision_and_kernels
     from babyllama.training.plan import describe_run
     from babyllama.training.trainer import LMTrainer

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from babyllama.architectures import NAMES
-from babyllama.training.checkpoints import checkpoints
+from babyllama.runs.checkpoints import checkpoints
 
 # Draw the same examples in every run, so that a failure can be repeated; BABYLLAMA_FUZZ=1 draws new ones.
 hypothesis.settings.register_profile("suite", derandomize=not os.environ.get("BABYLLAMA_FUZZ"))

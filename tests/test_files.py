@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from babyllama import files
-from babyllama.training.run_dir import check_output_dir
+from babyllama.runs.run_dir import check_output_dir
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

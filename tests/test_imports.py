@@ -15,7 +15,9 @@ SCRIPTS = [
 ]  # fmt: skip
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 # From the bottom up: a layer may import itself and the layers below it.
-LAYERS = ["foundation", "config", "evaluation", "training", "submission", "script"]
+LAYERS = [
+    "foundation", "config", "runs", "evaluation", "training", "distillation", "submission", "script"
+]  # fmt: skip
 FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
@@ -67,6 +69,11 @@ def test_imports_point_down(path):
     ours = {name for name in imported(path) if name.split(".")[0] in {"babyllama", *SCRIPTS}}
     upwards = {name for name in ours if LAYERS.index(layer_of(name)) > LAYERS.index(layer)}
     assert not upwards, f"{module_name(path)} ({layer}) imports {upwards}"
+
+
+def test_runs_does_not_import_torch():
+    for path in (ROOT / "babyllama" / "runs").glob("*.py"):
+        assert not {name for name in imported(path) if name.split(".")[0] == "torch"}, path
 
 
 def test_only_plots_imports_matplotlib():

@@ -11,8 +11,8 @@ from conftest import errors_of, html_errors, sentences, svg_pictures, tiny_confi
 
 import submit
 import train
+from babyllama.runs.checkpoints import milestones
 from babyllama.submission import collate, jobs, official
-from babyllama.training.checkpoints import milestones
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def babylm_run(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     (root / "c.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
-        patch.setattr("babyllama.training.checkpoints.MILLION", 1000)
+        patch.setattr("babyllama.runs.checkpoints.MILLION", 1000)
         assert train.main(["--config", str(root / "c.yaml")]) == 0
     return root / "models" / "baby"
 

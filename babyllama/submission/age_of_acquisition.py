@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from babyllama.cli import duration
 from babyllama.files import check_replaceable, holds_results, model_sha256, read_json, write_json
-from babyllama.training.checkpoints import MILLION
+from babyllama.runs.checkpoints import MILLION
 
 AGES = range(16, 31)  # months; the columns of cdi_human.csv
 CHILDREN = 0.5  # of the children know a word at its age of acquisition

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.files import read_json, weights_sha256
-from babyllama.training.run_dir import METRICS_FILE
+from babyllama.runs.run_dir import METRICS_FILE
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from babyllama.files import atomic_write, check_replaceable, is_model, sha256
-from babyllama.training.checkpoints import milestones
-from babyllama.training.run_dir import (
+from babyllama.runs.checkpoints import milestones
+from babyllama.runs.run_dir import (
     COMPLIANCE_FILE,
     CONFIG_FILE,
     DATA_REPORT_FILE,

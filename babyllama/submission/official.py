@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.evaluation.tasks import TASKS
+from babyllama.runs.checkpoints import checkpoint_words, milestone_name
 from babyllama.schema import TRACKS
-from babyllama.training.checkpoints import checkpoint_words, milestone_name
 
 Sizes = dict[str, int]  # the number of predictions of each subset
 

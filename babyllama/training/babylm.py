@@ -30,9 +30,9 @@ from babyllama.data.text_files import find_files, source_of
 from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
 from babyllama.files import atomic_write, describe_environment, read_json, sha256, utc_now
+from babyllama.runs.checkpoints import checkpoint_words, milestone_name, seal_checkpoint
+from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE
 from babyllama.schema import MAX_EPOCHS, TRACKS
-from babyllama.training.checkpoints import checkpoint_words, milestone_name, seal_checkpoint
-from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE
 from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from babyllama.evaluation import grading
 from babyllama.evaluation.benchmark_config import BenchmarkTask
 from babyllama.evaluation.candidates import score_task, scored_spans
 from babyllama.evaluation.loading import has_start_token
-from babyllama.training.run_dir import BENCHMARK_PREFIX
+from babyllama.runs.run_dir import BENCHMARK_PREFIX
 
 if TYPE_CHECKING:
     from babyllama.training.kernels import Execution

@@ -16,9 +16,9 @@ from babyllama.config import ConfigError, did_you_mean_path, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import ROOT, is_model
+from babyllama.runs.resume import CHANGEABLE
+from babyllama.runs.run_dir import check_output_dir
 from babyllama.training import distributed
-from babyllama.training.resume import CHANGEABLE
-from babyllama.training.run_dir import check_output_dir
 from babyllama.training.tracking import check_trackers
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from babyllama.files import utc_now, write_json
+from babyllama.runs.checkpoints import MANIFEST, checkpoints
+from babyllama.runs.run_dir import METRICS_FILE, STATUS_FILE
 from babyllama.training import distributed
-from babyllama.training.checkpoints import MANIFEST, checkpoints
-from babyllama.training.run_dir import METRICS_FILE, STATUS_FILE
 
 # Ctrl-C, `kill` and job schedulers, a closed terminal, Slurm's --signal. Windows lacks the last two
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")

@@ -19,14 +19,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from babyllama.cli import duration
+from babyllama.runs.checkpoints import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 from babyllama.schema import MAX_EPOCHS
 from babyllama.training import distributed, optimizers
-from babyllama.training.checkpoints import (
-    KEPT_CHECKPOINTS,
-    checkpoint_words,
-    checkpoints,
-    milestones,
-)
 from babyllama.training.kernels import Execution
 from babyllama.training.memory import memory_text
 from babyllama.training.steps import Steps

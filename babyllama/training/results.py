@@ -21,16 +21,16 @@ from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
 from babyllama.files import make_weights_readable, write_json, write_text
 from babyllama.plots import plot_training
-from babyllama.training.finished_run import facts_of_metrics
-from babyllama.training.held_out import TokenDomains, evaluate_chunks
-from babyllama.training.resume import changes_at
-from babyllama.training.run_dir import (
+from babyllama.runs.finished_run import facts_of_metrics
+from babyllama.runs.resume import changes_at
+from babyllama.runs.run_dir import (
     BENCHMARK_PREFIX,
     COMPLIANCE_FILE,
     CURVES_FILE,
     METRICS_FILE,
     RETRAIN,
 )
+from babyllama.training.held_out import TokenDomains, evaluate_chunks
 
 MAX_DOMAINS = 12  # that are listed; training_metrics.json has all of them
 

@@ -35,9 +35,9 @@ from typing import Any
 from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import ConfigError, read_yaml_file, seen_from
 from babyllama.files import ROOT
+from babyllama.runs.checkpoints import checkpoint_error, checkpoints, milestones
+from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training import distributed, ending
-from babyllama.training.checkpoints import checkpoint_error, checkpoints, milestones
-from babyllama.training.run_dir import METRICS_FILE
 from babyllama.training.sweep_results import (
     PLOT,
     RESULTS,

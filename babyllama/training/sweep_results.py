@@ -12,7 +12,7 @@ from typing import Any
 
 from babyllama.files import describe_environment, read_json, write_json, write_text
 from babyllama.plots import plot_sweep
-from babyllama.training.run_dir import BENCHMARK_PREFIX, METRICS_FILE
+from babyllama.runs.run_dir import BENCHMARK_PREFIX, METRICS_FILE
 
 COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
     "eval_loss": ("held-out loss", ".4f"),

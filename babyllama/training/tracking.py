@@ -23,8 +23,8 @@ from typing import Any
 
 from babyllama.config import flatten
 from babyllama.files import describe_environment, write_text
+from babyllama.runs.run_dir import BENCHMARK_PREFIX, TENSORBOARD_DIR, WANDB_ID_FILE
 from babyllama.training import distributed
-from babyllama.training.run_dir import BENCHMARK_PREFIX, TENSORBOARD_DIR, WANDB_ID_FILE
 
 log = logging.getLogger(__name__)
 

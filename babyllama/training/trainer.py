@@ -37,23 +37,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from babyllama.device import is_out_of_memory
 from babyllama.evaluation.generation import generate
-from babyllama.training import distributed
-from babyllama.training.attention import prepare_for_chunks
-from babyllama.training.batches import train_loader
-from babyllama.training.benchmark import TrainingBenchmark
-from babyllama.training.callbacks import Intervals, UpdateAverage
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     checkpoint_step,
     checkpoints,
     rotate_checkpoints,
     seal_checkpoint,
 )
+from babyllama.runs.run_dir import RETRAIN
+from babyllama.training import distributed
+from babyllama.training.attention import prepare_for_chunks
+from babyllama.training.batches import train_loader
+from babyllama.training.benchmark import TrainingBenchmark
+from babyllama.training.callbacks import Intervals, UpdateAverage
 from babyllama.training.chunks import ShiftedChunks, collate_chunks
 from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import WeightAverage, make_optimizer, schedule
-from babyllama.training.run_dir import RETRAIN
 from babyllama.training.steps import Steps
 
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint: the moving average of the weights

@@ -12,8 +12,8 @@ import pytest
 import benchmark
 from babyllama.evaluation import report
 from babyllama.evaluation.seed_groups import seed_groups
-from babyllama.training.finished_run import seed_and_config
-from babyllama.training.run_dir import METRICS_FILE
+from babyllama.runs.finished_run import seed_and_config
+from babyllama.runs.run_dir import METRICS_FILE
 
 
 def document_of(scores: dict[str, tuple[str, int, float]]) -> dict:

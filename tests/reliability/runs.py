@@ -16,8 +16,8 @@ from conftest import rows_of, timeless
 from transformers import TrainerCallback
 
 import train
-from babyllama.training.checkpoints import checkpoints
-from babyllama.training.run_dir import RESULTS
+from babyllama.runs.checkpoints import checkpoints
+from babyllama.runs.run_dir import RESULTS
 from babyllama.training.trainer import LMTrainer
 
 AUTO = ["--resume_from_checkpoint", "auto"]

@@ -18,7 +18,7 @@ from runs import AUTO, CopyAt, Stop, differences, final_state, in_child, kill_se
 from transformers import TrainerCallback
 
 import train
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     checkpoint_error,
     checkpoint_step,
     checkpoints,
@@ -26,7 +26,7 @@ from babyllama.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE
+from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE
 from babyllama.training.trainer import LMTrainer
 
 

@@ -18,16 +18,16 @@ import train
 from babyllama.config import format_yaml, parse_yaml
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.evaluation.loading import load_model
-from babyllama.training.babylm import teacher_sources
-from babyllama.training.callbacks import RunLog
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     MANIFEST,
     checkpoint_error,
     checkpoints,
     find_checkpoint,
     seal_checkpoint,
 )
-from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE, LOG_FILE, METRICS_FILE
+from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE, LOG_FILE, METRICS_FILE
+from babyllama.training.babylm import teacher_sources
+from babyllama.training.callbacks import RunLog
 from babyllama.training.trainer import named_if_unreadable
 from data_utils import DataProcessor
 

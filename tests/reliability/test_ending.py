@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 import data_utils
 import train
 from babyllama.files import atomic_write, drafts
+from babyllama.runs.checkpoints import checkpoint_error, checkpoints
+from babyllama.runs.run_dir import METRICS_FILE, STATUS_FILE
 from babyllama.training import results, trainer
-from babyllama.training.checkpoints import checkpoint_error, checkpoints
 from babyllama.training.ending import SIGNALS
-from babyllama.training.run_dir import METRICS_FILE, STATUS_FILE
 
 NAMES = [signal.Signals(number).name for number in SIGNALS]
 

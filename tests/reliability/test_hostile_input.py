@@ -226,10 +226,7 @@ ATTACKS = ["a", " ", "\n", "=", "<", "[", "{{", "(", "*", "-", ":", ".", "1", "'
 BOUNDED = {"_BEFORE", "_AFTER", "_SOUND", "_MARKUP_NAME"}
 # patterns that are built when they are needed: (module, argument)
 BUILT = {
-    (
-        "babyllama.training.checkpoints",
-        "pattern",
-    ),  # constants of the same module, on names of files
+    ("babyllama.runs.checkpoints", "pattern"),  # constants of the same module, on names of files
     ("benchmark", "f'\\\\s*{re.escape(answer)}(?!\\\\w)'"),  # a match at the start of a short text
     ("babyllama.evaluation.report", "control"),
 }

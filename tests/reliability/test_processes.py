@@ -16,9 +16,9 @@ from conftest import tiny_config
 from forks import signal_before, start_child
 
 import train
+from babyllama.runs.checkpoints import MANIFEST, checkpoint_error, checkpoints
+from babyllama.runs.run_dir import STATUS_FILE
 from babyllama.training import trainer
-from babyllama.training.checkpoints import MANIFEST, checkpoint_error, checkpoints
-from babyllama.training.run_dir import STATUS_FILE
 
 pytestmark = pytest.mark.promise(9)
 TIMEOUT = 6.0  # seconds that a process may be silent in these tests

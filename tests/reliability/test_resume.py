@@ -25,9 +25,9 @@ from runs import (
 )
 from transformers import TrainerCallback
 
-from babyllama.training.checkpoints import checkpoint_step, checkpoints
-from babyllama.training.resume import CHANGEABLE
-from babyllama.training.run_dir import DATA_REPORT_FILE, METRICS_FILE
+from babyllama.runs.checkpoints import checkpoint_step, checkpoints
+from babyllama.runs.resume import CHANGEABLE
+from babyllama.runs.run_dir import DATA_REPORT_FILE, METRICS_FILE
 from babyllama.training.trainer import LMTrainer
 
 # ---- each chunk once an epoch -------------------------------------------------------------------

@@ -14,7 +14,7 @@ from runs import run
 from transformers import TrainerCallback
 
 from babyllama.files import exclusive_folder
-from babyllama.training.checkpoints import checkpoint_error, checkpoint_step, checkpoints
+from babyllama.runs.checkpoints import checkpoint_error, checkpoint_step, checkpoints
 
 TINY = {"model__n_layer": 1, "training__batch_size": 1, "training__gradient_accumulation_steps": 1,
         "training__logging_steps": 1, "training__num_epochs": 80, "training__eval_steps": 100_000}  # fmt: skip

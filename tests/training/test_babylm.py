@@ -26,10 +26,7 @@ from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import load_tokenizer
 from babyllama.data.words import WordCounts
 from babyllama.files import describe_environment
-from babyllama.training import babylm
-from babyllama.training.babylm import SeenWords, chunk_order, compliance_problems
-from babyllama.training.batches import ExactBatchSampler, batches_per_step
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     checkpoint_error,
     checkpoint_step,
     checkpoint_words,
@@ -37,7 +34,10 @@ from babyllama.training.checkpoints import (
     milestone_name,
     milestones,
 )
-from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE
+from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE
+from babyllama.training import babylm
+from babyllama.training.babylm import SeenWords, chunk_order, compliance_problems
+from babyllama.training.batches import ExactBatchSampler, batches_per_step
 from babyllama.training.steps import Steps
 from babyllama.training.trainer import LMTrainer
 
@@ -52,7 +52,7 @@ def shop(tmp_path, corpus_dir, monkeypatch) -> Path:
     shutil.copytree(corpus_dir / "dev", tmp_path / "dev")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BABYLLAMA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("babyllama.training.checkpoints.MILLION", 1000)
+    monkeypatch.setattr("babyllama.runs.checkpoints.MILLION", 1000)
     assert (
         train_tokenizer.main(
             ["--data-dir", "train", "--vocab-size", "400", "--output", "tokenizer.json"]
@@ -178,7 +178,7 @@ def test_words_seen_with_another_offset_in_each_epoch(tokenizer):
 def test_ten_epochs_end_with_the_last_checkpoint(
     tokenizer, words, training, last_step, monkeypatch
 ):
-    monkeypatch.setattr("babyllama.training.checkpoints.MILLION", 10)
+    monkeypatch.setattr("babyllama.runs.checkpoints.MILLION", 10)
     training = {"batch_size": 2, "gradient_accumulation_steps": 1, "num_epochs": 10, "max_steps": None} | training  # fmt: skip
     counts = word_counts(tokenizer, words)
     steps = Steps(len(words), training)

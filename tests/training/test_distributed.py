@@ -19,9 +19,9 @@ from conftest import CLOCK, ROOT, rows_of, timeless, tiny_config
 import train
 from babyllama.config import ConfigError, check_config
 from babyllama.evaluation.benchmark_config import load_tasks
+from babyllama.runs.checkpoints import MANIFEST, checkpoints
+from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training import distributed
-from babyllama.training.checkpoints import MANIFEST, checkpoints
-from babyllama.training.run_dir import METRICS_FILE
 from benchmark import BenchmarkSuite
 
 LAUNCHERS = {

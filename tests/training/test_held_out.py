@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from babyllama.data.tokenizer import byte_lengths
-from babyllama.training.finished_run import training_scores
+from babyllama.runs.finished_run import training_scores
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
 

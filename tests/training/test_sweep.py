@@ -14,9 +14,9 @@ from conftest import ROOT, errors_of, rows_of
 
 import train
 from babyllama.config import ConfigError, set_key
+from babyllama.runs.checkpoints import MANIFEST, checkpoints
+from babyllama.runs.run_dir import LOG_FILE, METRICS_FILE, RESULTS
 from babyllama.training import sweep, sweep_results
-from babyllama.training.checkpoints import MANIFEST, checkpoints
-from babyllama.training.run_dir import LOG_FILE, METRICS_FILE, RESULTS
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import yaml
 from conftest import rows_of, timeless
 
 import train
+from babyllama.runs.checkpoints import checkpoint_step
+from babyllama.runs.finished_run import seed_and_config
+from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training import time_limit
-from babyllama.training.checkpoints import checkpoint_step
-from babyllama.training.finished_run import seed_and_config
-from babyllama.training.run_dir import METRICS_FILE
 
 
 @pytest.fixture

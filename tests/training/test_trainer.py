@@ -19,10 +19,10 @@ from transformers import Trainer, TrainingArguments
 
 import train
 from babyllama.config import check_config
+from babyllama.runs.checkpoints import checkpoints
+from babyllama.runs.run_dir import RESULTS
 from babyllama.training import callbacks
-from babyllama.training.checkpoints import checkpoints
 from babyllama.training.chunks import ShiftedChunks
-from babyllama.training.run_dir import RESULTS
 from babyllama.training.trainer import LMTrainer
 
 

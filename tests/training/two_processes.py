@@ -16,10 +16,10 @@ import torch
 from conftest import build_tiny_model
 
 import train
+from babyllama.runs.checkpoints import checkpoints
+from babyllama.runs.run_dir import RESULTS
 from babyllama.training import distributed, trainer
-from babyllama.training.checkpoints import checkpoints
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
-from babyllama.training.run_dir import RESULTS
 
 
 def on_main(act):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import train
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     MANIFEST,
     checkpoint_error,
     checkpoint_step,
@@ -14,7 +14,7 @@ from babyllama.training.checkpoints import (
     find_checkpoint,
     seal_checkpoint,
 )
-from babyllama.training.run_dir import LOG_FILE
+from babyllama.runs.run_dir import LOG_FILE
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "no manifest"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.files import read_json
-from babyllama.training.run_dir import METRICS_FILE
+from babyllama.runs.run_dir import METRICS_FILE
 
 
 def training_scores(folder: str | Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Decide whether a run starts, resumes or is finished already, so that two runs never mix.
 
 The configuration and the data report in the run directory say which run it holds. A resumed run may
-differ from it in a few keys; the history records the changes. Nothing here imports torch.
+differ from it in a few keys; the history records the changes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from babyllama.config import flatten, read_yaml_file
 from babyllama.files import check_weights, read_json
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     checkpoint_step,
     find_checkpoint,
     milestones,
     newest_intact_checkpoint,
 )
-from babyllama.training.run_dir import CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE, RESULTS, RETRAIN
+from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE, RESULTS, RETRAIN
 
 log = logging.getLogger(__name__)
 

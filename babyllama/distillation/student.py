@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from babyllama.training import distributed
-from babyllama.training.loss import next_token_nll, slice_nll
-from babyllama.training.teacher_cache import (
+from babyllama.distillation.teacher_cache import (
     CachedChunks,
     cache_facts,
     cache_folder,
@@ -25,13 +23,15 @@ from babyllama.training.teacher_cache import (
     describe_cache,
     write_cache,
 )
-from babyllama.training.teachers import (
+from babyllama.distillation.teachers import (
     SoftTargets,
     average_teachers,
     divergence,
     load_teachers,
     with_dropped_mass,
 )
+from babyllama.training import distributed
+from babyllama.training.loss import next_token_nll, slice_nll
 from babyllama.training.trainer import LMTrainer
 
 # ---- the loss -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Save, find and check the checkpoints of a run.
 
 A checkpoint-<step> holds what a run needs to resume. BabyLM's milestones, chck_<N>M, are models.
-Both end with a manifest of their files. Nothing here imports torch.
+Both end with a manifest of their files.
 """
 
 from __future__ import annotations

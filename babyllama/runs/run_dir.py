@@ -1,6 +1,6 @@
 """Lay out the directory of a run: the names of its files, and which of them a new run replaces.
 
-Nothing here imports torch. The layout:
+The layout:
 
     models/<name>/
         training_config.yaml  data_report.json             before step 0: what is trained
@@ -30,7 +30,7 @@ from babyllama.files import (
     write_json,
     write_text,
 )
-from babyllama.training.checkpoints import (
+from babyllama.runs.checkpoints import (
     checkpoint_error,
     checkpoint_step,
     checkpoints,

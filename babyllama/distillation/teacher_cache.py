@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from babyllama.distillation.teachers import DTYPES, Ensemble, SoftTargets, divergence
 from babyllama.files import (
     atomic_write,
     default_cache_dir,
@@ -33,7 +34,6 @@ from babyllama.files import (
 from babyllama.training.checks import check_teacher_exists
 from babyllama.training.chunks import collate_chunks
 from babyllama.training.kernels import pick_precision
-from babyllama.training.teachers import DTYPES, Ensemble, SoftTargets, divergence
 
 ABOUT_FILE = "about.json"
 IDS_FILE = "top_ids.npy"

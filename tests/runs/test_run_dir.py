@@ -6,7 +6,7 @@ from conftest import back_to_checkpoint, errors_of
 
 import train
 from babyllama.files import exclusive_folder
-from babyllama.training.run_dir import MEASURED
+from babyllama.runs.run_dir import MEASURED
 
 
 def test_overwrite_deletes_old_measurements_but_no_other_files(finished_copy):

@@ -7,9 +7,9 @@ from conftest import back_to_checkpoint, errors_of, rows_of, timeless
 
 import train
 from babyllama.files import is_model
-from babyllama.training.checkpoints import checkpoint_error, checkpoint_step, checkpoints
-from babyllama.training.resume import resolve_checkpoint
-from babyllama.training.run_dir import (
+from babyllama.runs.checkpoints import checkpoint_error, checkpoint_step, checkpoints
+from babyllama.runs.resume import resolve_checkpoint
+from babyllama.runs.run_dir import (
     CONFIG_FILE,
     DATA_REPORT_FILE,
     LOG_FILE,
