@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from babyllama.schema import SECTIONS
@@ -137,6 +138,12 @@ def test_readme_lists_the_folders_of_the_package():
     assert rows == {f"{folder.relative_to(ROOT)}/" for folder in folders}
 
 
+def test_the_list_of_documents_is_complete():
+    listed = re.findall(r"\| \[[^]]+\]\(([^)]+)\) \|", TEXTS[ROOT / "docs" / "README.md"])
+    listed = {(ROOT / "docs" / name).resolve() for name in listed}
+    assert listed == set(DOCS) - {ROOT / "docs" / "README.md"}
+
+
 @pytest.mark.parametrize("path", DOCS, ids=ids)
 def test_pictures_exist_and_are_small(path):
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXTS[path]):
@@ -168,11 +175,25 @@ def test_messages_of_the_troubleshooting_table_are_in_the_code():
     code = re.sub(r'"\n\s*f?"', "", code)  # strings that continue on the next line
     guide = TEXTS[ROOT / "TRAINING_GUIDE.md"]
     table = guide.split("## Troubleshooting", 1)[1].split("\n## ", 1)[0]
-    messages = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    first_cells = "".join(re.findall(r"^\| (`.+?) \|", table, re.M))
+    messages = re.findall(r"`([^`]+)`", first_cells)
     assert len(messages) > 10
     for message in messages:
         for part in re.split(r"\.\.\.|[\d,]*\d|[()]", message):
             assert part.strip() in code, message
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_configurations_in_the_documents_are_valid(path):
+    """Lay each YAML block of `section: {key: value}` over config/llama-10M.yaml."""
+    for block in blocks(TEXTS[path], "yaml"):
+        sections = yaml.safe_load(block)
+        if not sections.keys() <= SECTIONS.keys():
+            continue
+        assignments = []
+        for name, section in sections.items():
+            assignments += [f"{name}.{key}={json.dumps(value)}" for key, value in section.items()]
+        load_config(ROOT / "config" / "llama-10M.yaml", argparse.Namespace(set=assignments))
 
 
 def test_the_sweep_of_the_guide(tmp_path):
@@ -239,7 +260,7 @@ def test_keys_in_the_documents_exist():
     keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
     named = set(
         re.findall(
-            r"(?<![\w./-])((?:data|model|training|logging|distillation|babylm)\.(?!py\b)[a-z_0-9]+)(?![\w./(])",
+            r"(?<![\w./-])((?:data|model|training|logging|distillation|babylm)\.(?!(?:py|md)\b)[a-z_0-9]+)(?![\w./(])",
             ALL,
         )
     )
