@@ -228,7 +228,6 @@ BOUNDED = {"_BEFORE", "_AFTER", "_SOUND", "_MARKUP_NAME"}
 BUILT = {
     ("babyllama.runs.checkpoints", "pattern"),  # constants of the same module, on names of files
     ("benchmark", "f'\\\\s*{re.escape(answer)}(?!\\\\w)'"),  # a match at the start of a short text
-    ("babyllama.evaluation.report", "control"),
 }
 
 
