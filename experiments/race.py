@@ -92,7 +92,7 @@ def race_ours(args: argparse.Namespace, data: Path, seconds: float) -> dict:
         began = time.time() - seconds
         run_ours(
             *("train_tokenizer.py", "--data-dir", data / "train", "--output", tokenizer),
-            *("--vocab-size", config["model"].get("vocab_size") or VOCABULARY),
+            *("--vocab-size", config["model"].get("vocab_size") or VOCABULARY, "--prefix-space"),
         )
         minutes = args.minutes - (time.time() - began) / 60
         if minutes <= 0:
