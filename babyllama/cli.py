@@ -49,9 +49,12 @@ class Parser(argparse.ArgumentParser):
         self.settings = settings or {}
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        hyphens = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]
-        return super().parse_known_args(hyphens, namespace)
+        args = list(sys.argv[1:] if args is None else args)
+        end_of_flags = args.index("--") if "--" in args else len(args)
+        for index, arg in enumerate(args[:end_of_flags]):
+            # a value may begin with -- too, but then it has a space
+            args[index] = re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), arg)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         hint = f"{self.prog} --help lists the flags"

@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import common  # noqa: F401  puts the repository on sys.path
 import torch
 
-from babyllama.cli import run_script
+from babyllama.cli import Parser, run_script
 from babyllama.data.documents import read_documents
 from babyllama.evaluation.loading import context_length, encode, load_model
 from babyllama.evaluation.scoring import ids_logprobs, token_logprobs
@@ -95,7 +95,7 @@ def compare_rolling(path: str, model, tokenizer, texts: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="model directory")
     parser.add_argument("--text", required=True, metavar="FILE", help="text to score")
     return parser

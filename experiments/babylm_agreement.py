@@ -31,7 +31,7 @@ import common
 import numpy as np
 
 import submit
-from babyllama.cli import run_script
+from babyllama.cli import Parser, run_script
 from babyllama.evaluation.tasks import TASKS
 from babyllama.submission import collate, official
 from babyllama.submission.form import read_run
@@ -400,7 +400,7 @@ def print_table(rows: dict[tuple[str, str], Row]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run directory with a babylm section")
     parser.add_argument("--eval-data", required=True, metavar="DIR", help="evaluation_data")
     parser.add_argument("--official", required=True, metavar="DIR", help="babylm-eval/strict")

@@ -124,7 +124,7 @@ def train(config: dict) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
     flags = ["--config", str(file)]
     if any(not checkpoint_error(folder) for folder in checkpoints(run_dir)):
-        flags += ["--resume_from_checkpoint", "latest"]
+        flags += ["--resume-from-checkpoint", "latest"]
     if main(flags):
         raise ValueError(f"{run_dir}: the run failed")
 

@@ -16,7 +16,7 @@ import sys
 
 from common import ROOT, seconds_of, spread, tokenizer_or_stand_in
 
-from babyllama.cli import check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 
 TITLES = {"adamw": "AdamW", "torch": "torch.optim.Muon", "muon": "Muon of train.py"}
 
@@ -69,7 +69,7 @@ def measure(config: dict, repeats: int) -> dict[str, list[float]]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     default = str(ROOT / "config" / "llama-10M.yaml")
     parser.add_argument("--config", default=default, help="model and batch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default 5)")

@@ -2,7 +2,7 @@
 
     python experiments/race.py --raw path/to/raw --blimp path/to/blimp/data --output models/race
     python experiments/race.py --data data --minutes 10 --contestants ours plain tuned
-    python experiments/race.py --set training.lr=4e-3 --output models/race-lr --contestants ours
+    python experiments/race.py --set training.lr=2e-3 --output models/race-lr --contestants ours
 
 --raw names a folder with raw train/ and dev/. Cleaning it is part of the time of every contestant,
 who all read the cleaned text. --data names a folder with train/ and dev/ that prepare_data.py has
@@ -34,7 +34,7 @@ from common import ROOT, USER_ENVIRONMENT, VOCABULARY, run_child
 
 sys.path.insert(0, str(ROOT))  # before an installed package with the name of evaluate.py
 
-from babyllama.cli import add_flag, check_at_least, run_script
+from babyllama.cli import Parser, add_flag, check_at_least, run_script
 from babyllama.config import format_yaml, read_yaml_file, set_key
 from babyllama.files import read_json, write_json
 
@@ -215,13 +215,17 @@ def measure(args: argparse.Namespace, run: dict, data: Path) -> dict:
 
 def print_table(runs: dict[str, dict]) -> None:
     """Print the rows that docs/experiments.md takes."""
-    print("| | minutes | steps | words | bits per byte | BLiMP |")
+    print("| contestant | minutes | steps | words | bits per byte | BLiMP |")
     print("|---|---|---|---|---|---|")
     for name, run in runs.items():
         low, high = run["bits_per_byte_ci95"]
         blimp = "-"
         if "blimp" in run:
-            blimp = f"{100 * run['blimp']['accuracy']:.1f}"
+            accuracy, *ends = (
+                f"{100 * value:.1f}"
+                for value in (run["blimp"]["accuracy"], *run["blimp"]["accuracy_ci95"])
+            )
+            blimp = f"{accuracy} ({' to '.join(ends)})"
         print(
             f"| {name} | {run['seconds'] / 60:.1f} | {run['steps']:,} | {run['words']:,} | "
             f"{run['bits_per_byte']:.4f} ({low:.4f} to {high:.4f}) | {blimp} |"
@@ -233,7 +237,7 @@ def print_table(runs: dict[str, dict]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     text = parser.add_mutually_exclusive_group()
     add_flag(text, "raw", type=Path, help="folder with raw train/ and dev/")
     default = Path("data")

@@ -106,6 +106,16 @@ def test_flags_have_two_spellings_and_a_minimum():
                 check_at_least(parser.parse_args([flag, value]), {"batch_size": 2})
 
 
+def test_only_flags_are_respelled():
+    parser = Parser()
+    add_flag(parser, "prompt")
+    parser.add_argument("models", nargs="*")
+    args = parser.parse_args(["--prompt", "-- snake_case name", "--", "--my_dir", "a_b"])
+    assert args.prompt == "-- snake_case name"
+    assert args.models == ["--my_dir", "a_b"]
+    assert parser.parse_args(["--prompt=a_b"]).prompt == "a_b"
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

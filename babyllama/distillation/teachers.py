@@ -1,7 +1,7 @@
 """Load teachers, the models that a student learns from.
 
 Teachers are local model directories with the student's vocabulary. This module loads them, checks
-that they fit, and averages what they predict. It does not train (distillation.py) and stores
+that they fit, and averages what they predict. It does not train (student.py) and stores
 nothing (teacher_cache.py).
 """
 

@@ -1,4 +1,4 @@
-"""Present the results of a benchmark as a table for a terminal or a page.
+"""Present the results of a benchmark as a table for a terminal, a bar chart and a page.
 
 Measures nothing: its input is the document that the JSON file holds. The page is one static file
 that loads nothing and shows names and generated text as text.
