@@ -624,6 +624,13 @@ def test_a_missing_tokenizer_is_an_error_with_the_command_that_trains_it(config_
     (line,) = errors_of(capsys)
     assert "nowhere/tokenizer.json not found" in line
     assert "python train_tokenizer.py --data-dir" in line
+    assert "--vocab-size" not in line
+    path = config_file(data__tokenizer_path="nowhere/tokenizer.json", model__vocab_size=300)
+    assert train.main(["--config", str(path)]) == 2
+    assert errors_of(capsys)[0].endswith("--vocab-size 300")
+    path = config_file(data__train_path="nowhere/train", model__vocab_size=300)
+    assert train.main(["--config", str(path)]) == 2
+    assert errors_of(capsys)[0].endswith("--tokenizer-vocab 300")
 
 
 def test_a_missing_path_suggests_a_similar_one_that_exists(config_file, tmp_path, capsys):

@@ -35,6 +35,7 @@ def check_inputs(config: dict) -> Budget | None:
     """
     data = config["data"]
     tokenizer = data["tokenizer_path"]
+    vocabulary = config["model"]["vocab_size"]
     for key in ("train_path", "eval_path"):
         if not Path(data[key]).exists():
             folder = Path(data["train_path"]).parent
@@ -43,6 +44,8 @@ def check_inputs(config: dict) -> Budget | None:
                 f"python prepare_data.py --babylm-{size} DIR --babylm-dev DIR "
                 f"--output-dir {folder} --tokenizer-output {tokenizer}"
             )
+            if vocabulary:
+                command += f" --tokenizer-vocab {vocabulary}"
             if folder == Path("data/synthetic"):
                 command = "python create_synthetic_data.py --num-tokens 300000"
             raise FileNotFoundError(
@@ -50,10 +53,12 @@ def check_inputs(config: dict) -> Budget | None:
                 f"first: {command}{did_you_mean_path(data[key])}"
             )
     if not Path(tokenizer).exists():
+        command = f"python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
+        if vocabulary:
+            command += f" --vocab-size {vocabulary}"
         raise FileNotFoundError(
             f"{tokenizer} not found (data.tokenizer_path){seen_from(tokenizer)}: train a tokenizer "
-            f"first: python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
-            f"{did_you_mean_path(tokenizer)}"
+            f"first: {command}{did_you_mean_path(tokenizer)}"
         )
     distillation = config.get("distillation")
     # with a cache the teachers may have been deleted after they filled it
