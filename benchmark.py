@@ -53,9 +53,17 @@ from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.model_names import in_training_order, prediction_folders, short_names
 from babyllama.evaluation.seed_groups import seed_groups
 from babyllama.evaluation.tasks import TASKS
+from babyllama.files import (
+    check_results_file,
+    describe_environment,
+    read_json,
+    utc_now,
+    weights_sha256,
+    write_json,
+)
+from babyllama.runs.finished_run import facts_of_run, seed_and_config, training_scores
 
 log = logging.getLogger(__name__)
-SPEED_PROMPT = "Once upon a time there was a little"
 
 
 class BenchmarkSuite:
@@ -76,7 +84,7 @@ class BenchmarkSuite:
         tasks: dict[str, BenchmarkTask] | None = None,
         seed: int = 0,
     ):
-        from babyllama.evaluation.loading import has_start_token, load_model
+        from babyllama.evaluation.loading import context_length, has_start_token, load_model
 
         self.model_path = Path(model_path)
         self.seed = seed
@@ -84,6 +92,7 @@ class BenchmarkSuite:
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
         self.bos = has_start_token(self.tokenizer)
+        self.context = context_length(self.model)
         self.scores: dict[str, np.ndarray] = {}
 
     def run_completion_benchmark(self, task: BenchmarkTask | None = None) -> dict[str, Any]:
@@ -181,17 +190,12 @@ class BenchmarkSuite:
         between two tokens of a text. The result has the figures of the first batch size, and
         `batches` those of all sizes.
         """
-        from babyllama.evaluation.loading import context_length, encode
+        from babyllama.evaluation.speed import time_generation
 
         task = task or self._first_task("speed")
-        prompt = encode(self.tokenizer, [SPEED_PROMPT], self.bos)[0][:8]
-        max_steps = context_length(self.model) - len(prompt)
-        steps = min(task.options["max_new_tokens"], max_steps)
-        repeats = task.options["repeats"]
-        batches = []
-        for batch_size in task.options["batch_sizes"]:
-            batches.append(self._time_batch([prompt] * batch_size, steps, repeats))
-        return {"metric": "tokens_per_second", **batches[0], "n": repeats, "batches": batches}
+        batches = time_generation(self.model, self.tokenizer, self.bos, **task.options)
+        n = task.options["repeats"]
+        return {"metric": "tokens_per_second", **batches[0], "n": n, "batches": batches}
 
     def run_items(self, task: BenchmarkTask) -> dict[str, Any]:
         """Score every candidate of a task, and compare the result with trivial baselines."""
@@ -252,40 +256,6 @@ class BenchmarkSuite:
     def _mean_over_groups(self, name: str, scores: list[float]) -> dict[str, Any]:
         mean = metrics.mean_over_groups(name, np.array(scores)[:, None], self.seed)
         return {**mean, "n": len(scores), "interval": "bootstrap by group"}
-
-    def _time_batch(self, prompts: list[list[int]], steps: int, repeats: int) -> dict[str, float]:
-        import torch
-
-        from babyllama.device import peak_memory_gb, reset_peak_memory
-        from babyllama.evaluation.generation import generate_steps
-
-        reset_peak_memory(self.device)
-        timings = []
-        warm_up_steps = min(8, steps)
-        for run_steps in [warm_up_steps, *[steps] * repeats]:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            generated = 0
-            times = [time.perf_counter()]
-            for tokens in generate_steps(
-                self.model, prompts, max_new_tokens=run_steps, temperature=0
-            ):
-                # the tokens are already on the CPU, so the device has finished this step
-                generated += sum(token is not None for token in tokens)
-                times.append(time.perf_counter())
-            tokens_per_second = generated / (times[-1] - times[0])
-            seconds_between = (times[-1] - times[1]) / max(1, run_steps - 1)
-            timings.append((tokens_per_second, seconds_between, times[1] - times[0]))
-        columns = zip(*timings[1:], strict=True)  # without the warm-up
-        tokens_per_second, between, first = (statistics.median(column) for column in columns)
-        return {
-            "batch_size": len(prompts),
-            "tokens_per_second": tokens_per_second,
-            "latency_ms": 1000 * between,
-            "first_token_ms": 1000 * first,
-            "generated_tokens": generated,
-            "memory_gb": peak_memory_gb(self.device),
-        }
 
     @functools.cached_property
     def _unigram(self) -> np.ndarray | None:
@@ -352,8 +322,6 @@ def run(
 
 def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> dict[str, Any]:
     """Return the results document without a model."""
-    from babyllama.files import describe_environment, utc_now
-
     environment = describe_environment(args.device)
     counts = {name: {"original": task.n, "effective": task.n} for name, task in tasks.items()}
     return {
@@ -414,16 +382,12 @@ def compare_with_first(
 
 def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
-    from babyllama.evaluation.loading import context_length
-    from babyllama.files import weights_sha256
-    from babyllama.runs.finished_run import facts_of_run, seed_and_config, training_scores
-
     return {
         "path": str(suite.model_path),
         "architecture": type(suite.model).__name__,
         "parameters": suite.model.num_parameters(),
         "vocab_size": len(suite.tokenizer),
-        "context": context_length(suite.model),
+        "context": suite.context,
         "bos": suite.bos,
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
@@ -435,8 +399,6 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
 
 def write_predictions(suite: BenchmarkSuite, folder: Path) -> int:
     """Write predictions.json of each BabyLM task into the folder of the model; return how many."""
-    from babyllama.files import write_json
-
     written = 0
     for name, task in suite.tasks.items():
         official = TASKS[task.type].official if task.type in TASKS else ""
@@ -458,8 +420,6 @@ def check_nothing_is_lost(output: Path, models: list[str], tasks: dict[str, Benc
 
     Results cannot be added to the file, because a comparison needs the scores of all items.
     """
-    from babyllama.files import read_json
-
     if not output.is_file() or not output.stat().st_size:
         return
     earlier = read_json(output)
@@ -545,7 +505,6 @@ def main(argv: list[str] | None = None) -> int:
 
         from babyllama.device import pick_device
         from babyllama.evaluation.report import text_report
-        from babyllama.files import check_results_file
 
         check_results_file(output, "--output")
         if not args.overwrite:

@@ -29,7 +29,15 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import babyllama  # noqa: F401  before numpy, because it names a package that is missing
+
+# isort: split
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, List, Value
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from babyllama.data.cleaners import (
     CLEANER_VERSION,
@@ -62,11 +70,6 @@ from babyllama.files import (
     sha256,
     write_json,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerFast
 
 __all__ = [
     "DataProcessor",
@@ -107,8 +110,6 @@ class DataProcessor:
 
     def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
         """Return the documents of a split as they are, with columns text and source (file name)."""
-        from datasets import Dataset
-
         rows: dict[str, list[str]] = {"text": [], "source": []}
         for path in find_files(data_dir, split):
             for document in read_documents(path):
@@ -153,8 +154,6 @@ class DataProcessor:
         started. Raise ValueError if a split does not fill one chunk, and FileNotFoundError if it
         has no files.
         """
-        from datasets import Dataset, DatasetDict
-
         _check_max_length(max_length)
         n_threads = max(1, min(num_proc or 1, os.cpu_count() or 1))
         os.environ.setdefault("RAYON_NUM_THREADS", str(n_threads))
@@ -197,11 +196,6 @@ class DataProcessor:
 
         Return the report.
         """
-        import numpy as np
-        import pyarrow as pa
-        from datasets import Features, List, Value
-        from tqdm import tqdm
-
         report = {**new_report(), "key": arrow.stem, "tokens": 0, "sources": sources}
         schema = Features({"input_ids": List(Value(self._dtype), length=max_length)}).arrow_schema
         rest = np.empty(0, dtype=self._dtype)  # ids that do not fill a chunk yet
@@ -275,8 +269,6 @@ class DataProcessor:
 
     def _tokenize_batch(self, items: list[str | int]) -> np.ndarray:
         """Return one row of token ids: those of the texts, and the single ids between them."""
-        import numpy as np
-
         texts = [item for item in items if isinstance(item, str)]
         encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
         token_ids: list[int] = []

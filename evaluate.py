@@ -31,9 +31,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import babyllama  # noqa: F401  before numpy, because it names a package that is missing
+
+# isort: split
+import numpy as np
+
 from babyllama.cli import Parser, add_flag, check_at_least, log_to_stderr, run_script, significant
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import domain_of, find_files
+from babyllama.evaluation import metrics, word_surprisal
 from babyllama.files import (
     check_model_exists,
     check_results_file,
@@ -43,6 +49,7 @@ from babyllama.files import (
     weights_sha256,
     write_json,
 )
+from babyllama.runs.finished_run import training_scores, training_text_of
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +80,14 @@ class ModelEvaluator:
     """
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
-        from babyllama.evaluation.loading import has_start_token, load_model
+        from babyllama.evaluation.loading import context_length, has_start_token, load_model
 
         self.model_path = Path(model_path)
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
         self.seed = seed
         self.bos = has_start_token(self.tokenizer)
+        self.context = context_length(self.model)
         self._cached_request: tuple | None = None
         self._cached_scores: list = []
 
@@ -100,9 +108,6 @@ class ModelEvaluator:
         the figures of each. If bits per byte would change by a tenth or more without one
         document, `dominating_document` names it.
         """
-        import numpy as np
-
-        from babyllama.evaluation import metrics
         from babyllama.evaluation.generation import decode
 
         # count nats, tokens, bytes and words of each text that has a scored token
@@ -162,9 +167,6 @@ class ModelEvaluator:
         al. 2016). Self-BLEU compares a text with the other texts of its prompt (Zhu et al. 2018); 1
         means that they are equal. A text that is too short for a figure is left out of its mean.
         """
-        import numpy as np
-
-        from babyllama.evaluation import metrics
         from babyllama.evaluation.generation import generate
 
         _check_strings(prompts, "prompts")
@@ -219,10 +221,6 @@ class ModelEvaluator:
         in `top1_accuracy`. `expected_calibration_error` uses 15 bins of equal width of the highest
         probability.
         """
-        import numpy as np
-
-        from babyllama.evaluation import metrics
-
         scores = self._score(texts, batch_size)
 
         def column(name: str) -> np.ndarray:
@@ -278,16 +276,15 @@ class ModelEvaluator:
         counted once more than it occurs). The frequency is None if the model does not record its
         training text, or if that is gone. The formula is in evaluation/word_surprisal.py.
         """
-        from babyllama.evaluation.loading import training_text_of
-        from babyllama.evaluation.word_surprisal import log2_frequencies, word_surprisal
-
-        rows = word_surprisal(
+        rows = word_surprisal.word_surprisal(
             self.model, self.tokenizer, texts, self._batch_tokens(texts, batch_size)
         )
         training_text = training_text_of(self.model_path, "train_path")
         frequencies: dict[str, float] = {}
         if training_text and training_text.exists():
-            frequencies = log2_frequencies({row["word"] for row in rows}, training_text)
+            frequencies = word_surprisal.log2_frequencies(
+                {row["word"] for row in rows}, training_text
+            )
         return [{**row, "log2_frequency": frequencies.get(row["word"])} for row in rows]
 
     def plot_metrics(
@@ -324,13 +321,12 @@ class ModelEvaluator:
 
     def _batch_tokens(self, texts: Sequence[str], batch_size: int) -> int:
         """Check a request; return how many tokens a forward pass reads."""
-        from babyllama.evaluation.loading import context_length
         from babyllama.evaluation.scoring import GPU_BATCH_TOKENS
 
         _check_strings(texts, "texts")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
-        return min(batch_size * context_length(self.model), GPU_BATCH_TOKENS)
+        return min(batch_size * self.context, GPU_BATCH_TOKENS)
 
 
 def _check_strings(texts: Sequence[str], name: str) -> None:
@@ -432,9 +428,6 @@ def first_words(texts: Sequence[str]) -> list[str]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return a report with the top-level keys of lm-evaluation-harness."""
-    from babyllama.evaluation.loading import training_text_of
-    from babyllama.runs.finished_run import training_scores
-
     # read text and prompts first, so that a wrong path is an error before the model is loaded
     model_path = Path(args.model)
     source = Path(args.eval_data) if args.eval_data else training_text_of(model_path, "eval_path")
@@ -671,13 +664,11 @@ def run(args: argparse.Namespace) -> int:
 
 def write_surprisal(args: argparse.Namespace, output: Path) -> int:
     """Write the CSV file of --surprisal and print a summary."""
-    from babyllama.evaluation.word_surprisal import holds_rows, read_sentences, write_rows
-
-    check_results_file(output, "--output-path", holds_rows)
-    sentences = read_sentences(Path(args.surprisal))
+    check_results_file(output, "--output-path", word_surprisal.holds_rows)
+    sentences = word_surprisal.read_sentences(Path(args.surprisal))
     evaluator = ModelEvaluator(args.model, args.device)
     rows = evaluator.word_surprisal(sentences, args.batch_size)
-    write_rows(output, rows)
+    word_surprisal.write_rows(output, rows)
 
     bits = [row["surprisal_bits"] for row in rows if not math.isnan(row["surprisal_bits"])]
     n_sentences = len({row["sentence"] for row in rows})

@@ -31,7 +31,12 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import babyllama  # noqa: F401  before tokenizers, because it names a package that is missing
+
+# isort: split
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from babyllama.cli import Parser, add_flag, printable, run_script
 from babyllama.config import training_command
@@ -43,10 +48,6 @@ from babyllama.data.tokenizer import adds_prefix_space, document_parts, load_tok
 from babyllama.files import check_replaceable, exclusive_folder, read_json, sha256, write_json
 from babyllama.schema import TRACKS
 from train_tokenizer import check_request, summary_text, train_on_files
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
 
 Sources = dict[str, dict[str, list[Path]]]  # split -> domain -> input files
 
@@ -375,8 +376,6 @@ def clean_splits(
     one_per_row: bool,
 ) -> dict[str, dict]:
     """Write every split, cleaned unless `cleaners` is None, to its folder; return the records."""
-    from tqdm import tqdm
-
     registry = create_cleaner_registry()
     splits = {}
     n_bytes = 0

@@ -28,9 +28,19 @@ import sys
 from pathlib import Path
 
 from babyllama import cli
+from babyllama.evaluation import grading
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
-from babyllama.files import exclusive_folder, is_model, read_json, weights_sha256, write_json
-from babyllama.submission import official
+from babyllama.files import (
+    describe_environment,
+    exclusive_folder,
+    is_model,
+    read_json,
+    utc_now,
+    weights_sha256,
+    write_json,
+    write_text,
+)
+from babyllama.submission import collate, form, hub, official
 from babyllama.submission.glue_tasks import GLUE_TASKS
 from babyllama.submission.jobs import Job, joint_hash, run_jobs, size_of, weights_hash
 from babyllama.submission.official import Requirements
@@ -73,14 +83,11 @@ def zero_shot_job(
 
     def run() -> None:
         from babyllama.evaluation.candidates import score_task
-        from babyllama.evaluation.grading import official_predictions
-        from babyllama.evaluation.loading import has_start_token
-        from babyllama.submission.collate import read_task
 
-        lm, tokenizer = open_model(model, args.device)
-        items = read_task(name, data)
-        scores, _, _ = score_task(lm, tokenizer, name, items, has_start_token(tokenizer))
-        write_json(output, official_predictions(name, items, scores, args.seed))
+        lm, tokenizer, bos = open_model(model, args.device)
+        items = collate.read_task(name, data)
+        scores, _, _ = score_task(lm, tokenizer, name, items, bos)
+        write_json(output, grading.official_predictions(name, items, scores, args.seed))
 
     weights = weights_hash(model)
     return Job(stage, f"{revision} {name}", [output], [data], command, weights, size_of(data), run)
@@ -151,10 +158,14 @@ def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
 
 @functools.lru_cache(maxsize=1)
 def open_model(path: Path, device: str):
-    """Load a model; the tasks of one model follow one another, so the last one is kept."""
-    from babyllama.evaluation.loading import load_model
+    """Return a model, its tokenizer, and True if a token can precede a text.
 
-    return load_model(path, device)
+    The tasks of one model follow one another, so the last one is kept.
+    """
+    from babyllama.evaluation.loading import has_start_token, load_model
+
+    model, tokenizer = load_model(path, device)
+    return model, tokenizer, has_start_token(tokenizer)
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -164,8 +175,7 @@ def write_results(
     args: argparse.Namespace, run: dict, results: Path, output: Path, needed: Requirements
 ) -> list[str]:
     """Write the collated file, scores.json, form.json and index.html; return the problems."""
-    from babyllama.files import describe_environment, utc_now, write_text
-    from babyllama.submission import collate, form, page
+    from babyllama.submission import page
 
     eval_data = Path(args.eval_data)
     collated, problems = collate.collate(results, eval_data, needed)
@@ -202,8 +212,6 @@ def print_scores(scores: dict) -> None:
 
 def check_file(path: str) -> int:
     """Print a line for each problem of a collated file; return the exit code."""
-    from babyllama.submission import collate
-
     collated = read_json(Path(path))
     track = collate.track_of(collated)
     problems = collate.check(collated, official.requirements(track))
@@ -262,9 +270,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("submit.py needs RUN, --eval-data DIR and --output DIR (or --check)")
         args.stages = select_stages(args)
         if args.push:
-            from babyllama.submission.hub import check_repo_id
-
-            check_repo_id(args.push)
+            hub.check_repo_id(args.push)
         return submit(args)
 
     return cli.run_script(body, interrupted="interrupted; the same command continues")
@@ -272,11 +278,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Run what is missing, write the results and publish the model; return the exit code."""
-    from babyllama.submission.form import read_run
-
     run_dir = Path(args.run)
     output = Path(args.output)
-    run = read_run(run_dir)
+    run = form.read_run(run_dir)
     if not Path(args.eval_data).is_dir():
         raise FileNotFoundError(
             f"--eval-data {args.eval_data}: no such folder; {DOWNLOAD} makes it"
@@ -313,18 +317,14 @@ def submit(args: argparse.Namespace) -> int:
 
 def lay_out_cache(args: argparse.Namespace) -> None:
     """Lay the run out as a cache of the Hub, and say how to use it."""
-    from babyllama.submission.hub import lay_out_hub_cache
-
     name = args.push or f"local/{Path(args.run).resolve().stem}"
-    lay_out_hub_cache(Path(args.run), Path(args.hub_cache), name)
+    hub.lay_out_hub_cache(Path(args.run), Path(args.hub_cache), name)
     print(f"to load {name} and its revisions: HF_HUB_CACHE={args.hub_cache} HF_HUB_OFFLINE=1")
 
 
 def publish(args: argparse.Namespace) -> None:
     """Upload the run to the Hub, or list what would be uploaded."""
-    from babyllama.submission.hub import push
-
-    push(
+    hub.push(
         Path(args.run),
         args.push,
         private=args.private,

@@ -28,7 +28,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import babyllama  # noqa: F401  before tokenizers, because it names a package that is missing
+
+# isort: split
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 
 from babyllama.cli import Parser, add_flag, run_script
 from babyllama.config import training_command
@@ -41,9 +46,6 @@ from babyllama.data.tokenizer import (
     tokenizer_sources,
 )
 from babyllama.files import check_replaceable, sha256, write_json, write_text
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1_000_000
@@ -169,8 +171,6 @@ def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> It
     The text is read only once, so on the way the counts of each file are appended to `reports`, and
     an even sample of the parts to `sample`.
     """
-    from tqdm import tqdm
-
     n_bytes = sum(file.stat().st_size for file in files)
     n_sampled = 0
     n_read = 0  # bytes on disk
@@ -200,8 +200,6 @@ def train_bpe_tokenizer(
     that does not start with one; the vocabulary is the same. Raise ValueError if `vocab_size` is
     below 259.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
     _check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     # the GPT-2 split separates "<", "s" and ">", so no merge can spell a special token

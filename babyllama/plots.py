@@ -14,10 +14,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from babyllama.cli import printable
 from babyllama.files import atomic_write
@@ -51,9 +55,6 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def _empty_figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -87,8 +88,6 @@ def save_panels(panels: list[Panel], path: Path, title: str) -> None:
 
 def panel_for_page(draw: Panel, height: float = 3.4) -> tuple[str, str]:
     """Return the title of a panel and the source of its image: a data URI of an SVG picture."""
-    from matplotlib import rc_context
-
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     # text stays text, and equal figures give equal pages
     options = {"svg.fonttype": "none", "svg.hashsalt": "page"} | dict.fromkeys(colours, INK)
@@ -112,8 +111,6 @@ def label(text: Any) -> str:
 
 def read_picture(path: Path) -> np.ndarray:
     """Return the pixels of a PNG file, (height, width, channels), from 0 to 1."""
-    from matplotlib.image import imread
-
     return imread(path)
 
 
@@ -145,8 +142,6 @@ def training_panels(rows: list[dict], floor_nats: float | None = None) -> list[P
 
 def _plot_against_tokens(axis, rows: list[dict], key: str, *style: str, **options) -> None:
     """Draw a line through the rows that have the key."""
-    from matplotlib.ticker import EngFormatter
-
     points = [(row["tokens"], row[key]) for row in rows if key in row]
     axis.plot(*zip(*points, strict=True), *style, **options)
     axis.set_xlabel("tokens")
@@ -177,8 +172,6 @@ def draw_gap(axis, rows: list[dict], floor_nats: float) -> None:
 
     On little text a loss can be below the entropy, which is an average; such points are not drawn.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     for losses, key, name, colour, line in (
         (_losses(rows), "loss", "training", BLUE, "-"),
         (rows, "eval_loss", "held-out", ORANGE, "o-"),
@@ -528,9 +521,6 @@ def draw_learning_curve(axis, curve: dict[str, Any]) -> None:
     `curve` has `at` (million words seen, on a log axis; steps if `words` is false), `lines`
     {phenomenon: accuracies}, `mean`, `ci95`, `chance`, `run` and `task`. `lines` may be empty.
     """
-    from matplotlib import colormaps
-    from matplotlib.ticker import NullFormatter
-
     at = curve["at"]
 
     # the mean with its interval

@@ -21,7 +21,7 @@ from babyllama.config import (
     unusual_values,
     usual_intermediate_size,
 )
-from babyllama.evaluation.loading import training_text_of
+from babyllama.runs.finished_run import training_text_of
 from train import load_config
 
 GOOD = {

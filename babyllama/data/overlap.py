@@ -19,11 +19,9 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-
+import numpy as np
 
 NGRAM = 13  # words; the usual length in contamination checks of language models
 
@@ -40,8 +38,6 @@ def ngram_hashes(word_hashes: np.ndarray) -> np.ndarray:
     The hash of a run is a polynomial in an odd number modulo 2^64. It is computed for all positions
     at once, one word of the run after the other.
     """
-    import numpy as np
-
     n = max(0, len(word_hashes) - NGRAM + 1)
     hashes = np.zeros(n, dtype=np.uint64)
     for i in range(NGRAM):
@@ -67,8 +63,6 @@ class Overlap:
 
     def start_train(self) -> None:
         """Finish the held-out text; the documents that follow are training text."""
-        import numpy as np
-
         self.is_train = True
         self.dev_ngrams = np.concatenate([np.zeros(0, dtype=np.uint64), *self.dev_ngrams])
         self.distinct_ngrams = np.unique(self.dev_ngrams)  # sorted
@@ -77,8 +71,6 @@ class Overlap:
 
     def add(self, words: list[str]) -> None:
         """Add the next words of the current document, in lower case."""
-        import numpy as np
-
         self.digest.update("".join(f"{word} " for word in words).encode())
         hashes = np.fromiter(
             itertools.chain(self.last_hashes, map(word_hash, words)), dtype=np.uint64
@@ -107,8 +99,6 @@ class Overlap:
 
         `places` has the numbers, from 0, of the held-out documents that the training text repeats.
         """
-        import numpy as np
-
         places = [i for i, d in enumerate(self.dev_documents) if d in self.shared_documents]
         shared_ngrams = self.is_shared[np.searchsorted(self.distinct_ngrams, self.dev_ngrams)]
         return {

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
 from babyllama.files import read_json, sha256
 
 if TYPE_CHECKING:
-    import numpy as np
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
@@ -39,8 +41,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     It pads on the right, and of the SPECIAL_TOKENS it has those that are in the file. Raises
     FileNotFoundError if there is no such file and ValueError if it cannot be read.
     """
-    from tokenizers import Tokenizer
-
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -93,8 +93,6 @@ def part_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     It truncates and pads nothing, reads "</s>" as text, and adds no space before a part. See
     document_parts for the space before a document.
     """
-    from tokenizers import Tokenizer
-
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -116,8 +114,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 
     Raise ValueError for a tokenizer that is not byte-level.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     # GPT-2 writes a printable byte as itself, and the other bytes as U+0100, U+0101 and so on
     alphabet = set(ByteLevel.alphabet())
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -145,8 +141,6 @@ def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     -1 if the tokenizer adds a space after it. (A text that starts with a space has the same tokens
     as without; that space is not counted.) Raise ValueError for a tokenizer that is not byte-level.
     """
-    import numpy as np
-
     lengths = np.array([len(text) for text in token_bytes(tokenizer)], dtype=np.int64)
     if adds_prefix_space(tokenizer.backend_tokenizer) and tokenizer.bos_token_id is not None:
         lengths[tokenizer.bos_token_id] = -1

@@ -21,9 +21,10 @@ import numpy as np
 from babyllama.data.documents import read_parts
 from babyllama.data.text_files import find_files
 from babyllama.evaluation.fast_choices import relative_scores
-from babyllama.evaluation.loading import encode, training_text_of
+from babyllama.evaluation.loading import encode
 from babyllama.evaluation.scoring import ids_logprobs
 from babyllama.evaluation.tasks import TASKS, Item
+from babyllama.runs.finished_run import training_text_of
 
 log = logging.getLogger(__name__)
 

@@ -15,37 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
-from babyllama.config import read_yaml_file
 from babyllama.data.tokenizer import tokenizer_class
 from babyllama.device import keep_freed_memory, pick_device
-from babyllama.files import ROOT, check_model_exists, check_utf8, check_weights
+from babyllama.files import check_model_exists, check_utf8, check_weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_CONTEXT = 2048  # for a model whose config states no limit
 MAX_CONSTANTS = 1 << 28  # numbers that a model computes from its config.json: 1 GB in float32
-
-
-def training_text_of(model_path: str | Path, key: str) -> Path | None:
-    """Return data.`key` of the run that trained a model or checkpoint, or None without a record.
-
-    A relative path is looked up in the working directory first, then in the project.
-    """
-    folders = (Path(model_path), Path(model_path).parent)
-    config_files = [folder / "training_config.yaml" for folder in folders]
-    config_file = next((file for file in config_files if file.is_file()), None)
-    if config_file is None:
-        return None
-    try:
-        recorded = Path(read_yaml_file(config_file)["data"][key])
-    except (KeyError, TypeError):
-        raise ValueError(f"{config_file} has no data.{key}") from None
-    for path in (recorded, ROOT / recorded):
-        if path.exists():
-            return path
-    return recorded
 
 
 def load_model(path: str | Path, device: str | None = "auto", dtype: str = "float32"):
@@ -55,13 +37,6 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     missing. Raise ValueError if they cannot be read, if the weights do not fit config.json or have
     changed since train.py saved them, or if the model is not causal.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )
-
     path = Path(path)
     _check_model_dir(path, dtype)
     check_utf8(path)
@@ -114,8 +89,6 @@ class SizeError(ValueError):
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide progress bars, and the table of all weights that would precede our one-line error."""
-    from transformers.utils import logging as hf_logging
-
     verbosity = hf_logging.get_verbosity()
     shows_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -133,9 +106,6 @@ def _check_sizes(path: Path, config) -> None:
 
     Only the headers of the weights are read, and the model is built without memory (device meta).
     """
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
     shapes = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from babyllama.data.documents import new_report, read_parts
 from babyllama.data.text_files import find_files
@@ -152,8 +153,6 @@ def log2_frequencies(words: Iterable[str], training_text: Path) -> dict[str, flo
     A word must match exactly, with its punctuation. Adding 1 gives a word that never occurs a
     finite frequency.
     """
-    from tqdm import tqdm
-
     counts = Counter(dict.fromkeys(words, 0))
     total = 0
     files = find_files(training_text, "train")

@@ -1,4 +1,4 @@
-"""Read from the metrics of a finished run what reports say about it: its scores, text and seed."""
+"""Read from the records of a run what reports say about it: its scores, text and seed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from babyllama.files import read_json
-from babyllama.runs.run_dir import METRICS_FILE
+from babyllama.config import read_yaml_file
+from babyllama.files import ROOT, read_json
+from babyllama.runs.run_dir import CONFIG_FILE, METRICS_FILE
 
 
 def training_scores(folder: str | Path) -> dict[str, Any] | None:
@@ -80,3 +81,23 @@ def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
         return None
     text = json.dumps(facts, sort_keys=True).encode()
     return {"seed": seed, "config": hashlib.sha256(text).hexdigest()}
+
+
+def training_text_of(model_path: str | Path, key: str) -> Path | None:
+    """Return data.`key` of the run that trained a model or checkpoint, or None without a record.
+
+    A relative path is looked up in the working directory first, then in the project.
+    """
+    folders = (Path(model_path), Path(model_path).parent)
+    config_files = [folder / CONFIG_FILE for folder in folders]
+    config_file = next((file for file in config_files if file.is_file()), None)
+    if config_file is None:
+        return None
+    try:
+        recorded = Path(read_yaml_file(config_file)["data"][key])
+    except (KeyError, TypeError):
+        raise ValueError(f"{config_file} has no data.{key}") from None
+    for path in (recorded, ROOT / recorded):
+        if path.exists():
+            return path
+    return recorded

@@ -20,9 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from babyllama.cli import duration
+from babyllama.evaluation.loading import load_model
+from babyllama.evaluation.scoring import ids_logprobs
 from babyllama.files import check_replaceable, holds_results, model_sha256, read_json, write_json
 from babyllama.runs.checkpoints import MILLION
 
@@ -156,9 +160,6 @@ def _finished_rows(
 
 def _surprisals(folder: Path, contexts: dict[str, list[str]], device: str | None) -> list[float]:
     """Return the surprisal, in nats, of every request under one checkpoint."""
-    from babyllama.evaluation.loading import load_model
-    from babyllama.evaluation.scoring import ids_logprobs
-
     model, tokenizer = load_model(folder, device)
     sequences = []
     starts = []
@@ -236,8 +237,6 @@ def acquisition_score(
     both ages; the `words` with both (the model's age in log10 of words seen, the child's in
     months); and how many words were left out, and why.
     """
-    from scipy.stats import pearsonr
-
     human_ages = read_human_ages(human_ages_file)
     values = defaultdict(lambda: defaultdict(list))  # word -> words seen -> surprisals
     for row in surprisals["results"]:
@@ -345,8 +344,6 @@ def _crossing(
 
     Return None if it never does, if it does so outside the range, or if the fit fails.
     """
-    from scipy.optimize import OptimizeWarning, curve_fit
-
     try:
         with np.errstate(over="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used

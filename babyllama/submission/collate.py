@@ -24,7 +24,7 @@ from babyllama.evaluation import grading, metrics
 from babyllama.evaluation.tasks import TASKS, Item, read_items
 from babyllama.files import read_json
 from babyllama.submission import official
-from babyllama.submission.glue_tasks import GLUE_TASKS, read_examples
+from babyllama.submission.glue_tasks import GLUE_TASKS, read_examples, summarize
 from babyllama.submission.official import OfficialTask, Requirements, Sizes
 
 FAST = "fast_eval_results"
@@ -361,8 +361,6 @@ def score(
     treats its parts as independent. `acquisition` is the result of acquisition_score: without it
     the column aoa has no interval.
     """
-    from babyllama.submission.finetuning import summarize
-
     parts: dict[str, list[Part]] = defaultdict(list)
     results: dict[str, Any] = {}
     for name, task in official.ZERO_SHOT.items():

@@ -35,10 +35,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from babyllama.cli import duration
 from babyllama.device import fast_dtype, pick_device
-from babyllama.evaluation import metrics
 from babyllama.evaluation.loading import check_ids, context_length, load_model
 from babyllama.files import write_json
-from babyllama.submission.glue_tasks import GlueTask, glue_task, predictions_file, read_examples
+from babyllama.submission.glue_tasks import (
+    GlueTask,
+    glue_task,
+    predictions_file,
+    read_examples,
+    score_predictions,
+    summarize,
+)
 from babyllama.training.arguments import keep_one_gpu
 
 
@@ -301,38 +307,3 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-# ---- results ------------------------------------------------------------------------------------
-
-
-def score_predictions(
-    labels: np.ndarray, predictions: np.ndarray, n_labels: int
-) -> dict[str, float]:
-    """Return the accuracy and, for two labels, the F1 of label 1 and Matthews' correlation."""
-    scores = {"accuracy": float((labels == predictions).mean())}
-    if n_labels == 2:
-        scores["f1"] = metrics.f1(labels, predictions)
-        scores["mcc"] = metrics.matthews(labels, predictions)
-    return scores
-
-
-def summarize(
-    labels: np.ndarray, predictions: np.ndarray, settings: GlueTask, seed: int
-) -> dict[str, Any]:
-    """Return all scores, and the score of the task's metric with its 95 % interval.
-
-    The interval is Wilson's for an accuracy, and a bootstrap over examples for F1. It does not
-    cover the choice of the best epoch on the same examples, nor the seed.
-    """
-    scores = score_predictions(labels, predictions, settings.labels)
-    score = scores[settings.metric]
-    if settings.metric == "accuracy":
-        interval = metrics.wilson(score, len(labels))
-    else:
-
-        def f1_of(drawn: np.ndarray) -> float:
-            return metrics.f1(labels[drawn], predictions[drawn])
-
-        interval = metrics.bootstrap_interval(f1_of, len(labels), seed).tolist()
-    return {**scores, "metric": settings.metric, "score": score, "score_ci95": interval}

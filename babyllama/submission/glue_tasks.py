@@ -1,4 +1,4 @@
-"""Describe the seven (Super)GLUE tasks of BabyLM 2026: their texts, labels, metric and recipe.
+"""Describe the seven (Super)GLUE tasks of BabyLM 2026: their texts, recipe and scores.
 
     read_examples(Path("boolq.train.jsonl"), "boolq")  # [((question, passage), 1), ...]
 
@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from babyllama.evaluation import metrics
 from babyllama.evaluation.tasks import read_rows
 
 
@@ -90,3 +94,35 @@ def predictions_file(name: str, predictions: list[int]) -> dict:
     """Return the content of a task's predictions.json in the format of BabyLM's pipeline."""
     rows = [{"id": f"{name}_{index}", "pred": label} for index, label in enumerate(predictions)]
     return {name: {"predictions": rows}}
+
+
+def score_predictions(
+    labels: np.ndarray, predictions: np.ndarray, n_labels: int
+) -> dict[str, float]:
+    """Return the accuracy and, for two labels, the F1 of label 1 and Matthews' correlation."""
+    scores = {"accuracy": float((labels == predictions).mean())}
+    if n_labels == 2:
+        scores["f1"] = metrics.f1(labels, predictions)
+        scores["mcc"] = metrics.matthews(labels, predictions)
+    return scores
+
+
+def summarize(
+    labels: np.ndarray, predictions: np.ndarray, settings: GlueTask, seed: int
+) -> dict[str, Any]:
+    """Return all scores, and the score of the task's metric with its 95 % interval.
+
+    The interval is Wilson's for an accuracy, and a bootstrap over examples for F1. It does not
+    cover the choice of the best epoch on the same examples, nor the seed.
+    """
+    scores = score_predictions(labels, predictions, settings.labels)
+    score = scores[settings.metric]
+    if settings.metric == "accuracy":
+        interval = metrics.wilson(score, len(labels))
+    else:
+
+        def f1_of(drawn: np.ndarray) -> float:
+            return metrics.f1(labels[drawn], predictions[drawn])
+
+        interval = metrics.bootstrap_interval(f1_of, len(labels), seed).tolist()
+    return {**scores, "metric": settings.metric, "score": score, "score_ci95": interval}

@@ -14,6 +14,10 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import huggingface_hub  # its parts are loaded at their first use
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+
 from babyllama.files import atomic_write, check_replaceable, is_model, sha256
 from babyllama.runs.checkpoints import milestones
 from babyllama.runs.run_dir import (
@@ -47,8 +51,6 @@ RUN_FILES = (  # the model card, and the files that it names
 
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless a name has the form USER/NAME and the characters the Hub allows."""
-    from huggingface_hub.utils import validate_repo_id
-
     if repo_id.count("/") != 1:
         raise ValueError(f'"{repo_id}": name a repository of the Hub as USER/NAME')
     validate_repo_id(repo_id)
@@ -80,8 +82,6 @@ def lay_out_hub_cache(run_dir: Path, cache_dir: Path, repo_id: str) -> Path:
     loads that milestone. Weights are hard links if the file system permits them, so the cache needs
     hardly any space. An earlier layout is replaced; a repository that was downloaded is not.
     """
-    from huggingface_hub.file_download import repo_folder_name
-
     check_repo_id(repo_id)
     files_of = branches(run_dir)
     folder = Path(cache_dir, repo_folder_name(repo_id=repo_id, repo_type="model"))
@@ -145,11 +145,9 @@ def push(
                 progress(f"    {name}: {_size([content])}")
         return
 
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-    if get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise ValueError("the Hub needs a login: run `hf auth login`, or set $HF_TOKEN")
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo_id).private:
         raise ValueError(
@@ -164,7 +162,10 @@ def push(
         # this sends only what the branch does not have yet
         api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            [
+                huggingface_hub.CommitOperationAdd(name, content)
+                for name, content in contents.items()
+            ],
             commit_message=f"Add {branch} of {run_dir.name}",
             revision=branch,
         )
@@ -178,9 +179,7 @@ def _size(contents: Iterable[Path | bytes]) -> str:
 
 def _card(path: Path, license: str | None, language: str | None) -> bytes:
     """Return the model card with the licence and language set in its metadata, if given."""
-    from huggingface_hub import ModelCard
-
-    card = ModelCard(path.read_text(encoding="utf-8"))
+    card = huggingface_hub.ModelCard(path.read_text(encoding="utf-8"))
     if license:
         card.data.license = license
     if language:
