@@ -1,9 +1,8 @@
 """Turn a YAML configuration into a checked dictionary.
 
-People usually make more than one mistake, so all problems are reported at once, each with the key,
-its value, what is allowed and the nearest key that exists. train.py checks later that the tokenizer
-and the text exist; this module opens nothing but the YAML file. It does not import torch, so a
-wrong configuration is reported within a second.
+People usually make more than one mistake, so all problems are reported at once. train.py checks
+later that the tokenizer and the text exist; this module opens nothing but the YAML file. It does
+not import torch, so a wrong configuration is reported within a second.
 
     python -m babyllama.config            write config/schema.json and API_REFERENCE.md's key table
     python -m babyllama.config --check    exit with 1 if either is out of date
@@ -11,13 +10,12 @@ wrong configuration is reported within a second.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +25,16 @@ from pydantic import BaseModel, ValidationError
 from babyllama.architectures import ARCHITECTURES, NAMES, WITH_DROPOUT
 from babyllama.cli import suggest
 from babyllama.files import ROOT
+from babyllama.problems import (
+    ConfigError,
+    allowed_values,
+    seen_from,
+    unknown_key,
+    validation_problems,
+)
 from babyllama.schema import MAX_EPOCHS, MUON_LR, OPTIONAL, SECTIONS, Config, ModelSection
 
 MAX_CONFIG_BYTES = 1_000_000  # PyYAML takes minutes for a large text file named by mistake
-
-
-class ConfigError(ValueError):
-    """Report the problems of a configuration; `problems` holds one line for each."""
-
-    def __init__(self, problems: list[str], source: str = ""):
-        self.problems = problems
-        super().__init__("\n".join(f"{source}: {line}" if source else line for line in problems))
-
-
-def seen_from(path: str | Path) -> str:
-    """Return " in <working directory>" for a relative path, to say where it was looked for."""
-    return "" if os.path.isabs(path) else f" in {os.getcwd()}"
-
-
-def did_you_mean_path(path: str | Path) -> str:
-    """Return "; did you mean X?" if a path exists that differs in one similar name, else ""."""
-    names = Path(path).parts
-    for i in range(len(names)):
-        folder = Path(*names[:i])
-        if (folder / names[i]).exists():
-            continue
-        similar = difflib.get_close_matches(names[i], os.listdir(folder)) if folder.is_dir() else []
-        for name in similar:
-            found = folder.joinpath(name, *names[i + 1 :])
-            if found.exists():
-                return f"; did you mean {found}?"
-        break
-    return ""
 
 
 # ---- reading YAML -------------------------------------------------------------------------------
@@ -177,102 +153,6 @@ def flatten(values: dict[str, Any], separator: str = ".") -> dict[str, Any]:
     return flat
 
 
-# ---- from pydantic's errors to sentences --------------------------------------------------------
-
-TYPE_NAMES = {
-    "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
-    "null": "null",
-}  # fmt: skip
-
-
-def allowed_values(node: dict) -> str:
-    """Describe in words what the JSON schema of one value allows."""
-    return ", or ".join(_allowed_option(option) for option in node.get("anyOf", [node]))
-
-
-def _allowed_option(node: dict) -> str:
-    if "allowed" in node:  # schema.py has put it into words already
-        return node["allowed"]
-    if "enum" in node:
-        *choices, last = map(str, node["enum"])
-        return f"{', '.join(choices)} or {last}"
-    if "const" in node:
-        return str(node["const"])
-    if "properties" in node:
-        return f"a section with the keys {', '.join(node['properties'])}"
-    if node.get("type") == "array":
-        texts = node["items"].get("type") == "string"
-        count = f"{node['minItems']} or more " if "minItems" in node else ""
-        return f"a list of {count}{'texts' if texts else 'values'}"
-    words = TYPE_NAMES.get(node.get("type"), "any value")
-    if "minimum" in node and "maximum" in node:
-        words += f" from {_number(node['minimum'])} to {_number(node['maximum'])}"
-    elif "minimum" in node:
-        words += f", {_number(node['minimum'])} or more"
-    elif "exclusiveMinimum" in node:
-        words += f" above {_number(node['exclusiveMinimum'])}"
-    if "exclusiveMaximum" in node:
-        words += f", below {_number(node['exclusiveMaximum'])}"
-    return words
-
-
-def _number(value: float) -> str:
-    return f"{value:.10g}"  # 2147483648 in full, and 0.01, 1e-06
-
-
-def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
-    """Describe the problem of a key that the section at `path` does not have."""
-    if not path:
-        return f"{key}: unknown section; {suggest(key, known)}"
-    if path in SECTIONS:
-        for name, section in SECTIONS.items():
-            if key in section.model_fields:
-                return f"{path}.{key}: unknown key; it belongs in {name}.{key}"
-    return f"{path}.{key}: unknown key; {suggest(key, known, f'{path}.')}"
-
-
-def validation_problems(
-    error: ValidationError, schema: type[BaseModel], path: str = ""
-) -> list[str]:
-    """Return one line for each value that pydantic rejected, with what is allowed there.
-
-    `schema` is the model that was validated, `path` its position in the file, such as "model".
-    """
-    root = schema.model_json_schema()
-    definitions = root.get("$defs", {})
-
-    def follow_reference(node: dict) -> dict:
-        for option in node.get("anyOf", [node]):  # an optional section: itself or null
-            if "$ref" in option:
-                return definitions[option["$ref"].split("/")[-1]]
-        return node
-
-    lines = []
-    for problem in error.errors(include_url=False):
-        # walk down the schema; pydantic ends some locations with the name of a union's member
-        node = root
-        names = [path] if path else []
-        for part in problem["loc"]:
-            if part in node.get("properties", {}):
-                node = follow_reference(node["properties"][part])
-            elif isinstance(part, int) and "items" in node:
-                node = follow_reference(node["items"])
-            else:
-                break
-            names.append(str(part))
-        dotted = ".".join(names)
-
-        if problem["type"] == "extra_forbidden":
-            lines.append(unknown_key(dotted, problem["loc"][-1], node["properties"]))
-        elif problem["type"] == "missing":
-            meaning = f" ({node['description']})" if "description" in node else ""
-            lines.append(f"{dotted}: missing; {allowed_values(node)}{meaning}")
-        else:
-            lines.append(f"{dotted}: {problem['input']!r} is not allowed; {allowed_values(node)}")
-    # a value that fails every member of a union has one error for each; report it once
-    return list(dict.fromkeys(lines))
-
-
 # ---- checking -----------------------------------------------------------------------------------
 
 
@@ -385,9 +265,60 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
 
     A required key is None here if it is missing or wrong, which has been reported already.
     """
-    model = config["model"]
-    training = config["training"]
+    yield from _broken_model_rules(config["model"])
 
+    # keys of the training section that contradict each other
+    training = config["training"]
+    for key in ("fp16", "bf16"):
+        if training[key] and training["precision"] not in ("auto", key):
+            precision = training["precision"]
+            yield f"training.{key}: true, but training.precision is {precision!r}; choose one"
+    if training["fp16"] and training["bf16"]:
+        yield "training.fp16, training.bf16: both are true; choose one"
+    if training["warmup_steps"] and training["warmup_ratio"]:
+        yield "training.warmup_steps, training.warmup_ratio: both are given; choose one"
+    if training["lr"] and training["min_lr"] > training["lr"]:
+        yield f"training.min_lr: {training['min_lr']:g} is above training.lr ({training['lr']:g})"
+
+    # features that do not work together
+    if training["max_minutes"] and config["distillation"]["teachers"]:
+        yield (
+            f"training.max_minutes: {training['max_minutes']:g} does not go with teachers, whose "
+            "part of a step is not timed; use training.max_steps"
+        )
+    untested_with_fsdp = {
+        "ema": training["ema"] is not None,
+        "optimizer": training["optimizer"] == "muon",
+        "compile": training["compile"] is True,
+        "torch_compile": training["torch_compile"] is True,
+        "benchmark": training["benchmark"] is not None,
+    }
+    for key, is_used in untested_with_fsdp.items():
+        if training["fsdp"] and is_used:
+            value = training[key]
+            yield f"training.fsdp: true does not go with training.{key}: {value}; remove one"
+    if config["data"]["random_offset"] and config["distillation"]["cache"] == "top_k":
+        yield (
+            "distillation.cache: top_k caches the teachers' predictions for fixed chunks, but "
+            "data.random_offset: true cuts other chunks in each epoch; choose one"
+        )
+
+    # BabyLM's rules, and the trackers
+    epochs = training["num_epochs"]
+    if config["babylm"]["track"] and epochs and epochs > MAX_EPOCHS:
+        yield (
+            f"training.num_epochs: {epochs}: BabyLM allows {MAX_EPOCHS} epochs; "
+            f"use {MAX_EPOCHS} or fewer, or remove the babylm section"
+        )
+    if config["logging"]["wandb"] and not config["logging"]["project"]:
+        yield "logging.project: missing; required with wandb: true (the Weights & Biases project)"
+    for tracker in ("wandb", "tensorboard"):
+        if tracker in config["logging"]["report_to"]:
+            yield f"logging.report_to: {tracker} has its own key; use logging.{tracker}: true"
+
+
+def _broken_model_rules(model: dict) -> Iterator[str]:
+    """Yield one line for each broken rule between keys of the model section."""
     width = model["hidden_size"]
     heads = model["n_head"]
     architecture = ARCHITECTURES.get(model["type"])  # None: reported as an unknown type
@@ -411,52 +342,6 @@ def _broken_rules(config: dict[str, dict]) -> Iterator[str]:
                 f"model.{key}: {model[key]}: {architecture.name} has no dropout; "
                 f"remove it or use {' or '.join(WITH_DROPOUT)}"
             )
-
-    for key in ("fp16", "bf16"):
-        if training[key] and training["precision"] not in ("auto", key):
-            precision = training["precision"]
-            yield f"training.{key}: true, but training.precision is {precision!r}; choose one"
-    if training["fp16"] and training["bf16"]:
-        yield "training.fp16, training.bf16: both are true; choose one"
-    if training["warmup_steps"] and training["warmup_ratio"]:
-        yield "training.warmup_steps, training.warmup_ratio: both are given; choose one"
-    if training["lr"] and training["min_lr"] > training["lr"]:
-        yield f"training.min_lr: {training['min_lr']:g} is above training.lr ({training['lr']:g})"
-
-    if training["max_minutes"] and config["distillation"]["teachers"]:
-        yield (
-            f"training.max_minutes: {training['max_minutes']:g} does not go with teachers, whose "
-            "part of a step is not timed; use training.max_steps"
-        )
-
-    untested_with_fsdp = {
-        "ema": training["ema"] is not None,
-        "optimizer": training["optimizer"] == "muon",
-        "compile": training["compile"] is True,
-        "torch_compile": training["torch_compile"] is True,
-        "benchmark": training["benchmark"] is not None,
-    }
-    for key, is_used in untested_with_fsdp.items():
-        if training["fsdp"] and is_used:
-            value = training[key]
-            yield f"training.fsdp: true does not go with training.{key}: {value}; remove one"
-
-    if config["data"]["random_offset"] and config["distillation"]["cache"] == "top_k":
-        yield (
-            "distillation.cache: top_k caches the teachers' predictions for fixed chunks, but "
-            "data.random_offset: true cuts other chunks in each epoch; choose one"
-        )
-    epochs = training["num_epochs"]
-    if config["babylm"]["track"] and epochs and epochs > MAX_EPOCHS:
-        yield (
-            f"training.num_epochs: {epochs}: BabyLM allows {MAX_EPOCHS} epochs; "
-            f"use {MAX_EPOCHS} or fewer, or remove the babylm section"
-        )
-    if config["logging"]["wandb"] and not config["logging"]["project"]:
-        yield "logging.project: missing; required with wandb: true (the Weights & Biases project)"
-    for tracker in ("wandb", "tensorboard"):
-        if tracker in config["logging"]["report_to"]:
-            yield f"logging.report_to: {tracker} has its own key; use logging.{tracker}: true"
 
 
 def unusual_values(config: dict) -> list[str]:

@@ -12,7 +12,6 @@ tokenizer was trained with --prefix-space.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -143,7 +142,7 @@ def is_gguf(file: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a Llama or GPT-2 as a GGUF file.")
+    parser = cli.Parser(description="Write a Llama or GPT-2 as a GGUF file.")
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model directory")
     parser.add_argument("output", type=Path, metavar="FILE", help="the .gguf file")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 LAYERS = [
     "foundation", "config", "runs", "evaluation", "training", "distillation", "submission", "script"
 ]  # fmt: skip
-FOUNDATION = {"architectures", "schema", "files", "device", "plots", "data", "cli"}
+FOUNDATION = {"architectures", "schema", "files", "device", "plots", "problems", "data", "cli"}
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 

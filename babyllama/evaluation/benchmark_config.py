@@ -20,9 +20,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from babyllama.cli import suggest
-from babyllama.config import ConfigError, read_yaml_file, validation_problems
+from babyllama.config import read_yaml_file
 from babyllama.evaluation.tasks import TASKS, Item, decode_rows, read_items
 from babyllama.files import ROOT
+from babyllama.problems import ConfigError, validation_problems
 
 BUILT_IN = ROOT / "config" / "benchmark.yaml"
 # a file of results has these keys next to the tasks, so no task can have such a name

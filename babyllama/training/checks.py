@@ -12,10 +12,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.config import ConfigError, did_you_mean_path, seen_from
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import ROOT, is_model
+from babyllama.problems import ConfigError, did_you_mean_path, seen_from
 from babyllama.runs.resume import CHANGEABLE
 from babyllama.runs.run_dir import check_output_dir
 from babyllama.training import distributed

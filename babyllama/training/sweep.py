@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
-from babyllama.config import ConfigError, read_yaml_file, seen_from
+from babyllama.config import read_yaml_file
 from babyllama.files import ROOT
+from babyllama.problems import ConfigError, seen_from
 from babyllama.runs.checkpoints import checkpoint_error, checkpoints, milestones
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training import distributed, ending
