@@ -137,10 +137,11 @@ class BenchmarkSuite:
         prompts = []
         for group in groups:
             prompts += [*group["prompts"], group["control"]]
-        texts = iter(
+        texts = iter(  # in the order of the prompts
             self._generate(prompts, max_new_tokens=task.options["max_new_tokens"], temperature=0)
         )
 
+        # overlap within each group, and with the continuation of its control
         scores = []
         controls = []
         for group in groups:
@@ -151,6 +152,7 @@ class BenchmarkSuite:
             controls.append(
                 statistics.mean(metrics.word_overlap(text, control) for text in continuations)
             )
+
         gains = np.array(scores) - controls
         chance = statistics.mean(controls)
         self.scores[task.name] = gains  # models are compared by how far they exceed chance
@@ -170,6 +172,7 @@ class BenchmarkSuite:
         options = {key: task.options[key] for key in ("max_new_tokens", "temperature", "top_p")}
         texts = self._generate(prompts, seed=self.seed, **options)
         words = [text.split() for text in texts]
+        # a text of fewer than four words has no 4-gram, so it repeats none
         scores = [metrics.ngram_repetition(text) if len(text) >= 4 else 0.0 for text in words]
         self.scores[task.name] = np.array(scores)
         samples = zip(prompts[:3], texts[:3], strict=True)
@@ -296,6 +299,7 @@ def run(
             prediction_folder = output.parent / "results" / folders[path]
             if write_predictions(suite, prediction_folder):
                 log.info("  predictions: %s", prediction_folder)
+            # only models that succeeded have scores; the first of them is the reference
             scores[name] = suite.scores
             add_model(document, name, results, facts, compare_with_first(tasks, scores, args.seed))
         except Exception as error:  # whatever is wrong with this model, keep the other results
@@ -305,6 +309,7 @@ def run(
                 message = f"{type(error).__name__}: {message}"
             document["failed"][name] = message
             cli.print_error(ValueError(f"{name}: {message}"))
+        # free the memory of this model before the next one is loaded
         suite = None
         gc.collect()
 
@@ -503,13 +508,14 @@ def main(argv: list[str] | None = None) -> int:
         args.models = in_training_order(args.models)
         names = short_names(args.models)  # raises ValueError if a model is named twice
 
+        # the rest of the checks needs torch, which takes seconds to import
         from babyllama.device import pick_device
         from babyllama.evaluation.report import text_report
 
         check_results_file(output, "--output")
         if not args.overwrite:
             check_nothing_is_lost(output, names, tasks)
-        pick_device(args.device)
+        pick_device(args.device)  # raises ValueError for an unknown one
 
         document, written = run(args, tasks, output)
         if document["results"]:

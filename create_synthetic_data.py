@@ -277,6 +277,8 @@ def build_grammar(complexity: str) -> Grammar:
     if complexity not in COMPLEXITIES:
         names = ", ".join(COMPLEXITIES)
         raise ValueError(f"complexity: {complexity!r} is unknown; choose one of {names}")
+
+    # collect the weighted rules; those of a later complexity replace earlier ones
     level = COMPLEXITIES.index(complexity)
     weighted, twins = read_lexicon(level)
     for name in COMPLEXITIES[: level + 1]:
@@ -304,6 +306,7 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     nats_per_word includes the ends of documents. bits_per_byte is bits_per_document divided by
     bytes_per_document.
     """
+    # set up the linear system
     index = {left: i for i, left in enumerate(grammar.rules)}
     children = np.zeros((len(index), len(index)))  # expected number of nonterminals in an expansion
     increments = np.zeros((len(index), 3))  # bits, bytes and words that an expansion adds
@@ -317,6 +320,7 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
             for symbol in right:
                 if symbol in index:
                     children[index[left], index[symbol]] += p
+
     solution = np.linalg.solve(np.eye(len(index)) - children, increments)
 
     bits, n_bytes, words = solution[index["DOCUMENT"]].tolist()
@@ -396,6 +400,7 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
     """
     sentences: set[str] = set()
     while len(sentences) < number:
+        # derive the parts of the sentence before, at and after the word that gets the wrong number
         n, m = ("pl", "sg") if len(sentences) % 2 else ("sg", "pl")
         parts = PAIRS[uid][1].format(n=n, m=m, **NUMBERS[n]).split("*")
         prefix, (word, *rest) = (_derive(grammar, part.split(), rng)[0] for part in parts)
@@ -499,10 +504,14 @@ def create_synthetic_data(
         train_rng, dev_rng, pairs_rng = (
             random.Random(f"{seed} {name}") for name in ("train", "dev", "pairs")
         )
+
+        # the text
         counts = {
             "train": write_corpus(grammar, train_file, num_tokens, train_rng),
             "dev": write_corpus(grammar, dev_file, math.ceil(num_tokens / 10), dev_rng),
         }
+
+        # the minimal pairs, and how many of them the training text happens to contain
         level = COMPLEXITIES.index(complexity)
         kinds = [uid for uid, (first_level, _) in PAIRS.items() if first_level <= level]
         pairs = [pair for uid in kinds for pair in sample_pairs(grammar, uid, num_pairs, pairs_rng)]
@@ -511,6 +520,7 @@ def create_synthetic_data(
         good_sentences = {pair["sentence_good"] for pair in pairs}
         with train_file.open(encoding="ascii") as file:
             in_train = good_sentences.intersection(map(str.rstrip, file))
+
         facts = {
             "complexity": complexity,
             "seed": seed,

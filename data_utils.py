@@ -157,6 +157,8 @@ class DataProcessor:
         _check_max_length(max_length)
         n_threads = max(1, min(num_proc or 1, os.cpu_count() or 1))
         os.environ.setdefault("RAYON_NUM_THREADS", str(n_threads))
+
+        # find the files of both splits first, so that a missing one is an error before any work
         folders = {"train": Path(train_data_dir), "validation": Path(eval_data_dir)}
         files = {split: find_files(folder, split) for split, folder in folders.items()}
 
@@ -210,6 +212,7 @@ class DataProcessor:
                     words_before = report["words"]
                     documents = read_documents(path, report, clean_text if clean else None)
                     for token_ids in self._tokenize(documents):
+                        # write the chunks that are full, and keep the rest for the next batch
                         report["tokens"] += len(token_ids)
                         rest = np.concatenate([rest, token_ids])
                         n_full = len(rest) // max_length * max_length
@@ -221,6 +224,7 @@ class DataProcessor:
                         bar.update(report["bytes_on_disk"] - bar.n)
                     source["tokens"] = report["tokens"] - tokens_before
                     source["words"] = report["words"] - words_before
+
             report["chunks"] = report["tokens"] // max_length
             report["tokens_left_out"] = len(rest)
             if not report["chunks"]:

@@ -129,6 +129,7 @@ class ModelEvaluator:
                 row_domains.append(domain)
         rows = np.array(rows).reshape(-1, 4)
 
+        # the figures of all texts together, and of each domain
         figures = metrics.perplexity_metrics(rows, row_documents, self.seed)
         by_domain = {}
         for domain in sorted(set(row_domains)):
@@ -137,12 +138,13 @@ class ModelEvaluator:
             by_domain[domain] = metrics.perplexity_metrics(
                 rows[inside], domain_documents, self.seed
             )
-        losses = rows[:, 0] / rows[:, 1]
+
+        losses = rows[:, 0] / rows[:, 1]  # nats per token of each text
         dominating = metrics.dominating_document(rows, row_documents)
         return {
             **figures,
             "average_loss": figures["nats_per_token"],
-            "std_loss": float(losses.std()) if len(losses) else math.nan,
+            "std_loss": metrics.std(losses),
             "min_loss": float(losses.min()) if len(losses) else math.nan,
             "max_loss": float(losses.max()) if len(losses) else math.nan,
             "num_sequences": len(rows),
@@ -180,6 +182,8 @@ class ModelEvaluator:
             num_return_sequences=num_return_sequences,
             seed=self.seed,
         )
+
+        # score each text, and compare the texts of a prompt with each other
         diversity = []
         repetition = []
         self_bleu = []
@@ -223,20 +227,22 @@ class ModelEvaluator:
         """
         scores = self._score(texts, batch_size)
 
+        # join the texts: one value per token, over all of them
         def column(name: str) -> np.ndarray:
             return np.concatenate([np.empty(0), *(getattr(text, name) for text in scores)])
-
-        def std(values: np.ndarray) -> float:
-            return float(values.std()) if len(values) else math.nan
 
         top_probs = column("top_probs")
         entropies = column("entropies")
         ranks = column("ranks")
         hits = column("hits")
         bits = -column("logprobs") / math.log(2)
+
+        # comparisons with NaN are False, and a broken model must not seem sure of itself
         unsure = np.where(np.isnan(top_probs), math.nan, top_probs < LOW_CONFIDENCE)
         bins, calibration_error = metrics.calibration(top_probs, hits)
-        # the last bin also holds everything above 24 bits
+
+        # for the plots: a histogram of surprisal, with everything above 24 bits in its last bin,
+        # and the surprisal along one text
         counts, edges = np.histogram(bits[np.isfinite(bits)].clip(max=24), bins=np.arange(25))
         sample_ids = []
         sample_bits = np.empty(0)
@@ -247,9 +253,9 @@ class ModelEvaluator:
                 break
         return {
             "avg_top_token_prob": metrics.mean(top_probs),
-            "std_top_token_prob": std(top_probs),
+            "std_top_token_prob": metrics.std(top_probs),
             "avg_entropy": metrics.mean(entropies),
-            "std_entropy": std(entropies),
+            "std_entropy": metrics.std(entropies),
             "low_confidence_ratio": metrics.mean(unsure),
             "top1_accuracy": metrics.mean(hits),
             "mean_rank": metrics.mean(ranks),
@@ -364,6 +370,7 @@ def draw_passages(path: Path, count: int, seed: int) -> DrawnPassages:
     total = 0
     for document, domain, text in _document_texts(path, report):
         for passage in passages(text):
+            # passage number n, from 0, enters with probability count / (n + 1), in a random place
             place = len(reservoir) if len(reservoir) < count else rng.randrange(total + 1)
             if place < count:
                 # appends while the reservoir is not full, then replaces
@@ -440,6 +447,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     texts = drawn.texts
     prompts = prompts or first_words(texts)
 
+    # measure
     evaluator = ModelEvaluator(model_path, args.device, args.seed)
     results = {
         "perplexity": evaluator.calculate_perplexity(
@@ -451,7 +459,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     # the run's own scores, if they are of the same text
     in_training = None if args.eval_data else training_scores(model_path)
-    undefined: list[str] = []
+
+    undefined: list[str] = []  # the figures that are NaN
     environment = describe_environment(args.device)
     passage_counts = {"original": drawn.total, "effective": len(texts)}
     return {
@@ -547,6 +556,8 @@ def print_report(report: dict) -> None:
         f" {results['perplexity']['total_tokens']:,} tokens,"
         f" {results['perplexity']['num_documents']:,} documents\n"
     )
+
+    # the figures; those of each domain follow the figure of the whole text
     print(f"{'':32}{'value':>10}   95 % interval")
     by_domain = results["perplexity"].get("by_domain", {})
     for group, key, label in TABLE:
@@ -556,6 +567,7 @@ def print_report(report: dict) -> None:
                 _print_figure(f"  {domain}", by_domain[domain], key)
     if len(by_domain) > MAX_DOMAINS:
         print(f"\n{len(by_domain) - MAX_DOMAINS} more domains are in the results file")
+
     for sample in results["generation"]["generation_samples"][:3]:
         text = f"{sample['prompt']}|{sample['generations'][0]}"
         print(f"\n> {' '.join(text.split())}")
@@ -634,6 +646,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check the request, evaluate, write the JSON file and the plots, and print the report."""
+    # refuse flags of the report with --surprisal; without it, fill in their defaults
     for name, default in REPORT_FLAGS.items():
         if args.surprisal and getattr(args, name) is not None:
             flag = name.replace("_", "-")
@@ -642,6 +655,8 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, name, default)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0})
     check_model_exists(Path(args.model))
+
+    # choose the output, and check that it may be replaced before the model is loaded
     default_name = "word_surprisal.csv" if args.surprisal else "evaluation_results.json"
     output = Path(args.output_path or Path(args.model) / default_name)
     if output.is_dir():
@@ -649,6 +664,7 @@ def run(args: argparse.Namespace) -> int:
     if args.surprisal:
         return write_surprisal(args, output)
     check_results_file(output, "--output-path")
+
     report = evaluate(args)
 
     from babyllama.plots import plot_evaluation

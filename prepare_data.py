@@ -257,6 +257,7 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
 
     A domain is cleaned by the cleaner of its name, unless `choices` has "domain=cleaner" for it.
     """
+    # the cleaner of each domain, by its name or by choice
     registry = create_cleaner_registry()
     domains = sorted(set().union(*sources.values()))
     cleaners = {domain: domain for domain in domains if domain in registry}
@@ -272,6 +273,8 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
                 f"--domain {choice}: the input has no domain {domain}, but {', '.join(domains)}"
             )
         cleaners[domain] = cleaner
+
+    # note what nobody chose a cleaner for
     how_to_choose = f"--domain NAME=CLEANER chooses one of {', '.join(registry)}"
     if without := [domain for domain in domains if domain not in cleaners]:
         print(
@@ -286,6 +289,8 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
                 f"--domain {domain}=gutenberg removes it and the licence at the end",
                 file=sys.stderr,
             )
+
+    # keep those of --clean-domains
     if only is None:
         return cleaners
     names = [name for name in re.split(r"[,\s]+", " ".join(only)) if name]
@@ -386,7 +391,7 @@ def clean_splits(
         for split, files_by_domain in sources.items():
             folders[split].mkdir()
             if overlap and split == "train":
-                overlap.start_train()
+                overlap.start_train()  # dev has been added, because find_sources puts it first
             records = {}
             for domain, files in files_by_domain.items():
                 target = folders[split] / f"{domain}.{split}"
@@ -430,8 +435,8 @@ def clean_domain(
         for path in files:
             report = new_report()
             bar_start = bar.n
-            documents_of_file = read_documents(path, report, cleaner, cleaner_name, one_per_row)
-            for parts in documents_of_file:
+            for parts in read_documents(path, report, cleaner, cleaner_name, one_per_row):
+                # write a document part by part, and count on the way; it may not fit into memory
                 out.write(DOCUMENT_END if documents else b"")
                 documents += 1
                 words_before = words
@@ -445,6 +450,7 @@ def clean_domain(
                     if overlap:
                         overlap.add(part_words)
                     bar.update(bar_start + report["bytes_on_disk"] - bar.n)
+
                 if overlap:
                     overlap.end_document()
                 if len(vocabulary) == 1 and words - words_before >= ONE_WORD:
@@ -458,6 +464,7 @@ def clean_domain(
                 }
             )
         out.write(b"\n" if documents else b"")
+
     documents_read = sum(source["read"]["documents"] for source in sources)
     return {
         "sha256": sha256(target),
@@ -538,6 +545,7 @@ def print_table(split: str, files: dict[str, dict]) -> None:
     for domain, record in files.items():
         rows[domain] = {key: record[key] or 0 for key in keys}
     rows["total"] = {key: sum(row[key] for row in rows.values()) for key in keys}
+
     header = ("documents", "words", "bytes", "tokens", "bytes/tok", "removed %")
     print("\n" + ROW.format(split, *header))
     for domain, row in rows.items():

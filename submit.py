@@ -177,6 +177,7 @@ def write_results(
     """Write the collated file, scores.json, form.json and index.html; return the problems."""
     from babyllama.submission import page
 
+    # the file to submit, and its scores by our own count
     eval_data = Path(args.eval_data)
     collated, problems = collate.collate(results, eval_data, needed)
     write_json(official.collated_file(results), collated)
@@ -191,6 +192,8 @@ def write_results(
         "git_hash": describe_environment(args.device)["git_hash"],
     }
     write_json(output / "scores.json", scores)
+
+    # for people: the answers to the form, and a page
     write_json(output / "form.json", form.form_answers(Path(args.run), run, args.push))
     document = page.fast_document(results, eval_data, needed)
     write_text(output / "index.html", page.page(results.name, scores, problems, document))
@@ -278,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Run what is missing, write the results and publish the model; return the exit code."""
+    # check the run and the data, and find the checkpoints
     run_dir = Path(args.run)
     output = Path(args.output)
     run = form.read_run(run_dir)
@@ -295,6 +299,8 @@ def submit(args: argparse.Namespace) -> int:
             run_dir,
             ", ".join(absent),
         )
+
+    # plan, and with --dry-run stop there
     results = output / "results" / run_dir.resolve().stem
     jobs = plan_jobs(args, results, checkpoints, needed)
     if args.dry_run:
@@ -302,12 +308,14 @@ def submit(args: argparse.Namespace) -> int:
         if args.push:
             publish(args)
         return 0
+
     with exclusive_folder(output, "name another --output"):
         failed = run_jobs(jobs, output, args.seed)
         problems = write_results(args, run, results, output, needed)
     for problem in problems:
         log.warning("%s", problem)
     print(f"submit {official.collated_file(results)}; see {output / 'index.html'}")
+
     if args.hub_cache:
         lay_out_cache(args)
     if args.push:

@@ -138,6 +138,8 @@ def train_on_files(
     name). Raise ValueError if the files have no text, and in the cases of check_request.
     """
     check_request(vocab_size, output)
+
+    # train, and collect the counts and a sample while the text is read
     started = time.monotonic()
     reports: list[dict] = []
     sample: list[str] = []
@@ -146,6 +148,7 @@ def train_on_files(
     if not n_bytes:
         raise ValueError(f"no text to train on: all files in {files[0].parent} are empty")
 
+    # save the tokenizer with a record of the words it was trained on
     old_text = output.read_text(encoding="utf-8") if output.is_file() else ""
     save_tokenizer(tokenizer, output)
     sources = []
@@ -154,6 +157,7 @@ def train_on_files(
     record = {"tokenizer_sha256": sha256(output), "sources": sources}
     write_json(tokenizer_record_path(output), record)
 
+    # measure it on the sample
     encodings = tokenizer.encode_batch_fast(sample, add_special_tokens=False)
     return {
         "files": len(files),
@@ -181,7 +185,8 @@ def _read_texts(files: list[Path], reports: list[dict], sample: list[str]) -> It
             for text in read_parts(file, report):
                 n_read = file_start + report["bytes_on_disk"]
                 bar.update(n_read - bar.n)
-                if n_sampled * n_bytes <= SAMPLE_BYTES * n_read:  # the bar may be off
+                # is the sample behind its share of the bytes read? (bar.n stays 0 without a bar)
+                if n_sampled * n_bytes <= SAMPLE_BYTES * n_read:
                     sample.append(text)
                     n_sampled += len(text.encode())
                 yield text
@@ -201,6 +206,8 @@ def train_bpe_tokenizer(
     below 259.
     """
     _check_vocab_size(vocab_size)
+
+    # train
     tokenizer = Tokenizer(models.BPE())
     # the GPT-2 split separates "<", "s" and ">", so no merge can spell a special token
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -213,7 +220,8 @@ def train_bpe_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # only now, because the training texts are parts of documents, which need no space
+
+    # the prefix space comes after training, whose texts are parts of documents that need none
     tokenizer.pre_tokenizer.add_prefix_space = prefix_space
     bos = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -224,6 +224,7 @@ def _fill_intermediate_size(model: dict) -> None:
 
 def _validate(schema: type[BaseModel], raw: dict, section: str = "", source: str = "") -> dict:
     """Return `raw` validated by `schema`, the model of the configuration or of one `section`."""
+    # check each value on its own
     checked = {}
     problems = []
     wrong = set()
@@ -233,6 +234,8 @@ def _validate(schema: type[BaseModel], raw: dict, section: str = "", source: str
         problems = validation_problems(error, schema, section)
         locations = [problem["loc"] for problem in error.errors(include_url=False)]
         wrong = {((section, *loc) if section else loc)[:2] for loc in locations}
+
+    # check the rules between keys, with None or the default for a value that is wrong already
     problems += _broken_rules(_valid_values({section: raw} if section else raw, wrong))
     if problems:
         raise ConfigError(problems, source)
@@ -346,6 +349,7 @@ def _broken_model_rules(model: dict) -> Iterator[str]:
 
 def unusual_values(config: dict) -> list[str]:
     """Return one line for each value that is allowed but outside its typical range."""
+    # the ranges that the schema declares
     lines = []
     for name, section in SECTIONS.items():
         values = config.get(name) or {}
@@ -361,6 +365,7 @@ def unusual_values(config: dict) -> list[str]:
                 typical = f"the typical range {low:g} to {high:g}"
                 lines.append(f"{name}.{key}: {value:g} is outside {typical}")
 
+    # the width of the feed-forward layers, whose usual value depends on other keys
     model = config["model"]
     size = model["intermediate_size"]
     ratio = size / model["hidden_size"]

@@ -305,6 +305,7 @@ def _draw_domains(axis, metrics: dict) -> None:
     for height, (_, _, interval) in enumerate(rows):
         if None not in interval:  # a domain of one document has no interval
             axis.plot(interval, [height, height], color=INK, lw=1.2)
+
     title = "held-out text by domain"
     if metrics.get("bits_per_byte") is not None:
         axis.axvline(metrics["bits_per_byte"], color=ORANGE, lw=1.5)
@@ -374,6 +375,7 @@ def _draw_reliability(axis, metrics: dict) -> None:
         label="area: share of tokens",
         clip_on=False,
     )
+
     error = metrics["expected_calibration_error"]
     axis.set(
         xlabel="probability of the likeliest token",
@@ -445,6 +447,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     tilt = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if many_tasks else {}
     axis.set_xticks(range(len(tasks)), names, **tilt)
 
+    # a score such as a correlation can be below 0
     lowest = min(row["low"] for row in rows)
     axis.set_ylim(lowest - 0.02 if lowest < 0 else 0, 1.08)
     axis.set_ylabel("score with 95 % interval; dotted: chance")

@@ -69,6 +69,8 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     root = Path(data_dir)
     if root.is_file():
         return [root]
+
+    # group the input files by the split in their name
     candidates = list(_walk(root))
     any_text = (".txt", ".jsonl", *TABLES)
     endings = (*(f".{name}" for name in SPLITS), *any_text)
@@ -85,9 +87,12 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
         elif file_split in (*splits, None):
             logger.warning("skipping %s: it is %s", path, _not_a_file(path))
 
+    # take the first of the splits that has files, and the files of no split
     files = next(filter(None, map(files_of.get, splits)), []) + files_of.get(None, [])
     if files:
         return sorted(files)
+
+    # say what is there instead
     if root.is_dir():
         names = sorted(path.name for path in candidates)
         content = f"the folder has {', '.join(names[:8]) or 'no files'}"

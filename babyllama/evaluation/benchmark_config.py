@@ -153,6 +153,8 @@ def _read_task(name: str, raw: Any) -> BenchmarkTask:
         raise ValueError("not a name; use letters, digits, '.', '_' and '-'")
     if name in RESERVED:
         raise ValueError("this name is reserved; use another")
+
+    # the type is the name unless the task says otherwise
     given = dict(raw or {})
     task_type = given.pop("type", name)
     if not isinstance(task_type, str) or task_type not in TYPES:
@@ -160,6 +162,7 @@ def _read_task(name: str, raw: Any) -> BenchmarkTask:
             [f"{path}.type: {task_type!r} is unknown; {suggest(str(task_type), TYPES)}"]
         )
 
+    # what the task does not declare comes from the built-in task of its type, unless it has items
     has_items = "path" in given or "items" in given
     default = {} if has_items else _built_in_tasks().get(task_type, {})
     schema = TYPES[task_type]

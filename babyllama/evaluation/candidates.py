@@ -154,6 +154,8 @@ def word_spans(
     candidates = [pair for item in items for pair in item.candidates]
     words = [completion for _, completion in candidates]
     word_ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+
+    # a context and a target for each token of each word
     contexts = []
     targets = []
     owners = []
@@ -166,6 +168,7 @@ def word_spans(
             targets.append(token)
             owners.append(owner)
             context += text
+
     context_ids = encode(tokenizer, contexts, bos)
     texts = [[*ids, target] for ids, target in zip(context_ids, targets, strict=True)]
     return texts, [len(text) - 1 for text in texts], np.array(owners)

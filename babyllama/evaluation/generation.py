@@ -58,6 +58,8 @@ def generate(
     }.items():
         if value < 1:
             raise ValueError(f"{name} {value} must be 1 or more")
+
+    # one row of ids for each text to generate
     rows = []
     for ids in encode(tokenizer, prompts, bos=None):
         rows += [ids] * num_return_sequences
@@ -82,6 +84,8 @@ def generate(
             for row, tokens in zip(batch, zip(*steps, strict=True), strict=True):
                 new_ids = [token for token in tokens if token is not None]
                 texts[row] = decode_continuation(tokenizer, rows[row], new_ids)
+
+    # group the texts by prompt
     starts = range(0, len(texts), num_return_sequences)
     return [texts[start : start + num_return_sequences] for start in starts]
 
@@ -128,12 +132,15 @@ def generate_steps(
     its context is full. Prompt i draws its random numbers from the stream (seed, streams[i]). By
     default the streams are numbered 0, 1, 2 and so on.
     """
+    # check the request, and see how many tokens fit
     context = context_length(model)
     _check_request(prompts, max_new_tokens, temperature, top_p)
     check_ids(model, prompts)
     prompts = _fit_context(prompts, max_new_tokens, context)
     remaining = [min(max_new_tokens, context - len(ids)) for ids in prompts]  # new tokens
     steps = max(remaining)
+
+    # draw all random numbers at once, each text from its own stream
     generators = [
         np.random.default_rng((seed, stream)) for stream in streams or range(len(prompts))
     ]
@@ -206,12 +213,16 @@ def _sample(
         raise ValueError("the model's logits are NaN: its weights are broken")
     if temperature == 0:
         return logits.argmax(-1)
+
+    # top-p needs the most likely tokens in descending order; 256 of them nearly always suffice
     probs = (logits / temperature).softmax(-1)  # (B, V)
     token_ids = None  # probs are in the order of the vocabulary
     if top_p < 1:
         best = probs.topk(min(TOP_P_CANDIDATES, probs.shape[1]))
         too_few = (best.values.sum(-1) < top_p).any()
         probs, token_ids = probs.sort(descending=True) if too_few else best  # (B, K)
+
+    # find where the random number falls in the cumulative distribution up to top_p
     cumulative = probs.cumsum(-1)  # (B, K)
     last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[1] - 1)  # (B, 1)
     target = draws[:, None] * cumulative.gather(1, last)

@@ -67,6 +67,7 @@ def grade(items: Sequence[Item], scores: np.ndarray, seed: int = 0) -> Grades:
     item_of = np.repeat(np.arange(len(items)), counts)
     gold = np.array([item.gold for item in items])
 
+    # find the best candidates of each item; several can tie
     best = np.maximum.reduceat(scores, starts)
     is_best = scores >= best[item_of] - TIE_TOLERANCE
     best_count = np.add.reduceat(is_best.astype(np.int64), starts)
@@ -124,6 +125,7 @@ def score_items(
     Accuracies are fractions. The interval of an accuracy is Wilson's for the effective number of
     items. Other figures have a bootstrap interval that resamples items.
     """
+    # check the scores
     spec = TASKS[task]
     scores = np.asarray(scores, dtype=np.float64)
     if len(scores) != sum(len(item.completions) for item in items):
@@ -135,6 +137,7 @@ def score_items(
         raise ValueError(
             f"{task}: {nan_count} of {len(scores)} scores are NaN: the model's weights are broken"
         )
+
     if spec.metric == "accuracy":
         return {"metric": "accuracy"} | _accuracies(spec, items, scores)
     if len(items) < 2:
@@ -188,6 +191,7 @@ def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[s
         "chance": np.array([1 / len(item.completions) for item in items]),
     }
 
+    # the figures of each subset
     subsets = {}
     for name in weights:
         members = subset_of == name
@@ -199,6 +203,7 @@ def _accuracies(spec: Task, items: Sequence[Item], scores: np.ndarray) -> dict[s
         row["accuracy_ci95"] = metrics.wilson(row["accuracy"], row["n"])
         subsets[name] = row
 
+    # their weighted means
     means = {}
     for key in item_values:
         weighted = [weight * subsets[name][key] for name, weight in weights.items()]
@@ -232,6 +237,7 @@ def _statistic(
 
         return correlation
 
+    # the candidates of an item are the word and, unless there is none, the word before it
     surprisal = -scores[starts]
     second = np.minimum(starts + 1, len(scores) - 1)
     columns["previous_surprisal"] = np.where(counts > 1, -scores[second], np.nan)

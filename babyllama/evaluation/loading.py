@@ -37,10 +37,12 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     missing. Raise ValueError if they cannot be read, if the weights do not fit config.json or have
     changed since train.py saved them, or if the model is not causal.
     """
+    # check what can be seen without loading anything
     path = Path(path)
     _check_model_dir(path, dtype)
     check_utf8(path)
     check_weights(path)
+
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()
@@ -64,6 +66,8 @@ def load_model(path: str | Path, device: str | None = "auto", dtype: str = "floa
     except BaseException as error:  # a Rust panic (corrupted tokenizer.json) is not an Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
+
+    # check what came out
     _check_loaded_weights(path, info)
     model = model.to(target).eval()
     _check_causal(path, model, tolerance=1e-5 if dtype == "float32" else 1e-2)
@@ -106,6 +110,7 @@ def _check_sizes(path: Path, config) -> None:
 
     Only the headers of the weights are read, and the model is built without memory (device meta).
     """
+    # the shapes of the weights
     shapes = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -115,6 +120,8 @@ def _check_sizes(path: Path, config) -> None:
         raise SizeError(
             f"{path}: config.json has {layers:,} layers, the weights only {len(shapes)} tensors"
         )
+
+    # the shapes that config.json describes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for name, weight in sorted(model.state_dict().items()):

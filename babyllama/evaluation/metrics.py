@@ -102,6 +102,11 @@ def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
+def std(values: np.ndarray) -> float:
+    """Return the standard deviation, or NaN if there are no values."""
+    return float(values.std()) if len(values) else math.nan
+
+
 def mean_over_groups(name: str, scores: np.ndarray, seed: int) -> dict[str, Any]:
     """Return {name: mean of scores (P, K), name_ci95: its interval}, ignoring NaN.
 

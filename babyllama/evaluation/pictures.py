@@ -54,6 +54,8 @@ def learning_curves(document: dict) -> list[dict[str, Any]]:
             metric = task_results[0]["metric"]
             if metric not in ON_UNIT_SCALE:
                 continue
+
+            # one line for each phenomenon
             phenomenon_of = config.get("phenomena", {})  # by subset
             lines = {}
             for phenomenon in sorted(set(phenomenon_of.values())):
@@ -73,6 +75,8 @@ def learning_curves(document: dict) -> list[dict[str, Any]]:
                 "ci95": [result[f"{metric}_ci95"] for result in task_results],
                 "chance": task_results[0].get("chance"),
             })  # fmt: skip
+
+    # replace the directories of the runs by short names
     runs = sorted({curve["run"] for curve in curves})
     run_names = dict(zip(runs, short_names(runs), strict=True))
     return [{**curve, "run": run_names[curve["run"]]} for curve in curves]

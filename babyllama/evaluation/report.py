@@ -242,6 +242,8 @@ def text_report(document: dict) -> str:
     head = ["task", "model", "figure", "score", "95 % interval", "n", "chance", "ties", "baselines"]
     if reference:
         head.append(f"minus {reference}")
+
+    # the cells of each row
     table = [head]
     for row in table_rows(document):
         interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
@@ -251,6 +253,8 @@ def text_report(document: dict) -> str:
         if reference:
             cells.append(difference_text(row["difference"]))
         table.append(cells)
+
+    # the rows as lines, with columns of equal width
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for cells in table:
@@ -258,6 +262,7 @@ def text_report(document: dict) -> str:
         lines.append("  ".join(padded).rstrip())
     lines.append("~: the difference may be noise; >: this baseline is better than the model")
 
+    # what summarizes all tasks
     for model, results in document["results"].items():
         lines.append(f"overall score of {model}: {overall_text(results)}")
         if "babylm_2026" in results:

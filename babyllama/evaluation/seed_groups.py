@@ -31,6 +31,7 @@ def seed_groups(document: dict) -> list[dict[str, Any]]:
     if all(len(group) == 1 for group in members.values()):
         return []
 
+    # average the figures that all runs of a group have
     groups = []
     for by_seed in members.values():
         models = list(by_seed.values())
@@ -42,6 +43,8 @@ def seed_groups(document: dict) -> list[dict[str, Any]]:
             name = ", ".join(models)
         seeds = [seed for seed in by_seed if seed is not None]
         groups.append({"name": name, "models": models, "seeds": seeds, "scores": scores})
+
+    # compare the other groups with the first
     for group in groups[1:]:
         for name, score in group["scores"].items():
             if name in groups[0]["scores"]:

@@ -73,6 +73,8 @@ def word_surprisal(
 
     if not has_start_token(tokenizer):
         raise ValueError("the tokenizer has neither BOS nor EOS: the first word follows nothing")
+
+    # B: the tokens after which a word has certainly ended
     texts_of_ids = token_bytes(tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ends_word = np.zeros(max(vocab_size, len(texts_of_ids)), dtype=bool)
@@ -90,6 +92,7 @@ def word_surprisal(
         token_set=ends_word,
     )
 
+    # from figures of tokens to figures of words
     rows = []
     for number, (text, ids, scores) in enumerate(zip(texts, sequences, all_scores, strict=True), 1):
         spans = [match.span() for match in re.finditer(r"\S+", text)]

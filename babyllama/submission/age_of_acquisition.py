@@ -77,6 +77,7 @@ def measure_surprisals(
     again. `progress` receives a line before each checkpoint. Raise ValueError if a surprisal is not
     a number.
     """
+    # find the checkpoints that an earlier call has not measured
     check_replaceable(output, holds_results(output), "name another folder")
     hashes = {name: model_sha256(folder) for name, folder, _ in checkpoints}
     rows_of = _finished_rows(output, contexts, hashes)
@@ -85,6 +86,7 @@ def measure_surprisals(
     if len(missing) < len(checkpoints):
         progress(f"{len(checkpoints) - len(missing)} checkpoints are in {output} already")
 
+    # measure the others, and write the file after each
     started = time.monotonic()
     for done, (name, folder, millions) in enumerate(missing):
         left = ""
@@ -237,11 +239,13 @@ def acquisition_score(
     both ages; the `words` with both (the model's age in log10 of words seen, the child's in
     months); and how many words were left out, and why.
     """
+    # the surprisals of each word, by words seen
     human_ages = read_human_ages(human_ages_file)
     values = defaultdict(lambda: defaultdict(list))  # word -> words seen -> surprisals
     for row in surprisals["results"]:
         values[row["target_word"]][row["word_count"]].append(row["surprisal"])
 
+    # the two ages of each word, if both can be determined
     words = []
     left_out = Counter(no_human_data=0, no_child_age=0, no_model_age=0)
     n_prefix = len(tokenizer("The", add_special_tokens=False)["input_ids"])
@@ -264,6 +268,7 @@ def acquisition_score(
             continue
         words.append({"word": word, "log10_words_seen": model_age, "child_months": child_age})
 
+    # correlate them
     r = p = None
     if len(words) >= MIN_WORDS:
         model_ages = [row["log10_words_seen"] for row in words]

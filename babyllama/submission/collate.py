@@ -43,12 +43,15 @@ def collate(
     """
     problems: list[str] = []
     collated: dict[str, Any] = {}
+
+    # the predictions of the final model on the full tasks
     for name, task in needed.zero_shot.items():
         content = _read(official.predictions_file(results, name), problems)
         wrong = _zero_shot_problems(name, task, content, fast=False) if content else []
         problems += wrong
         collated[task.key] = None if wrong else content
 
+    # the age of acquisition
     acquisition = official.acquisition_folder(results)
     surprisals = _read(acquisition / "surprisal.json", problems)
     wrong = _surprisal_problems(surprisals, needed) if surprisals else []
@@ -56,6 +59,7 @@ def collate(
     collated["aoa_surprisals"] = None if wrong else surprisals
     collated["aoa"] = _read(acquisition / "aoa_score.json", problems)
 
+    # the predictions of the fine-tuned models
     collated["glue"] = {}
     for name, size in needed.glue_sizes.items():
         content = _read(official.glue_file(results, name), problems)
@@ -64,6 +68,7 @@ def collate(
         if content and not wrong:
             collated["glue"] |= content
 
+    # the scores of each checkpoint on the fast tasks, in the order of the checkpoints
     collated[FAST] = {task.key: [] for task in needed.zero_shot.values() if task.fast}
     absent = [name for name in needed.checkpoints if not (results / name).is_dir()]
     problems += _missing("predictions of checkpoints", absent)
@@ -160,6 +165,7 @@ def check(collated: Any, needed: Requirements) -> list[str]:
     """Return a line for each problem of a collated file: sizes, ids, types, NaN, checkpoints."""
     if not isinstance(collated, dict):
         return ["the file does not hold a JSON object"]
+    # the final model on the full tasks
     known = [task.key for task in needed.zero_shot.values()]
     known += ["aoa_surprisals", "aoa", "glue", FAST]
     problems = [f"{key}: unknown key" for key in collated if key not in known]
@@ -169,6 +175,8 @@ def check(collated: Any, needed: Requirements) -> list[str]:
             problems.append(f"{task.key}: no predictions; the leaderboard counts 0")
         else:
             problems += _zero_shot_problems(name, task, content, fast=False)
+
+    # the age of acquisition, fine-tuning and the checkpoints
     if collated.get("aoa_surprisals") is None:
         problems.append("aoa_surprisals: none; the leaderboard counts 0")
     else:
@@ -333,6 +341,8 @@ def _fast_problems(content: Any, needed: Requirements) -> list[str]:
         if not isinstance(scores, list) or len(scores) != n:
             problems.append(f"{label}: expected a list of {n} checkpoints")
             continue
+
+        # each checkpoint has a score for each subset, or None
         subsets = set(task.fast_sizes or {name})
         if TASKS[name].metric != "accuracy":
             subsets = {"spr", "rt"}
@@ -361,8 +371,10 @@ def score(
     treats its parts as independent. `acquisition` is the result of acquisition_score: without it
     the column aoa has no interval.
     """
-    parts: dict[str, list[Part]] = defaultdict(list)
+    parts: dict[str, list[Part]] = defaultdict(list)  # of each column
     results: dict[str, Any] = {}
+
+    # score the zero-shot tasks
     for name, task in official.ZERO_SHOT.items():
         data = eval_data / "full_eval" / task.full
         if not collated.get(task.key) or not data.exists():
@@ -376,6 +388,7 @@ def score(
             ends = results[name][f"{figure}_ci95"]
             parts[TASKS[name].column].append(tuple(scale * number for number in (value, *ends)))
 
+    # score the fine-tuning tasks
     glue = collated.get("glue") or {}
     for name in official.GLUE_SIZES:
         labels_file = eval_data / "full_eval" / official.GLUE_DATA / f"{name}.valid.jsonl"
@@ -389,12 +402,14 @@ def score(
         figures = (results[name]["score"], *results[name]["score_ci95"])
         parts["glue"].append(tuple(100 * figure for figure in figures))
 
+    # average the parts of each column
     if parts["glue"]:  # F1 for MRPC and QQP, accuracy for the others; a missing task counts 0
         parts["glue"] += [(0.0, 0.0, 0.0)] * (len(official.GLUE_SIZES) - len(parts["glue"]))
     columns = {name: _mean(column_parts) for name, column_parts in parts.items() if column_parts}
     if collated.get("aoa"):
         value = 100 * collated["aoa"]["aoa"]
         columns["aoa"] = (value, *_correlation_interval(acquisition))
+
     overall = grading.overall_2026({name: part[0] for name, part in columns.items()})
     return {
         "overall_2026": overall["overall_2026"],

@@ -49,6 +49,7 @@ def form_answers(
     on_gpu = not run["environment"]["device"].startswith("CPU")
     teachers = config.get("distillation", {}).get("teachers", [])
     answers = {
+        # who and what
         "model_name": model["name"],
         "team_name": None,
         "contact_email": None,
@@ -56,6 +57,7 @@ def form_answers(
         "huggingface_repository": repository,
         "revision": "main",
         "track": babylm["track"],
+        # the model
         "base_architecture": f"decoder ({model_config['model_type']})",
         "objective": plan["loss"],
         "parameters": plan["parameters"],
@@ -65,6 +67,7 @@ def form_answers(
         "context_length": config["data"]["seq_length"],
         "vocabulary_size": vocabulary,
         "tokenizer": "byte-level BPE",
+        # the text
         "dataset": config["data"]["train_path"],
         "words_of_text": babylm["words"],
         "words_of_text_by_domain": babylm["words_by_domain"],
@@ -74,6 +77,7 @@ def form_answers(
         "rules_followed": babylm.get("compliant"),  # older runs have no verdict
         "rule_problems": babylm.get("problems"),
         "teachers": teachers,
+        # how it was trained
         "optimizer": training["optimizer"],
         "learning_rate": training["lr"],
         "learning_rate_scheduler": training["lr_scheduler"],
@@ -85,6 +89,7 @@ def form_answers(
         "precision": plan["precision"],
         "flops": plan["flops_per_token"] * results["tokens_trained"]
         + plan["optimizer_flops_per_step"] * results["steps"],
+        # where, and for how long
         "hardware": run["environment"]["device"],
         "training_hours": hours,
         "gpu_hours": hours * plan["processes"] if on_gpu else 0.0,

@@ -138,6 +138,7 @@ def push(
     card = contents_of["main"].get(CARD_FILE)
     if card is not None:
         contents_of["main"][CARD_FILE] = _card(card, license, language)
+
     if dry_run:
         for branch, contents in contents_of.items():
             progress(f"{repo_id}, branch {branch}: {_size(contents.values())}")
@@ -145,6 +146,7 @@ def push(
                 progress(f"    {name}: {_size([content])}")
         return
 
+    # find or create the repository
     if huggingface_hub.get_token() is None:
         raise ValueError("the Hub needs a login: run `hf auth login`, or set $HF_TOKEN")
     api = huggingface_hub.HfApi()
@@ -153,6 +155,7 @@ def push(
         raise ValueError(
             f"{repo_id} exists and is public; make it private, or push without --private"
         )
+
     # start branches at the first commit, so that none ever shows the weights of the final model
     first_commit = api.list_repo_commits(repo_id)[-1].commit_id
     for branch, contents in contents_of.items():

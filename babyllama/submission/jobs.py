@@ -73,6 +73,7 @@ def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) ->
 
     A job that fails does not stop the others. Return the number of those that failed.
     """
+    # see what is to do
     ready = [job for job in jobs if all(path.exists() for path in job.data)]
     warn_about_missing_data(jobs)
     if jobs and not ready:
@@ -85,6 +86,7 @@ def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) ->
             log.info("  %s: %s", job.stage, job.name)
         return 0
 
+    # run it; the time left follows from the cost of what is finished
     failed = 0
     started = time.monotonic()
     finished = 0.0
