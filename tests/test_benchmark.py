@@ -385,7 +385,7 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     load_model(model_dirs["Llama"], "cpu")[1].save_pretrained(other)
     output = tmp_path / "out" / "comparison.json"
     models = [str(model_dirs["Llama"]), str(other), str(broken)]
-    flags = ["--output", str(output), "--benchmark_config", str(small_file), "--device", "cpu"]
+    flags = ["--output", str(output), "--benchmark-config", str(small_file), "--device", "cpu"]
     assert benchmark.main([*models, *flags]) == 2
 
     # both models have results, the broken one its reason

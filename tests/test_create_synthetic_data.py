@@ -514,7 +514,7 @@ def contents(folder) -> dict[str, bytes]:
 def test_grammar_json_describes_the_files(tmp_path, capsys):
     assert (
         create_synthetic_data.main(
-            ["--num-tokens", "5000", "--output-dir", str(tmp_path), "--num_pairs", "20"]
+            ["--num-tokens", "5000", "--output-dir", str(tmp_path), "--num-pairs", "20"]
         )
         == 0
     )
@@ -670,7 +670,7 @@ def test_help_imports_nothing_slow():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert (
         create_synthetic_data.make_parser()
-        .parse_args(["--num_tokens", "7", "--output_dir", "x"])
+        .parse_args(["--num-tokens", "7", "--output-dir", "x"])
         .num_tokens
         == 7
     )

@@ -462,7 +462,7 @@ def test_the_flags_reach_the_results(run_dir, tmp_path):
     text.write_text("a")
     output = tmp_path / "deep" / "results.json"
     flags = [
-        *("--num_samples", "5"),
+        *("--num-samples", "5"),
         *("--output-path", str(output)),
         *("--seed", "3"),
         *("--temperature", "0"),

@@ -117,7 +117,7 @@ def test_without_a_prompt_it_asks_until_an_empty_line(model_dirs, capsys, monkey
     assert capsys.readouterr().err.count("prompt> ") == 3
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat"))  # ends without an empty line
     assert (
-        generate.main([str(model_dirs["Llama"]), "--max_new_tokens", "3", "--device", "cpu"]) == 0
+        generate.main([str(model_dirs["Llama"]), "--max-new-tokens", "3", "--device", "cpu"]) == 0
     )
 
 

@@ -210,7 +210,7 @@ def test_clean_domains_and_skip_cleaning(run, raw, tmp_path, capsys):
     assert "wikipedia" in create_cleaner_registry()
     assert run("--skip-tokenizer", "--clean-domains", "gutenberg,", "children_stories") == 0
     assert "Page 3" in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
-    assert run("--skip-tokenizer", "--clean_domains", "wikipedia") == 0
+    assert run("--skip-tokenizer", "--clean-domains", "wikipedia") == 0
     assert "Page 3" not in (tmp_path / "out" / "train" / "wikipedia.train").read_text()
     assert manifest_of(tmp_path)["splits"]["train"]["files"]["gutenberg"]["cleaner"] is None
     (raw / "train" / "gutenberg.train").write_text("a  b ,  c\n\n\n\n\nd")

@@ -480,7 +480,7 @@ def test_runs_are_equal_if_and_only_if_their_seeds_are(config_file, tmp_path):
     path = config_file(training__num_epochs=1)
     weights = {}
     for name, seed in (("first", 1), ("repeated", 1), ("other", 2)):
-        assert train.main(["--config", str(path), "--model_name", name, "--seed", str(seed)]) == 0
+        assert train.main(["--config", str(path), "--model-name", name, "--seed", str(seed)]) == 0
         weights[name] = (tmp_path / "models" / name / "model.safetensors").read_bytes()
     assert weights["first"] == weights["repeated"]
     assert weights["first"] != weights["other"]
@@ -505,7 +505,7 @@ def test_max_steps_ends_the_run(max_steps, config_file, tmp_path, capsys):
         assert metrics["plan"]["tokens"] == 5 * metrics["plan"]["tokens_per_step"]
         assert metrics["plan"]["epochs"] < 1
         # without the key, the run can be resumed to the end of its epochs
-        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+        assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
         assert json.loads((run_dir / METRICS_FILE).read_text())["plan"]["epochs"] == 2
         assert "epochs, about" in capsys.readouterr().out
 

@@ -272,7 +272,7 @@ def test_transformers_loads_the_file_without_its_directory(written):
 
 def test_summary_and_record_of_a_trained_tokenizer(text_dir, tmp_path, capsys):
     output = tmp_path / "new" / "tokenizer.json"
-    assert main(["--data_dir", str(text_dir), "--vocab_size", "300", "--output", str(output)]) == 0
+    assert main(["--data-dir", str(text_dir), "--vocab-size", "300", "--output", str(output)]) == 0
     said = capsys.readouterr().out
     text = "".join((text_dir / name).read_text().strip() for name in ("toy.train", "more.txt"))
     tokens = len(load_tokenizer(output)(text, add_special_tokens=False)["input_ids"])

@@ -521,7 +521,7 @@ def test_resume_is_exact(cache, config_file, tmp_path, capsys):
     weights = (run_dir / "model.safetensors").read_bytes()
     rows = rows_of(run_dir)
     back_to_checkpoint(run_dir)
-    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() == weights
     assert timeless(rows_of(run_dir)) == timeless(rows)
 
@@ -578,7 +578,7 @@ def test_a_deleted_teacher_without_its_cache_is_an_error(
     assert train.main(["--config", str(path), "--overwrite"]) == 0
     assert len(caches(tmp_path)) == 2
     build_tiny_model("GPT2", seed=78).save_pretrained(local_teachers[0])
-    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 2
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 2
     assert "data: the text, the tokenizer or a teacher has changed" in errors_of(capsys)[0]
 
     # two caches have the path of the deleted teacher, with different content
@@ -597,7 +597,7 @@ def test_resume_refuses_another_distillation_section(config_file, teachers, caps
     assert "already trained" in capsys.readouterr().out
     for key, value in (("teachers", teachers[:1]), ("alpha", 0.25), ("cache", "top_k")):
         path = config_file({key: value})
-        assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 2
+        assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 2
         assert f"distillation.{key}: was" in errors_of(capsys)[0]
 
 

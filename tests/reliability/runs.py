@@ -20,7 +20,7 @@ from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import RESULTS
 from babyllama.training.trainer import LMTrainer
 
-AUTO = ["--resume_from_checkpoint", "auto"]
+AUTO = ["--resume-from-checkpoint", "auto"]
 STATE_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 

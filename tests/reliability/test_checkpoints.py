@@ -277,7 +277,7 @@ def test_a_run_killed_at_any_point_of_a_save_ends_like_one_that_is_not(
 def test_a_run_killed_again_and_again_ends_like_one_that_is_not(config_file, tmp_path, figures):
     """Each child is killed before the n-th rename or removal of its run directory."""
     path = config_file(**KILLED)
-    assert run(path, "--model_name", "calm") == 0
+    assert run(path, "--model-name", "calm") == 0
     run_dir = tmp_path / "models" / "tiny"
     kills = 0
 

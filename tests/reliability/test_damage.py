@@ -31,7 +31,7 @@ from babyllama.training.callbacks import RunLog
 from babyllama.training.trainer import named_if_unreadable
 from data_utils import DataProcessor
 
-RESUME = ["--resume_from_checkpoint", "latest"]
+RESUME = ["--resume-from-checkpoint", "latest"]
 DEEP = "[" * 100_000
 
 

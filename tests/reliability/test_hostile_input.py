@@ -412,7 +412,7 @@ def test_a_malicious_configuration_is_refused_within_two_seconds(text, tmp_path,
 def test_a_name_of_a_run_never_leaves_its_folder(name, config_file, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     path = config_file()
-    assert train.main(["--config", str(path), f"--model_name={name}"]) == 2
+    assert train.main(["--config", str(path), f"--model-name={name}"]) == 2
     assert errors_of(capsys)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
 

@@ -170,7 +170,7 @@ def test_a_nan_in_one_process_ends_both(folder):
 def test_one_process_cannot_resume_a_run_of_two(folder, capsys, monkeypatch):
     monkeypatch.setenv("BABYLLAMA_CACHE", str(folder / "cache"))
     arguments = ["--config", str(folder / "pair.yaml"), "--model-name", "llama"]
-    for flags in ([], ["--resume_from_checkpoint", "latest"]):
+    for flags in ([], ["--resume-from-checkpoint", "latest"]):
         assert train.main([*arguments, *flags]) == 2
         assert "processes: was 2, is 1" in capsys.readouterr().err
 
@@ -188,7 +188,7 @@ def test_one_process_may_continue_a_run_of_two_if_it_says_so(folder, monkeypatch
     config["model"]["name"] = run_dir.name
     (run_dir / "training_config.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(folder / "pair.yaml"), "--model-name", run_dir.name]
-    resume = ["--resume_from_checkpoint", "latest", "--allow-change", "processes"]
+    resume = ["--resume-from-checkpoint", "latest", "--allow-change", "processes"]
     assert train.main([*arguments, *resume]) == 0
     metrics = json.loads((run_dir / METRICS_FILE).read_text())
     assert earlier.name == "checkpoint-14"

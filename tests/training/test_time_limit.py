@@ -54,7 +54,7 @@ def test_timing_leaves_no_trace_and_happens_once(
     (timed / "model.safetensors").unlink()
     first = sorted(timed.glob("checkpoint-*"), key=checkpoint_step)[0]
     assert checkpoint_step(first) < steps
-    assert train.main(["--config", path, "--resume_from_checkpoint", str(first)]) == 0
+    assert train.main(["--config", path, "--resume-from-checkpoint", str(first)]) == 0
     assert timeless(rows_of(timed)) == timeless(rows)
     assert (timed / "model.safetensors").read_bytes() == weights
 
@@ -67,7 +67,7 @@ def test_timing_leaves_no_trace_and_happens_once(
 
     # another time is another run
     other = str(config_file(**keys, training__max_minutes=90.0))
-    assert train.main(["--config", other, "--resume_from_checkpoint", "latest"]) == 2
+    assert train.main(["--config", other, "--resume-from-checkpoint", "latest"]) == 2
     assert "training.max_minutes: was 100.0, is 90.0" in capsys.readouterr().err
 
 

@@ -181,7 +181,7 @@ def test_early_stopping_keeps_the_best_weights(config_file, tmp_path, capsys, ev
     weights = (run_dir / "model.safetensors").read_bytes()
     delete_results(run_dir)
     path = config_file(**too_high, **early_stopping)
-    assert train.main(["--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main(["--config", str(path), "--resume-from-checkpoint", "latest"]) == 0
     assert [row["step"] for row in rows_of(run_dir)] == [row["step"] for row in rows]
     assert (run_dir / "model.safetensors").read_bytes() == weights
 

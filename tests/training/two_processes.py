@@ -43,7 +43,7 @@ def train_and_resume(config: str, name: str, *flags: str) -> None:
     arguments = ["--config", config, "--model-name", name, *flags]
     assert train.main(arguments) == 0
     on_main(lambda: rewind(Path(os.environ["MODELS"]) / name, 14))
-    assert train.main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
+    assert train.main([*arguments, "--resume-from-checkpoint", "latest"]) == 0
 
 
 def check_main_first(path: Path) -> None:
