@@ -47,12 +47,6 @@ from math import log, log2
 from pathlib import Path
 from typing import NamedTuple
 
-import babyllama  # noqa: F401  before numpy, because it names a package that is missing
-
-# isort: split
-import numpy as np
-from tqdm import tqdm
-
 from babyllama.cli import Parser, add_flag, run_script
 from babyllama.data.text_files import find_files
 from babyllama.files import atomic_write, check_replaceable, read_json
@@ -306,6 +300,8 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     nats_per_word includes the ends of documents. bits_per_byte is bits_per_document divided by
     bytes_per_document.
     """
+    import numpy as np
+
     # set up the linear system
     index = {left: i for i, left in enumerate(grammar.rules)}
     children = np.zeros((len(index), len(index)))  # expected number of nonterminals in an expansion
@@ -442,6 +438,8 @@ def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) ->
 
 def write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Random) -> dict:
     """Write documents until they have num_words words; return counts of their text."""
+    from tqdm import tqdm
+
     counts = Counter(documents=0, sentences=0, words=0, bytes=0)
     bits = 0.0
     progress = tqdm(total=num_words, desc=path.name, unit=" words", unit_scale=True, disable=None)
