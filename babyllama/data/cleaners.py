@@ -23,6 +23,8 @@ CLEANER_VERSION = 8
 # either consumes what it looks at or looks at a bounded stretch. Something that is removed within a
 # line leaves a space, so that its two sides never join to something that a second pass would remove.
 
+# ---- patterns of several domains ----------------------------------------------------------------
+
 NESTED = 4  # levels of nested brackets that are removed; a limit keeps cleaning linear
 _NEWLINES = re.compile(r"\n{3,}")
 # "&amp;lt;" is decoded at once: otherwise a second pass would decode more
@@ -34,6 +36,8 @@ _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s
 _JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
 _BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
 _AFTER = re.compile(r"[A-Z][A-Za-z’'-]*[.,;:!?…\"'”’)]*\Z")
+
+# ---- patterns of wiki pages ---------------------------------------------------------------------
 
 _HEADER = re.compile(r"^ *=[^\n]*= *$", re.M)
 _CITATION = re.compile(
@@ -60,6 +64,8 @@ _MARKUP_NAME = re.compile(
     r"</?\s?(?:i|b|u|s|font|bold|link|span|div|br|sub|sup|small|big|ref|doc|blockquote|nowiki|center)\b",
     re.I,
 )
+
+# ---- patterns of subtitles ----------------------------------------------------------------------
 
 _TIME = r"\d{1,3} ?: ?\d\d(?: ?: ?\d\d)?(?: ?[.,;:] ?\d{1,3})?"
 _CUE = re.compile(
@@ -98,6 +104,8 @@ _SOUND = re.compile(
     r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
     re.I,
 )
+# ---- patterns of speakers -----------------------------------------------------------------------
+
 _DIRECTION = r" ?\([^()\n]{1,30}\)|, (?:[a-z]{1,15} ){0,3}[a-z]{1,15}(?:ing|ly)"
 _CAPS = rf"[A-Z][A-Z0-9_ .'’&#/-]{{%d,30}}(?:{_DIRECTION})?"  # MARY, MRS. CLAUS, CDR (EAGLE)
 _NAME_WORD = r"[A-ZÀ-ÖØ-Þ][\w'’&-]{0,20}"
@@ -137,6 +145,8 @@ _NO_NAME = re.compile(
     r"|hey|hello|roger|copy|affirmative|negative)\b",
     re.I,
 )
+# ---- patterns of transcripts --------------------------------------------------------------------
+
 _TRANSCRIPT_LINE = re.compile(
     r"^ *(?:\[-?\d\d:\d\d:\d\d:\d\d\]|_[a-z]+ ?:[^\n]*|@(?:UTF8|Begin|End)|@[A-Z][\w ]{0,30}: [^\n]*|%\w{2,4}: [^\n]*) *$",
     re.M,
@@ -154,6 +164,8 @@ _UNSPOKEN = re.compile(  # (be)cause, goin(g)
     r"(?<=[a-z])(?:\([a-z']{1,8}\)){1,9}|(?:\([a-z']{1,8}\)){1,9}(?=[a-z])"
 )
 
+# ---- patterns of books --------------------------------------------------------------------------
+
 _BOOK_LINE = re.compile(
     r"^(?:[# ]*+(?:\* (?:License|Text|Illustration|Translation|Language|Photograph|Adaptation|Editor|Author)s?:[^\n]*"
     r"|(?:Release Date|Posting Date|Last Updated|Character set encoding|Language): [^\n]*|Produced by [A-Z][^\n]*"
@@ -167,6 +179,9 @@ _LICENCE = re.compile(
     r"|^[# ]*\*{3}|public domain (?:print )?editions|this etext|this ebook",
     re.I | re.M,
 )
+
+
+# ---- steps of the cleaners ----------------------------------------------------------------------
 
 
 def _unjoin(match: re.Match) -> str:
@@ -282,6 +297,7 @@ def _drop_braces(text: str) -> str:
                 spans.pop()
             spans.append((start, match.end()))
 
+    # replace them
     parts = []
     done = 0
     for start, end in spans:
@@ -325,6 +341,7 @@ def _drop_labels(label: re.Pattern, text: str) -> str:
     "Mary:" may be a label, or a word before a colon. Names count as labels if they start at least 2
     lines of this text, and if such names start at least 3 lines together.
     """
+    # find what may be labels; a line can start with several
     lines = _SPACES.sub(" ", text).split("\n")
     labels_of: dict[int, list[re.Match]] = {}  # by the number of the line
     for number, line in enumerate(lines):
@@ -341,6 +358,7 @@ def _drop_labels(label: re.Pattern, text: str) -> str:
     if sum(any(match["name"] in speakers for match in labels) for labels in labels_of.values()) < 3:
         speakers.clear()
 
+    # remove the labels of each line, up to the first that is no speaker
     for number, labels in labels_of.items():
         end = 0
         for match in labels:
@@ -365,6 +383,9 @@ def _drop_song_marks(text: str) -> str:
     return "\n".join(lines)
 
 
+# ---- the cleaners -------------------------------------------------------------------------------
+
+
 class DomainCleaners:
     """Clean text of one domain, with pure, idempotent functions that keep newlines.
 
@@ -387,11 +408,15 @@ class DomainCleaners:
             text = _LATEX_QUOTES.sub(
                 lambda line: line[0].replace("``", '"').replace("''", '"'), text
             )
+
+        # comments, references, templates and tables
         if "<" in text:
             text = _drop_braces(_drop_spans(_COMMENT, "-->", text))
             text = _drop_spans(_REF, "</ref>", re.sub(r"<ref\b[^<>\n]{0,300}/>", " ", text))
         if "{" in text:
             text = _drop_braces(text)
+
+        # emphasis, links, citations and tags
         text = re.sub(r"''+", " ", text)
         if "[" in text:
             text = _WIKI_LINK.sub(_link_text, text)
@@ -402,6 +427,8 @@ class DomainCleaners:
                     break
                 text = shorter
         text = _CITATION.sub(" ", _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag))))
+
+        # WikiText's marks, then headers and lists
         for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
             text = text.replace(mark, plain)
         return _no_gaps(_HEADER.sub("", _WIKI_LINE.sub("", clean_text(text))))
@@ -409,6 +436,7 @@ class DomainCleaners:
     @staticmethod
     def subtitles(text: str) -> str:
         """Remove cue numbers, timings, credits, tags, [sounds], (sounds) and speaker labels."""
+        # styles, [sounds], tags and (sounds)
         text = _drop(_BRACKET, _STYLE.sub(" ", _plain_text(text)), _short)
         text = _drop_tags(text, lambda tag: bool(_MARKUP_NAME.match(tag)))
         text = _drop(
@@ -416,11 +444,14 @@ class DomainCleaners:
             text,
             lambda span: len(span) <= 60 and (span.isupper() or bool(_SOUND.fullmatch(span))),
         )
+
         for _ in range(NESTED):  # a label may hide the mark of a song, and the mark another label
             earlier = text
             text = _drop_labels(_SCREEN_LABEL, _drop_song_marks(text))
             if "#" not in text or text == earlier:
                 break
+
+        # cues, lines without speech, and credits
         text = clean_text(text)
         shorter = _CUE.sub("", _NO_SPEECH.sub("", text))
         if shorter != text:
@@ -430,6 +461,7 @@ class DomainCleaners:
     @staticmethod
     def dialogue(text: str) -> str:
         """Remove speaker labels (*CHI: MARY: Mary: A.1:), [action], (smiling) and time stamps."""
+        # of marks in brackets that hold words, keep the words
         text = _plain_text(text)
         if "[" in text:
             for _ in range(NESTED):
@@ -438,6 +470,8 @@ class DomainCleaners:
             text = re.sub(
                 r"(?<!\\)\[([^\[\]\n]{1,200})\]\((?:https?:)?[^()\s]{1,300}\)", r"\1", text
             )
+
+        # other brackets and tags, (sounds), speakers and time stamps
         text = _drop(_BRACKET, text, _short)
         text = _drop_tags(text, lambda tag: len(_ASIDE.sub("", tag[1:-1])) <= 55)
         text = _drop(_PAREN, text, lambda span: len(span) <= 60 and bool(_SOUND.fullmatch(span)))
