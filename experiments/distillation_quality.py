@@ -21,7 +21,11 @@ from pathlib import Path
 
 import common  # noqa: F401  puts the repository on sys.path
 
+import train as train_script
+import train_tokenizer
 from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.runs.checkpoints import checkpoint_error, checkpoints
+from babyllama.runs.run_dir import LOG_FILE, METRICS_FILE
 
 VOCABULARY = 4000
 TEACHERS = {
@@ -64,8 +68,6 @@ def copy_first_words(source: Path, target: Path, words: int) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Write the text and the tokenizer of all runs to --output."""
-    import train_tokenizer
-
     copy_first_words(args.data_dir / "train", args.output / "train", args.words)
     copy_first_words(args.data_dir / "dev", args.output / "dev", args.words // 5)
     flags = {
@@ -113,10 +115,6 @@ def make_config(
 
 def train(config: dict) -> None:
     """Train a run, or resume it, unless it is finished."""
-    from babyllama.runs.checkpoints import checkpoint_error, checkpoints
-    from babyllama.runs.run_dir import METRICS_FILE
-    from train import main
-
     run_dir = Path(config["logging"]["output_dir"], config["model"]["name"])
     if (run_dir / METRICS_FILE).is_file():
         return
@@ -125,14 +123,12 @@ def train(config: dict) -> None:
     flags = ["--config", str(file)]
     if any(not checkpoint_error(folder) for folder in checkpoints(run_dir)):
         flags += ["--resume-from-checkpoint", "latest"]
-    if main(flags):
+    if train_script.main(flags):
         raise ValueError(f"{run_dir}: the run failed")
 
 
 def bits_by_epoch(run_dir: Path) -> list[float]:
     """Return held-out bits per byte after each epoch of a run."""
-    from babyllama.runs.run_dir import LOG_FILE
-
     lines = (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
@@ -140,8 +136,6 @@ def bits_by_epoch(run_dir: Path) -> list[float]:
 
 def print_row(title: str, run_dirs: list[Path]) -> None:
     """Print the means over some runs, and each run's last and best epoch."""
-    from babyllama.runs.run_dir import METRICS_FILE
-
     curves = [bits_by_epoch(run_dir) for run_dir in run_dirs]
     last = statistics.fmean(curve[-1] for curve in curves)
     best = statistics.fmean(min(curve) for curve in curves)
