@@ -274,7 +274,7 @@ def choose_cleaners(sources: Sources, only: list[str] | None, choices: list[str]
             )
         cleaners[domain] = cleaner
 
-    # note what nobody chose a cleaner for
+    # report the domains without a cleaner
     how_to_choose = f"--domain NAME=CLEANER chooses one of {', '.join(registry)}"
     if without := [domain for domain in domains if domain not in cleaners]:
         print(

@@ -197,6 +197,7 @@ def _read_rows(path: Path, report: dict) -> Iterator[str]:
     from pyarrow import ipc, parquet
 
     report["bytes_on_disk"] += path.stat().st_size
+    # both formats are read a few rows at a time
     try:
         if path.suffix.lower() == ".parquet":
             table = parquet.ParquetFile(path)
@@ -250,6 +251,8 @@ def read_documents(
     report = new_report() if report is None else report
     documents_before = report["documents"]
     report["files"] += 1
+
+    # the lines of the file, each with the number of its document
     name = path.name.lower()
     if name.endswith(TABLES):
         numbered_lines = _number_rows(path, report, one_per_row)
@@ -258,6 +261,8 @@ def read_documents(
     else:
         is_wiki = domain in WIKI_DOMAINS or domain_of(path) in WIKI_DOMAINS
         numbered_lines = _number_lines(read_lines(path, report), is_wiki, report)
+
+    # the documents; asking for the first part shows if cleaning left any text
     for _, document in itertools.groupby(numbered_lines, key=itemgetter(0)):
         report["documents"] += 1
         parts = text_parts(map(itemgetter(1), document))

@@ -117,6 +117,7 @@ def load_tasks(config: str | Path | dict | None = None) -> dict[str, BenchmarkTa
 
     The default is config/benchmark.yaml. Paths in a file are relative to the working directory.
     """
+    # find the section `tasks`
     if isinstance(config, dict):
         source = "tasks"
         raw = config
@@ -129,6 +130,7 @@ def load_tasks(config: str | Path | dict | None = None) -> dict[str, BenchmarkTa
             ["not a benchmark; it needs one section, `tasks`, with an entry for each task"], source
         )
 
+    # read all tasks before raising, so that all problems are reported at once
     problems = []
     tasks = {}
     for name, options in declared.items():

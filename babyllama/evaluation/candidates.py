@@ -187,6 +187,8 @@ def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | 
     except FileNotFoundError as error:
         log.warning("%s: no unigram baseline without the training text: %s", model_path, error)
         return None
+
+    # count the tokens at the start of each file
     counts = np.ones(vocab_size)
     for file in files:
         chars_left = UNIGRAM_CHARS // len(files)

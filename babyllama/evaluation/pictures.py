@@ -87,6 +87,7 @@ def learning_curves(document: dict) -> list[dict[str, Any]]:
 
 def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
     """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
+    # training and evaluation of each model, from the files in its directory
     groups = {}
     for model, facts in document["models"].items():
         for heading, make_panels in (
@@ -101,6 +102,8 @@ def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
                 continue
             if group:
                 groups[heading] = group
+
+    # learning curves, from the document
     for curve in learning_curves(document):
         draw = partial(plots.draw_learning_curve, curve=curve)
         height = 4 + len(curve["lines"]) / 10

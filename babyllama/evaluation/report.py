@@ -366,12 +366,14 @@ def write_files(document: dict, output: Path) -> list[Path]:
     write_text(page_file, page(document))
     written = [output, page_file]
 
+    # a chart of all figures up to 1
     bars = [row for row in table_rows(document) if row["on_unit_scale"]]
     if bars:
         chart_file = output.with_suffix(".png")
         plots.plot_comparison(bars, chart_file)
         written.append(chart_file)
 
+    # a picture for each learning curve with phenomena
     for curve in learning_curves(document):
         if not curve["lines"]:
             continue

@@ -303,6 +303,7 @@ def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return ["aoa_surprisals: expected an object with a list of rows under results"]
+    # what each checkpoint was asked, and how many answers are no numbers
     problems = []
     questions = defaultdict(list)
     invalid = Counter()
@@ -310,6 +311,7 @@ def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
         step = str(row.get("step"))
         questions[step].append((row.get("target_word"), row.get("context_id")))
         invalid[step] += not _is_number(row.get("surprisal"))
+
     problems += _subset_problems("aoa_surprisals", questions, needed.checkpoints)
     for step in needed.checkpoints:
         asked = questions.get(step, [])

@@ -278,11 +278,15 @@ class BestEpoch:
         score = score_predictions(evaluation.label_ids, predictions, self.settings.labels)[
             self.settings.metric
         ]
+
+        # keep the best epoch
         self.epoch += 1
         if score > self.best_score:
             self.best = self.epoch
             self.best_score = score
             self.predictions = predictions
+
+        # report this one, with the time left
         epochs = self.settings.epochs
         seconds = (time.monotonic() - self.started) / self.epoch * (epochs - self.epoch)
         left = f", about {duration(seconds)} left" if self.epoch < epochs else ""

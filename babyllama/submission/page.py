@@ -22,6 +22,7 @@ def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[
 
     A task that some checkpoint lacks is not in it.
     """
+    # score the tasks for which every checkpoint has predictions
     by_task: dict[str, dict[str, Any]] = {}
     checkpoints = [name for name in needed.checkpoints if (results / name).is_dir()]
     for task, spec in needed.zero_shot.items():
@@ -36,6 +37,7 @@ def fast_document(results: Path, eval_data: Path, needed: Requirements) -> dict[
             predictions = read_json(file)
             scores = candidate_scores(task, predictions, items)
             by_task[task][name] = grading.score_items(task, items, scores)
+
     if not by_task:
         checkpoints = []
     return {
