@@ -557,7 +557,7 @@ def print_report(report: dict) -> None:
         f" {results['perplexity']['num_documents']:,} documents\n"
     )
 
-    # the figures; those of each domain follow the figure of the whole text
+    # the figures, and bits per byte for each domain too
     print(f"{'':32}{'value':>10}   95 % interval")
     by_domain = results["perplexity"].get("by_domain", {})
     for group, key, label in TABLE:

@@ -214,7 +214,7 @@ def _sample(
     if temperature == 0:
         return logits.argmax(-1)
 
-    # top-p needs the most likely tokens in descending order; 256 of them nearly always suffice
+    # top-p needs the most likely tokens in descending order; the best 256 are usually enough
     probs = (logits / temperature).softmax(-1)  # (B, V)
     token_ids = None  # probs are in the order of the vocabulary
     if top_p < 1:
