@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babyllama import distributed
 from babyllama.architectures import ARCHITECTURES
 from babyllama.cli import Parser, add_flag, log_to_stderr, run_script
 from babyllama.config import (
@@ -36,7 +37,10 @@ from babyllama.config import (
     unusual_values,
     with_defaults,
 )
+from babyllama.data.tokenizer import byte_lengths, load_tokenizer
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
+from babyllama.planning.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
+from babyllama.runs import ending
 from babyllama.runs.checkpoints import checkpoint_step, checkpoints, find_checkpoint
 from babyllama.runs.resume import (
     check_checkpoint_step,
@@ -46,21 +50,20 @@ from babyllama.runs.resume import (
     steps_chosen_before,
 )
 from babyllama.runs.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
+from babyllama.runs.sweep import run_sweep
 from babyllama.schema import SECTIONS
-from babyllama.training import distributed, ending
-from babyllama.training.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
-from babyllama.training.sweep import run_sweep
+from babyllama.training.budget import Budget
 from babyllama.training.tracking import open_trackers, run_facts
+from create_synthetic_data import grammar_floor
+from data_utils import DataProcessor
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from datasets import Dataset
 
-    from babyllama.training.babylm import Budget
+    from babyllama.planning.kernels import Execution
+    from babyllama.planning.plan import Plan
     from babyllama.training.held_out import TokenDomains
-    from babyllama.training.kernels import Execution
-    from babyllama.training.plan import Plan
 
 log = logging.getLogger("train")
 
@@ -193,6 +196,7 @@ class Data:
     held_out_domains: TokenDomains
     report: dict  # what data_report.json will contain
     entropy_floor: float | None  # of the grammar behind the held-out text, in bits per byte
+    budget: Budget | None  # the words that BabyLM allows, with a babylm section
 
 
 def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
@@ -208,8 +212,8 @@ def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
 
 def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
     """Return the same datasets, and for each split what DataProcessor counted while reading it."""
-    from babyllama.training.chunks import ShiftedChunks
-    from data_utils import DataProcessor
+    from babyllama.training.batches import ShiftedChunks
+    from babyllama.training.held_out import choose_chunks
 
     data = with_defaults("data", config.get("data"))
     processor = DataProcessor(tokenizer)
@@ -222,27 +226,13 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
         train = ShiftedChunks(train, seed)
 
     held_out = splits["validation"]
-    held_out = held_out.select(held_out_chunks(len(held_out), data["eval_samples"]))
+    held_out = held_out.select(choose_chunks(len(held_out), data["eval_samples"]))
     return train, held_out.with_format("numpy"), processor.reports
 
 
-def held_out_chunks(n_chunks: int, at_most: int) -> np.ndarray:
-    """Choose `at_most` held-out chunks, or all if there are fewer: their numbers, sorted.
-
-    The generator's seed is fixed, so that all models and seeds are scored on the same chunks.
-    """
-    import numpy as np
-
-    if n_chunks <= at_most:
-        return np.arange(n_chunks)
-    return np.sort(np.random.default_rng(0).choice(n_chunks, at_most, replace=False))
-
-
-def load_data(config: dict) -> Data:
+def load_data(config: dict, budget: Budget | None) -> Data:
     """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text."""
-    from babyllama.data.tokenizer import byte_lengths, load_tokenizer
-    from babyllama.training.held_out import TokenDomains
-    from create_synthetic_data import grammar_floor
+    from babyllama.training.held_out import TokenDomains, choose_chunks
 
     # tokenizing may take long, so first do everything else that can fail
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
@@ -250,20 +240,22 @@ def load_data(config: dict) -> Data:
     lengths = byte_lengths(tokenizer)
     entropy_floor = grammar_floor(config["data"]["eval_path"])
     if "distillation" in config:
-        from babyllama.distillation.teacher_cache import identify_teachers
-        from babyllama.distillation.teachers import check_teachers
+        from babyllama.distillation import teacher_cache, teachers
 
-        check_teachers(config, tokenizer)
+        teachers.check_teachers(config, tokenizer)
 
     train, held_out, report = prepare_datasets_with_report(config, tokenizer)
+
+    # record what else the run learns from
     if "distillation" in config:
-        report = {**report, "teachers": identify_teachers(config, report["train"]["key"])}
+        identities = teacher_cache.identify_teachers(config, report["train"]["key"])
+        report = {**report, "teachers": identities}
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}
     warn_about_leaks(report)
-    chunks = held_out_chunks(report["validation"]["chunks"], config["data"]["eval_samples"])
+    chunks = choose_chunks(report["validation"]["chunks"], config["data"]["eval_samples"])
     domains = TokenDomains(report["validation"]["sources"], chunks, config["data"]["seq_length"])
-    return Data(tokenizer, lengths, train, held_out, domains, report, entropy_floor)
+    return Data(tokenizer, lengths, train, held_out, domains, report, entropy_floor, budget)
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------
@@ -276,13 +268,12 @@ class PreparedRun:
     config: dict
     run_dir: Path
     data: Data
-    budget: Budget | None  # with a babylm section
+    checkpoint: Path | None  # the checkpoint to resume from
     model: torch.nn.Module
-    loss: Any  # callable: (model, batch) -> loss in nats
-    benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
     plan: Plan
     execution: Execution
-    checkpoint: Path | None  # the checkpoint to resume from
+    loss: Any  # callable: (model, batch) -> loss in nats
+    benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
 
     def plan_record(self) -> dict[str, Any]:
         """Return the plan as training_metrics.json and the trackers record it."""
@@ -301,43 +292,39 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
         return False
     if args.resume_from_checkpoint not in (None, "latest", "auto"):
         find_checkpoint(args.resume_from_checkpoint, run_dir)  # so that a wrong path is an error
-    from babyllama.training.results import print_summary
+    from babyllama.training import results
 
     print(
         f"{run_dir} is already trained with this configuration and text; these are its results "
         "(--overwrite trains it again)"
     )
-    print_summary(run_dir, metrics)
+    results.print_summary(run_dir, metrics)
     return True
 
 
-def setup_run(
-    args: argparse.Namespace,
-    config: dict,
-    run_dir: Path,
-    data: Data,
-    budget: Budget | None,
-    started: float,
-) -> PreparedRun:
+def setup_run(args: argparse.Namespace, config: dict, data: Data, started: float) -> PreparedRun:
     """Create the model, choose precision and kernels for this machine, and print the plan.
 
     `started` is the time.perf_counter() from which training.max_minutes counts.
     """
-    import torch
     import transformers
 
-    from babyllama.training.kernels import build_loss, choose_precision_and_kernels
-    from babyllama.training.memory import estimate_memory
-    from babyllama.training.plan import (
+    from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.planning.memory import estimate_memory
+    from babyllama.planning.plan import (
         check_disk_space,
         count_evaluations,
         describe_run,
         print_plan,
     )
-    from babyllama.training.time_limit import choose_max_steps
+    from babyllama.planning.time_limit import choose_max_steps
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    training = config["training"]
+
+    # start or resume
+    run_dir = run_dir_of(config)
     checkpoint = resolve_checkpoint(
         run_dir,
         config,
@@ -349,33 +336,41 @@ def setup_run(
     history = run_history(run_dir, config, data.report, checkpoint)
     if history:
         data.report["history"] = history
-    transformers.set_seed(config["training"]["seed"])
+
+    # create the model
+    transformers.set_seed(training["seed"])
     model = create_model(config, data.tokenizer)
-    plan = describe_run(config, model, data.report["train"], len(data.train), history)
-    execution = choose_precision_and_kernels(config, plan)
-    bos_token_id = data.tokenizer.bos_token_id
-    loss = build_loss(config, model, bos_token_id, execution.precision, execution.compile)
-    if not torch.cuda.is_available():
-        execution = replace(execution, memory_bytes=estimate_memory(config, model, loss))
-    benchmark = make_benchmark(config, model, data.tokenizer)
-    training = config["training"]
-    if training["max_minutes"] and not training["max_steps"]:
-        training["max_steps"] = choose_max_steps(
-            config, data, model, loss, benchmark, plan, execution, started
-        )
-        plan = describe_run(config, model, data.report["train"], len(data.train), history)
-        execution = replace(execution, expected_seconds=60 * training["max_minutes"])
-    if benchmark:
-        cost = benchmark.cost(plan, execution, count_evaluations(config, plan))
-        execution = replace(execution, benchmark=cost)
-    example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
-    print_plan(config, plan, execution, checkpoint, example)
-    check_checkpoint_step(checkpoint, plan.steps)
-    if distributed.is_main():
-        check_disk_space(config, plan, run_dir)
-    return PreparedRun(
-        config, run_dir, data, budget, model, loss, benchmark, plan, execution, checkpoint
+
+    # choose how this machine trains it
+    describe = functools.partial(
+        describe_run, config, model, data.report["train"], len(data.train), history
     )
+    plan = describe()
+    execution = choose_precision_and_kernels(config, plan)
+    loss = build_loss(
+        config, model, data.tokenizer.bos_token_id, execution.precision, execution.compile
+    )
+    execution = replace(execution, memory_bytes=estimate_memory(config, model, loss))
+    benchmark = make_benchmark(config, model, data.tokenizer)
+    run = PreparedRun(config, run_dir, data, checkpoint, model, plan, execution, loss, benchmark)
+
+    # choose how many steps it trains
+    if training["max_minutes"] and not training["max_steps"]:
+        training["max_steps"] = choose_max_steps(run, started)
+        run.plan = describe()
+
+    # print the plan
+    if benchmark:
+        flops_per_second = execution.matmul_flops / plan.processes
+        times = count_evaluations(config, run.plan)
+        cost = benchmark.cost(plan.flops_per_token, flops_per_second, times)
+        run.execution = replace(execution, benchmark=cost)
+    example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
+    print_plan(config, run.plan, run.execution, checkpoint, example)
+    check_checkpoint_step(checkpoint, run.plan.steps)
+    if distributed.is_main():
+        check_disk_space(config, run.plan, run_dir)
+    return run
 
 
 def make_benchmark(config: dict, model, tokenizer):
@@ -397,21 +392,22 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
+    from babyllama.training import results
     from babyllama.training.arguments import training_arguments
     from babyllama.training.babylm import attach_word_counter
     from babyllama.training.callbacks import RunLog, SaveWhenInterrupted
-    from babyllama.training.results import print_summary
     from babyllama.training.trainer import LMTrainer
 
     config = run.config
     plan = run.plan
     execution = run.execution
     counts = run.data.report["train"]
-    words_per_token = counts["words"] / counts["tokens"]
     history = run.data.report.get("history", [])
+
+    # create the log and the trainer
     run_log = RunLog(
         run.run_dir / LOG_FILE,
-        words_per_token,
+        counts["words"] / counts["tokens"],
         plan.flops_per_token,
         execution.matmul_flops,
         history,
@@ -434,20 +430,23 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
         history=history,
         callbacks=[*([run_log] if distributed.is_main() else []), SaveWhenInterrupted(status)],
     )
-    word_counter = attach_word_counter(trainer, config, counts, run.budget)
+    word_counter = attach_word_counter(trainer, config, counts, run.data.budget)
+
+    # train
     distributed.seed_per_rank(config["training"]["seed"])
     with ending.deferred_signals():  # they save the step first
         checkpoint = str(run.checkpoint) if run.checkpoint else None
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.release_graphs()  # the final evaluation may need their memory
 
+    # write the results
     model = trainer.best_model()
     with distributed.main_first():
         if distributed.is_main():
             metrics = write_results(run, trainer, model, run_log, word_counter)
             for tracker in trackers:
                 tracker.log_results(metrics, [run.run_dir / CURVES_FILE])
-            print_summary(run.run_dir, metrics)
+            results.print_summary(run.run_dir, metrics)
 
 
 # ---- 6. the results -----------------------------------------------------------------------------
@@ -455,34 +454,29 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
 
 def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> dict:
     """Save and measure the trained model; return the content of training_metrics.json."""
-    from babyllama.training.results import (
-        draw_samples,
-        measure_benchmark,
-        measure_model,
-        measure_training,
-        save_model,
-        write_documents,
-    )
+    from babyllama.training import results
 
     # save first: if anything below fails, the trained model is not lost
     with ending.deferred_signals():
-        save_model(run.run_dir, model, run.data.tokenizer, run_log)
+        results.save_model(run.run_dir, model, run.data.tokenizer, run_log)
     metrics = {
         "results": {
-            **measure_model(trainer, model, run.data.held_out_domains),
+            **results.measure_model(trainer, model, run.data.held_out_domains),
             "floor_bits_per_byte": run.data.entropy_floor,
-            **measure_benchmark(trainer, model),
-            **measure_training(trainer, run_log, word_counter, run.config["data"]["seq_length"]),
+            **results.measure_benchmark(trainer, model),
+            **results.measure_training(
+                trainer, run_log, word_counter, run.config["data"]["seq_length"]
+            ),
         },
         "babylm": word_counter.compliance(),
         "plan": run.plan_record(),
-        "samples": draw_samples(model, run.data.tokenizer, run.config),
+        "samples": results.draw_samples(model, run.data.tokenizer, run.config),
         "data": run.data.report,
         "config": run.config,
         "weights_sha256": weights_sha256(run.run_dir),
         "environment": describe_environment(),
     }
-    write_documents(run.run_dir, metrics, run_log.rows)
+    results.write_documents(run.run_dir, metrics, run_log.rows)
     return metrics
 
 
@@ -502,40 +496,44 @@ def prepare_and_train(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         with distributed.main_first():
-            # reading the text may take long, so first check everything that does not need it
+            # check first what does not need the text, because reading it may take long
             config = load_config(args.config, args)
             budget = check_inputs(config)
             distributed.set_timeout(config["training"]["process_timeout_minutes"])
             run_dir = run_dir_of(config)
             check_request(args, config, run_dir)
 
-            data = load_data(config)
+            # read the text, which tells if this run was started or finished before
+            data = load_data(config, budget)
             training = config["training"]
             if training["max_minutes"] and not (training["max_steps"] or args.overwrite):
                 training["max_steps"] = steps_chosen_before(run_dir, config, data.report)
             if show_finished_run(args, run_dir, config, data.report):
                 return
+
+            # set up the run and start its directory, which no other process may use meanwhile
             writes = distributed.is_main() and not args.dry_run
             if writes:
                 stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
-            prepared = setup_run(args, config, run_dir, data, budget, started)
+            run = setup_run(args, config, data, started)
             if args.dry_run:
                 print("dry run: nothing was trained; the tokenized text is cached for the real run")
                 return
-            checkpoint = prepared.checkpoint
-            step = checkpoint_step(checkpoint) if checkpoint else 0
+            step = checkpoint_step(run.checkpoint) if run.checkpoint else 0
             status = stack.enter_context(ending.recorded(run_dir, step))
             if writes:
-                start_run_dir(run_dir, config, data.report, checkpoint)
+                start_run_dir(run_dir, config, data.report, run.checkpoint)
+
+        # train, in all processes together
         distributed.connect()
-        facts = run_facts(config, prepared.plan_record(), data.report)
+        facts = run_facts(config, run.plan_record(), data.report)
         with open_trackers(config, run_dir, facts) as trackers:
-            train_and_save(prepared, status, facts, trackers)
+            train_and_save(run, status, facts, trackers)
 
 
 def memory_advice(args: argparse.Namespace) -> str:
     """Return advice on how a run needs less memory, which never costs a checkpoint."""
-    from babyllama.training import kernels
+    from babyllama.planning import kernels
 
     config = load_config(args.config, args)
     saved = checkpoints(run_dir_of(config))

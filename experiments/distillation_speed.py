@@ -54,10 +54,10 @@ def take_turn(
     import transformers
 
     from babyllama.distillation.student import make_distillation_trainer
+    from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.planning.plan import describe_run
     from babyllama.training.arguments import training_arguments
     from babyllama.training.callbacks import RunLog
-    from babyllama.training.kernels import build_loss, choose_precision_and_kernels
-    from babyllama.training.plan import describe_run
     from babyllama.training.trainer import LMTrainer
     from train import create_model
 

@@ -106,7 +106,7 @@ def our_trainer(config: dict, variant: dict, tokenizer, arguments, common: dict)
     """Return our Trainer with a number format, compiled or not."""
     import torch
 
-    from babyllama.training.kernels import build_loss
+    from babyllama.planning.kernels import build_loss
     from babyllama.training.trainer import LMTrainer
 
     return LMTrainer(
@@ -220,7 +220,7 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict]]) -> None:
     import torch
 
     from babyllama.device import matmul_flops
-    from babyllama.training.plan import describe_run
+    from babyllama.planning.plan import describe_run
     from train import create_model
 
     # operations of a token, and what this machine can do

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train
-from babyllama.training.ending import SIGNALS
+from babyllama.runs.ending import SIGNALS
 
 
 def start_child(arguments: list[str], errors: Path, prepare: Callable = lambda: None) -> int:

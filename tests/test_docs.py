@@ -197,7 +197,7 @@ def test_configurations_in_the_documents_are_valid(path):
 
 
 def test_the_sweep_of_the_guide(tmp_path):
-    from babyllama.training.sweep import combinations, read_grid
+    from babyllama.runs.sweep import combinations, read_grid
 
     (text,) = (
         b for b in blocks(TEXTS[ROOT / "TRAINING_GUIDE.md"], "yaml") if b.startswith("training.lr:")

@@ -16,9 +16,12 @@ SCRIPTS = [
 COMMANDS = [name for name in SCRIPTS if name != "data_utils"]
 # From the bottom up: a layer may import itself and the layers below it.
 LAYERS = [
-    "foundation", "config", "runs", "evaluation", "training", "distillation", "submission", "script"
+    "foundation", "config", "runs", "evaluation", "training", "planning", "distillation", "submission",
+    "script",
 ]  # fmt: skip
-FOUNDATION = {"architectures", "schema", "files", "device", "plots", "problems", "data", "cli"}
+FOUNDATION = {
+    "architectures", "schema", "files", "device", "distributed", "plots", "problems", "data", "cli",
+}  # fmt: skip
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 

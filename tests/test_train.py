@@ -21,13 +21,13 @@ import train
 from babyllama.cli import EXIT_INTERRUPTED
 from babyllama.config import check_config, unusual_values
 from babyllama.data.tokenizer import byte_lengths
+from babyllama.planning.kernels import memory_advice, pick_precision
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training.arguments import training_arguments
+from babyllama.training.batches import collate_chunks
 from babyllama.training.callbacks import RunLog
-from babyllama.training.chunks import collate_chunks
 from babyllama.training.held_out import evaluate_chunks
-from babyllama.training.kernels import memory_advice, pick_precision
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.trainer import LMTrainer, TrainingError
 from data_utils import DataProcessor

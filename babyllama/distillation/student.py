@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from babyllama import distributed
 from babyllama.distillation.teacher_cache import (
     CachedChunks,
     cache_facts,
@@ -30,7 +31,6 @@ from babyllama.distillation.teachers import (
     load_teachers,
     with_dropped_mass,
 )
-from babyllama.training import distributed
 from babyllama.training.loss import next_token_nll, slice_nll
 from babyllama.training.trainer import LMTrainer
 

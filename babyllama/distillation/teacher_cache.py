@@ -31,9 +31,9 @@ from babyllama.files import (
     weights_sha256,
     write_json,
 )
-from babyllama.training.checks import check_teacher_exists
-from babyllama.training.chunks import collate_chunks
-from babyllama.training.kernels import pick_precision
+from babyllama.planning.checks import check_teacher_exists
+from babyllama.planning.kernels import pick_precision
+from babyllama.training.batches import collate_chunks
 
 ABOUT_FILE = "about.json"
 IDS_FILE = "top_ids.npy"

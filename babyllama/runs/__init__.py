@@ -1,4 +1,4 @@
-"""Keep a run on disk: its files, its checkpoints, and whether it starts or resumes.
+"""Keep runs on disk: files, checkpoints, how a run starts and ends, and sweeps of several runs.
 
 Nothing here imports torch.
 """

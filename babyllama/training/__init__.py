@@ -1,1 +1,1 @@
-"""Train models."""
+"""Train models: the loss, the steps, and what a run logs and reports."""

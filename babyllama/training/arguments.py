@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from babyllama import distributed
 from babyllama.config import flatten
-from babyllama.training import distributed
 
 
 def training_arguments(

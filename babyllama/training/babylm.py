@@ -1,8 +1,8 @@
-"""Follow BabyLM's rules about the words that a model may see.
+"""Count the words that a model has seen, and save BabyLM's checkpoints by them.
 
-With a `babylm:` section in the configuration, a run checks its budget of words before training,
-saves a model directory chck_<N>M as soon as it has seen N million words, and writes both with a
-verdict into compliance.json. Without the section it only counts the words (data/words.py).
+With a `babylm:` section in the configuration, a run saves a model directory chck_<N>M as soon as it
+has seen N million words, and writes its budget (budget.py), the checkpoints and a verdict into
+compliance.json. Without the section it only counts the words (data/words.py).
 
     seen = SeenWords(counts, order=lambda epoch: np.arange(n), steps=steps)
     print(seen.words[100], seen.first_step(1_000_000), seen.by_domain(100))
@@ -16,7 +16,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,12 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from transformers import Trainer, TrainerCallback
 
-from babyllama.data.documents import new_report, read_documents
-from babyllama.data.text_files import find_files, source_of
-from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.data.words import WordCounts
-from babyllama.files import atomic_write, describe_environment, read_json, sha256, utc_now
+from babyllama.files import atomic_write, describe_environment, sha256, utc_now
 from babyllama.runs.checkpoints import checkpoint_words, milestone_name, seal_checkpoint
-from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE
-from babyllama.schema import MAX_EPOCHS, TRACKS
+from babyllama.runs.run_dir import CONFIG_FILE
+from babyllama.schema import MAX_EPOCHS
+from babyllama.training.budget import Budget
 from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -291,115 +289,3 @@ def compliance_problems(facts: dict[str, Any]) -> list[str]:
                 f"the text that {path} was trained on is not recorded, and it counts too"
             )
     return problems
-
-
-# ---- the budget ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Hold what a track allows and the words that count toward it, as compliance.json has them."""
-
-    track: str
-    words_allowed: int
-    epochs_allowed: int
-    words: int  # of the training text
-    words_by_domain: dict[str, int]
-    other_words_learned_from: dict[str, int | None]  # by tokenizer or teacher; None: no record
-    words_counted: int
-
-
-def count_text(folder: str) -> list[dict]:
-    """Return `file`, `sha256`, `domain` and `words` of each file of a training text."""
-    sources = []
-    for path in find_files(folder, "train"):
-        report = new_report()
-        for _ in read_documents(path, report):
-            pass
-        sources.append({**source_of(path), "words": report["words"]})
-    return sources
-
-
-def teacher_sources(path: str) -> list[dict] | None:
-    """Return the files that the teacher at `path` was trained on, or None if it has no record."""
-    try:
-        return read_json(Path(path, DATA_REPORT_FILE))["train"].get("sources")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def check_budget(config: dict) -> Budget:
-    """Count the words that count toward the track's budget; raise ValueError if they are too many.
-
-    These are the words of the training text, which is read for that, and of any other text that the
-    tokenizer or a teacher was trained on, because the model learns from it too. If there is no
-    record of that text, warn.
-    """
-    track = config["babylm"]["track"]
-    data = config["data"]
-
-    sources = count_text(data["train_path"])
-    words = sum(source["words"] for source in sources)
-    words_by_domain: Counter[str] = Counter()
-    for source in sources:
-        words_by_domain[source["domain"]] += source["words"]
-
-    # add the text that only the tokenizer or a teacher was trained on
-    learned_from = {data["tokenizer_path"]: tokenizer_sources(data["tokenizer_path"])}
-    for teacher in config.get("distillation", {}).get("teachers", ()):
-        learned_from[teacher] = teacher_sources(teacher)
-    training_hashes = {source["sha256"] for source in sources}
-    words_of_file = {}  # sha256 -> words, so that a file that several learned from counts once
-    other_words: dict[str, int | None] = {}
-    for path, recorded_sources in learned_from.items():
-        files = {source["sha256"]: source["words"] for source in recorded_sources or ()}
-        other_files = {sha: n for sha, n in files.items() if sha not in training_hashes}
-        if recorded_sources is None or None in other_files.values():
-            log.warning(
-                "%s: the text it was trained on is not recorded; it counts toward BabyLM's budget",
-                path,
-            )
-            other_words[path] = None
-            continue
-        other_words[path] = sum(other_files.values())
-        words_of_file |= other_files
-
-    total = words + sum(words_of_file.values())
-    budget = Budget(
-        track=track,
-        words_allowed=TRACKS[track],
-        epochs_allowed=MAX_EPOCHS,
-        words=words,
-        words_by_domain=dict(words_by_domain),
-        other_words_learned_from=other_words,
-        words_counted=total,
-    )
-    if total > TRACKS[track]:
-        raise ValueError(budget_error(budget, data["train_path"]))
-    log.info("babylm: %s, %s of %s words", track, f"{words:,}", f"{TRACKS[track]:,}")
-    return budget
-
-
-def budget_error(budget: Budget, train_path: str) -> str:
-    """Explain in one line why the words that count are too many, and what to do about it."""
-    words = budget.words
-    allowed = budget.words_allowed
-    excess = budget.words_counted - allowed
-    domains = Counter(budget.words_by_domain).most_common()
-    listed = ", ".join(f"{name} {count:,}" for name, count in domains[:10])
-    if len(domains) > 10:
-        listed += f", {len(domains) - 10} more"
-    line = (
-        f"babylm.track: {budget.track} allows {allowed:,} words of training text; "
-        f"{train_path} has {words:,} ({listed})"
-    )
-    remedies = []
-    if words > allowed:
-        remedies.append("remove or shorten files")
-        if budget.track == "strict-small":
-            remedies[0] += ", or train on the strict track (--set babylm.track=strict)"
-    for path, count in budget.other_words_learned_from.items():
-        if count:
-            line += f", and {path} was trained on {count:,} other words, which count too"
-            remedies.append(f"train {path} on this text only")
-    return f"{line}: {excess:,} too many; {', and '.join(remedies)}"

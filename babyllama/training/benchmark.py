@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,10 +22,6 @@ from babyllama.evaluation.benchmark_config import BenchmarkTask
 from babyllama.evaluation.candidates import score_task, scored_spans
 from babyllama.evaluation.loading import has_start_token
 from babyllama.runs.run_dir import BENCHMARK_PREFIX
-
-if TYPE_CHECKING:
-    from babyllama.training.kernels import Execution
-    from babyllama.training.plan import Plan
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
 SECONDS_PER_ITEM = 0.5e-3
@@ -66,16 +62,15 @@ class TrainingBenchmark:
             scores[BENCHMARK_PREFIX + name] = result[result["metric"]]
         return {**scores, "benchmark_seconds": time.perf_counter() - started}
 
-    def cost(self, plan: Plan, execution: Execution, times: int) -> dict[str, Any]:
+    def cost(self, flops_per_token: int, flops_per_second: float, times: int) -> dict[str, Any]:
         """Return the numbers of items, tokens and times, and about how long each time takes.
 
-        The time is that of one forward pass over all tokens at the measured speed of matrix
-        products, and SECONDS_PER_ITEM. One process scores, and a forward pass is a third of a
-        training step.
+        The time is that of one forward pass over all tokens, and SECONDS_PER_ITEM. A training step
+        has `flops_per_token`, and a forward pass a third of that. One process scores, and its
+        matrix products run at `flops_per_second`.
         """
-        flops_per_second = execution.matmul_flops / plan.processes
         n_items = sum(len(task.items) for task in self.tasks.values())
-        forward_seconds = self.tokens * plan.flops_per_token / 3 / flops_per_second
+        forward_seconds = self.tokens * flops_per_token / 3 / flops_per_second
         return {
             "items": {name: len(task.items) for name, task in self.tasks.items()},
             "tokens": self.tokens,

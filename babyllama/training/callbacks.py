@@ -19,11 +19,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from babyllama import distributed
 from babyllama.device import peak_memory_gb, reset_peak_memory
 from babyllama.files import write_text
+from babyllama.runs import ending
 from babyllama.runs.resume import changes_at
 from babyllama.runs.run_dir import BENCHMARK_PREFIX
-from babyllama.training import distributed, ending
 from babyllama.training.optimizers import WeightAverage
 from babyllama.training.steps import Steps
 

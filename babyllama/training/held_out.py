@@ -12,12 +12,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from babyllama.training import distributed
-from babyllama.training.batches import batches_per_step, split_for_rank
-from babyllama.training.chunks import collate_chunks
+from babyllama import distributed
+from babyllama.training.batches import batches_per_step, collate_chunks, split_for_rank
 from babyllama.training.loss import token_nlls
 
 MAX_LOGITS = 2**27  # in memory at a time: 0.5 GB in float32
+
+
+def choose_chunks(n_chunks: int, at_most: int) -> np.ndarray:
+    """Choose `at_most` held-out chunks, or all if there are fewer: their numbers, sorted.
+
+    The generator's seed is fixed, so that all models and seeds are scored on the same chunks.
+    """
+    if n_chunks <= at_most:
+        return np.arange(n_chunks)
+    return np.sort(np.random.default_rng(0).choice(n_chunks, at_most, replace=False))
 
 
 class TokenDomains:

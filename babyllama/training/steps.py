@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.training import distributed
+from babyllama import distributed
 
 
 class Steps:

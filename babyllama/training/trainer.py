@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from babyllama import distributed
 from babyllama.device import is_out_of_memory
 from babyllama.evaluation.generation import generate
 from babyllama.runs.checkpoints import (
@@ -44,12 +45,10 @@ from babyllama.runs.checkpoints import (
     seal_checkpoint,
 )
 from babyllama.runs.run_dir import RETRAIN
-from babyllama.training import distributed
 from babyllama.training.attention import prepare_for_chunks
-from babyllama.training.batches import train_loader
+from babyllama.training.batches import ShiftedChunks, collate_chunks, train_loader
 from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.callbacks import Intervals, UpdateAverage
-from babyllama.training.chunks import ShiftedChunks, collate_chunks
 from babyllama.training.cuda_graphs import CudaGraphStep
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss

@@ -18,9 +18,9 @@ from babyllama.device import compiler_missing, pick_device
 from babyllama.distillation.student import DistillationTrainer, distillation_loss, make_slice_loss
 from babyllama.distillation.teacher_cache import CachedChunks, cache_folder, write_cache
 from babyllama.distillation.teachers import Ensemble, SoftTargets, average_teachers, divergence
+from babyllama.planning.checks import check_teacher_exists
 from babyllama.training.arguments import training_arguments
 from babyllama.training.callbacks import RunLog
-from babyllama.training.checks import check_teacher_exists
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 

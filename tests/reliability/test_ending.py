@@ -21,9 +21,9 @@ import data_utils
 import train
 from babyllama.files import atomic_write, drafts
 from babyllama.runs.checkpoints import checkpoint_error, checkpoints
+from babyllama.runs.ending import SIGNALS
 from babyllama.runs.run_dir import METRICS_FILE, STATUS_FILE
 from babyllama.training import results, trainer
-from babyllama.training.ending import SIGNALS
 
 NAMES = [signal.Signals(number).name for number in SIGNALS]
 

@@ -13,8 +13,8 @@ import torch
 from conftest import build_tiny_model, sentences
 from runs import in_child
 
+from babyllama import distributed
 from babyllama.evaluation.scoring import token_logprobs
-from babyllama.training import distributed
 from babyllama.training.held_out import evaluate_chunks
 
 BATCH_SIZES = (1, 2, 7, 64)

@@ -155,7 +155,7 @@ def test_a_process_that_is_stopped_or_killed_ends_the_other(number, rank, pair):
 )
 def test_a_process_that_hangs_outside_of_training_ends_the_other(rank, name, pair):
     """One process waits while the other prepares the data, or writes the results."""
-    from babyllama.training import distributed
+    from babyllama import distributed
 
     def stop() -> None:
         signal_before(train, name, signal.SIGSTOP)
@@ -174,12 +174,12 @@ def test_a_process_that_hangs_outside_of_training_ends_the_other(rank, name, pai
 def test_data_that_takes_longer_than_the_timeout_ends_nothing(pair, monkeypatch):
     original = train.load_data
 
-    def slow(config):
+    def slow(*args):
         time.sleep(1.5 * TIMEOUT)
-        return original(config)
+        return original(*args)
 
     def prepare() -> None:
-        from babyllama.training import distributed
+        from babyllama import distributed
 
         distributed.set_timeout(TIMEOUT / 60)
         train.load_data = slow

@@ -38,6 +38,7 @@ from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE
 from babyllama.training import babylm
 from babyllama.training.babylm import SeenWords, chunk_order, compliance_problems
 from babyllama.training.batches import ExactBatchSampler, batches_per_step
+from babyllama.training.budget import Budget, check_budget
 from babyllama.training.steps import Steps
 from babyllama.training.trainer import LMTrainer
 
@@ -183,7 +184,7 @@ def test_ten_epochs_end_with_the_last_checkpoint(
     counts = word_counts(tokenizer, words)
     steps = Steps(len(words), training)
     trainer = SimpleNamespace(steps=steps)
-    budget = babylm.Budget("strict-small", 1000, 10, 1000, {}, {}, 1000)
+    budget = Budget("strict-small", 1000, 10, 1000, {}, {}, 1000)
     callback = babylm.BabyLMCallback(trainer, counts, {}, budget)
     callback.seen = SeenWords(counts, lambda epoch: np.arange(len(words)), steps)
     *others, last = map(callback.due_step, checkpoint_words("strict-small"))
@@ -537,7 +538,7 @@ def test_other_text_of_teachers_counts(shop, capsys):
     Path("uncounted").mkdir()
     Path("uncounted/data_report.json").write_text(json.dumps(report))
     config["distillation"] = {"teachers": ["models/tiny", "other", "uncounted", "nowhere"]}
-    learned = babylm.check_budget(config).other_words_learned_from
+    learned = check_budget(config).other_words_learned_from
     assert learned == {
         "tokenizer.json": 0,
         "models/tiny": 0,
@@ -554,13 +555,13 @@ def test_text_of_two_teachers_counts_once(shop, monkeypatch):
         Path(name).mkdir()
         Path(name, "data_report.json").write_text(json.dumps({"train": {"sources": sources}}))
     config["distillation"] = {"teachers": ["one", "two"]}
-    budget = babylm.check_budget(config)
+    budget = check_budget(config)
     assert [budget.other_words_learned_from[name] for name in ("one", "two")] == [140, 140]
     monkeypatch.setitem(schema.TRACKS, "strict-small", budget.words + 210)  # of three files
-    babylm.check_budget(config)
+    check_budget(config)
     monkeypatch.setitem(schema.TRACKS, "strict-small", budget.words + 209)
     with pytest.raises(ValueError, match=": 1 too many"):
-        babylm.check_budget(config)
+        check_budget(config)
 
 
 def test_a_tokenizer_that_changes_words_is_an_error(shop, capsys):

@@ -15,7 +15,7 @@ from conftest import build_tiny_model, tiny_config
 from babyllama.config import check_config
 from babyllama.evaluation import fast_choices
 from babyllama.evaluation.generation import generate
-from babyllama.training import kernels
+from babyllama.planning import kernels
 from babyllama.training.arguments import training_arguments
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import make_optimizer

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import train
 from babyllama.data.tokenizer import byte_lengths
 from babyllama.runs.finished_run import training_scores
-from babyllama.training.held_out import TokenDomains, evaluate_chunks
+from babyllama.training.held_out import TokenDomains, choose_chunks, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
 
 FILES = {  # name -> its domain; the shards of one domain are not next to each other
@@ -102,7 +102,7 @@ def prepare(folder: Path, corpus_dir: Path, tokenizer, samples: int):
     }
     _, rows, reports = train.prepare_datasets_with_report({"data": section}, tokenizer)
     report = reports["validation"]
-    chosen = train.held_out_chunks(report["chunks"], samples)
+    chosen = choose_chunks(report["chunks"], samples)
     return rows, TokenDomains(report["sources"], chosen, LENGTH)
 
 

@@ -22,7 +22,7 @@ from babyllama.config import check_config
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import RESULTS
 from babyllama.training import callbacks
-from babyllama.training.chunks import ShiftedChunks
+from babyllama.training.batches import ShiftedChunks
 from babyllama.training.trainer import LMTrainer
 
 

@@ -12,8 +12,9 @@ from conftest import ROOT, build_tiny_model, tiny_config
 
 from babyllama.config import check_config
 from babyllama.device import fast_dtype, matmul_flops, peak_memory_gb, pick_device
-from babyllama.training import kernels, optimizers, plan
-from babyllama.training.kernels import expected_mfu, pick_compile
+from babyllama.planning import kernels, plan
+from babyllama.planning.kernels import expected_mfu, pick_compile
+from babyllama.training import optimizers
 
 
 @pytest.fixture(scope="module")

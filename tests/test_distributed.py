@@ -17,11 +17,11 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import CLOCK, ROOT, rows_of, timeless, tiny_config
 
 import train
+from babyllama import distributed
 from babyllama.config import ConfigError, check_config
 from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.runs.checkpoints import MANIFEST, checkpoints
 from babyllama.runs.run_dir import METRICS_FILE
-from babyllama.training import distributed
 from benchmark import BenchmarkSuite
 
 LAUNCHERS = {
@@ -86,9 +86,7 @@ def folder(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     one_process = ["--config", path, "--model-name", "one", "--gradient-accumulation-steps", 4]
     done = launch("python", "train.py", *one_process, cache=root / "cache")
     assert done.returncode == 0, done.stderr[-4000:]
-    done = launch(
-        "torchrun", "tests/training/two_processes.py", path, root, cache=root / "cache-two"
-    )
+    done = launch("torchrun", "tests/two_processes.py", path, root, cache=root / "cache-two")
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 

@@ -32,14 +32,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from babyllama import distributed
 from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
 from babyllama.config import read_yaml_file
 from babyllama.files import ROOT
 from babyllama.problems import ConfigError, seen_from
+from babyllama.runs import ending
 from babyllama.runs.checkpoints import checkpoint_error, checkpoints, milestones
 from babyllama.runs.run_dir import METRICS_FILE
-from babyllama.training import distributed, ending
-from babyllama.training.sweep_results import (
+from babyllama.runs.sweep_results import (
     PLOT,
     RESULTS,
     SEED,

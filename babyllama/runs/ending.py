@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from babyllama import distributed
 from babyllama.files import utc_now, write_json
 from babyllama.runs.checkpoints import MANIFEST, checkpoints
 from babyllama.runs.run_dir import METRICS_FILE, STATUS_FILE
-from babyllama.training import distributed
 
 # Ctrl-C, `kill` and job schedulers, a closed terminal, Slurm's --signal. Windows lacks the last two
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from babyllama.training.kernels import build_loss
-from babyllama.training.memory import activation_bytes, estimate_memory
+from babyllama.planning.kernels import build_loss
+from babyllama.planning.memory import activation_bytes, estimate_memory
 from train import create_model, load_config
 
 

@@ -10,10 +10,10 @@ import yaml
 from conftest import rows_of, timeless
 
 import train
+from babyllama.planning import time_limit
 from babyllama.runs.checkpoints import checkpoint_step
 from babyllama.runs.finished_run import seed_and_config
 from babyllama.runs.run_dir import METRICS_FILE
-from babyllama.training import time_limit
 
 
 @pytest.fixture
@@ -102,4 +102,4 @@ def test_impossible_times_are_errors(keys, message, config_file, capsys):
 def test_several_processes_need_a_number_of_steps(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"not with several processes; set training\.max_steps"):
-        time_limit.choose_max_steps({}, None, None, None, None, None, None, 0.0)
+        time_limit.choose_max_steps(None, 0.0)

@@ -14,9 +14,9 @@ from conftest import ROOT, errors_of, rows_of
 
 import train
 from babyllama.config import ConfigError, set_key
+from babyllama.runs import sweep, sweep_results
 from babyllama.runs.checkpoints import MANIFEST, checkpoints
 from babyllama.runs.run_dir import LOG_FILE, METRICS_FILE, RESULTS
-from babyllama.training import sweep, sweep_results
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_a_run_ends_when_its_sweep_is_killed(tmp_path):
     )
     parent = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from babyllama.training.sweep import train_point\n"
+        "from babyllama.runs.sweep import train_point\n"
         f"train_point([sys.executable, '-c', {run!r}])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path)

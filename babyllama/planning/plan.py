@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from babyllama import distributed
 from babyllama.cli import duration
+from babyllama.planning.kernels import Execution
+from babyllama.planning.memory import memory_text
 from babyllama.runs.checkpoints import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 from babyllama.schema import MAX_EPOCHS
-from babyllama.training import distributed, optimizers
-from babyllama.training.kernels import Execution
-from babyllama.training.memory import memory_text
+from babyllama.training import optimizers
 from babyllama.training.steps import Steps
 
 log = logging.getLogger(__name__)

@@ -10,19 +10,16 @@ import argparse
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from babyllama import distributed
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import ROOT, is_model
 from babyllama.problems import ConfigError, did_you_mean_path, seen_from
 from babyllama.runs.resume import CHANGEABLE
 from babyllama.runs.run_dir import check_output_dir
-from babyllama.training import distributed
+from babyllama.training.budget import Budget, check_budget
 from babyllama.training.tracking import check_trackers
-
-if TYPE_CHECKING:
-    from babyllama.training.babylm import Budget
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +64,7 @@ def check_inputs(config: dict) -> Budget | None:
             check_teacher_exists(teacher)
     if config["training"]["benchmark"]:
         load_item_tasks(config["training"]["benchmark"])
-    if "babylm" not in config:
-        return None
-    from babyllama.training.babylm import check_budget
-
-    return check_budget(config)
+    return check_budget(config) if "babylm" in config else None
 
 
 def check_teacher_exists(folder: str) -> None:

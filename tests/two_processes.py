@@ -16,9 +16,10 @@ import torch
 from conftest import build_tiny_model
 
 import train
+from babyllama import distributed
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import RESULTS
-from babyllama.training import distributed, trainer
+from babyllama.training import trainer
 from babyllama.training.held_out import TokenDomains, evaluate_chunks
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from babyllama import distributed
 from babyllama.architectures import ARCHITECTURES
 from babyllama.device import (
     compiler_missing,
@@ -22,11 +23,10 @@ from babyllama.device import (
     matmul_flops,
     pick_device,
 )
-from babyllama.training import distributed
 from babyllama.training.loss import NextTokenLoss
 
 if TYPE_CHECKING:
-    from babyllama.training.plan import Plan
+    from babyllama.planning.plan import Plan
 
 # Compiling takes 20 to 60 s, so it pays off only in longer runs. In float32 on a CPU it saves less,
 # because most of a step is matrix products, compiled or not. All figures are measured
@@ -157,14 +157,16 @@ def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
     else:
         cuda_graphs = False
         cuda_graphs_reason = "no CUDA"
-    seconds = ideal_seconds / expected_mfu(precision, compiled)
+    seconds = ideal_seconds / expected_mfu(precision, compiled) + optimizer_seconds(plan)
+    if training["max_minutes"] and not training["max_steps"]:
+        seconds = 60 * training["max_minutes"]  # the steps will be chosen to take that long
     return Execution(
         precision=precision,
         precision_reason=precision_reason,
         compile=compiled,
         compile_reason=compile_reason,
         matmul_flops=flops_per_second,
-        expected_seconds=seconds + optimizer_seconds(plan),
+        expected_seconds=seconds,
         cuda_graphs=cuda_graphs,
         cuda_graphs_reason=cuda_graphs_reason,
     )

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 
+from babyllama import distributed
 from babyllama.device import resident_bytes
-from babyllama.training import distributed, optimizers
+from babyllama.training import optimizers
 from babyllama.training.attention import attention_mask
 from babyllama.training.held_out import chunks_per_pass
 from babyllama.training.loss import NextTokenLoss, slice_rows
 
 
-def estimate_memory(config: dict, model, loss: NextTokenLoss) -> dict[str, int]:
+def estimate_memory(config: dict, model, loss: NextTokenLoss) -> dict[str, int] | None:
     """Return the bytes of each part of the resident memory of a process while it trains.
 
     `program` is what Python, the libraries and the data take now. The logits are those of a
-    training step or of an evaluation, whichever has more.
+    training step or of an evaluation, whichever has more. On a GPU the result is None.
     """
+    if torch.cuda.is_available():
+        return None
     training = config["training"]
     seq_length = config["data"]["seq_length"]
     weights = 4 * model.num_parameters()

@@ -3,8 +3,8 @@
 import json
 import re
 
-from babyllama.training.sweep import combinations, seed_grid
-from babyllama.training.sweep_results import (
+from babyllama.runs.sweep import combinations, seed_grid
+from babyllama.runs.sweep_results import (
     COLUMNS,
     PLOT,
     RESULTS,
