@@ -37,7 +37,6 @@ from babyllama.config import (
     unusual_values,
     with_defaults,
 )
-from babyllama.data.tokenizer import byte_lengths, load_tokenizer
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
 from babyllama.planning.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
 from babyllama.runs import ending
@@ -55,7 +54,6 @@ from babyllama.schema import SECTIONS
 from babyllama.training.budget import Budget
 from babyllama.training.tracking import open_trackers, run_facts
 from create_synthetic_data import grammar_floor
-from data_utils import DataProcessor
 
 if TYPE_CHECKING:
     import torch
@@ -214,6 +212,7 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
     """Return the same datasets, and for each split what DataProcessor counted while reading it."""
     from babyllama.training.batches import ShiftedChunks
     from babyllama.training.held_out import choose_chunks
+    from data_utils import DataProcessor
 
     data = with_defaults("data", config.get("data"))
     processor = DataProcessor(tokenizer)
@@ -232,6 +231,7 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
 
 def load_data(config: dict, budget: Budget | None) -> Data:
     """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text."""
+    from babyllama.data.tokenizer import byte_lengths, load_tokenizer
     from babyllama.training.held_out import TokenDomains, choose_chunks
 
     # tokenizing may take long, so first do everything else that can fail

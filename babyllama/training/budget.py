@@ -13,7 +13,6 @@ from pathlib import Path
 
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import find_files, source_of
-from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.files import read_json
 from babyllama.runs.run_dir import DATA_REPORT_FILE
 from babyllama.schema import MAX_EPOCHS, TRACKS
@@ -60,6 +59,8 @@ def check_budget(config: dict) -> Budget:
     tokenizer or a teacher was trained on, because the model learns from it too. If there is no
     record of that text, warn.
     """
+    from babyllama.data.tokenizer import tokenizer_sources
+
     track = config["babylm"]["track"]
     data = config["data"]
 

@@ -24,7 +24,6 @@ from typing import Any
 from babyllama import distributed
 from babyllama.config import flatten
 from babyllama.files import describe_environment, write_text
-from babyllama.plots import read_picture
 from babyllama.runs.run_dir import BENCHMARK_PREFIX, TENSORBOARD_DIR, WANDB_ID_FILE
 
 log = logging.getLogger(__name__)
@@ -202,6 +201,8 @@ class TensorBoardTracker:
 
     def log_results(self, metrics: dict[str, Any], figures: list[Path]) -> None:
         """Write the final scores, samples and figures."""
+        from babyllama.plots import read_picture
+
         self._add_scalars(final_scalars(metrics))
         for number, text in enumerate(metrics["samples"], 1):
             self._add_text(f"final_samples/{number}", text)
