@@ -507,14 +507,14 @@ def main(argv: list[str] | None = None) -> int:
             )
         args.models = in_training_order(args.models)
         names = short_names(args.models)  # raises ValueError if a model is named twice
-
-        # the rest of the checks needs torch, which takes seconds to import
-        from babyllama.device import pick_device
-        from babyllama.evaluation.report import text_report
-
         check_results_file(output, "--output")
         if not args.overwrite:
             check_nothing_is_lost(output, names, tasks)
+
+        # only now import torch, which takes seconds
+        from babyllama.device import pick_device
+        from babyllama.evaluation.report import text_report
+
         pick_device(args.device)  # raises ValueError for an unknown one
 
         document, written = run(args, tasks, output)

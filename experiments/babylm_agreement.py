@@ -262,11 +262,10 @@ class Comparison:
     def score_difference(self, job: submit.Job, official_scores: dict) -> float:
         """Return the largest difference of the scores of every EVERYth item, in nats."""
         from babyllama.evaluation.candidates import score_candidates
-        from babyllama.evaluation.loading import has_start_token
 
         revision, task = job.name.split()
         model = self.run_dir if revision == "main" else self.run_dir / revision
-        lm, tokenizer = submit.open_model(model, "cpu")
+        lm, tokenizer, has_start_token = submit.open_model(model, "cpu")
         numbers: dict[str, int] = defaultdict(int)
         sample = []
         wanted: list[float] = []
@@ -277,9 +276,7 @@ class Comparison:
                 wanted += official_scores[key][numbers[key]]
             numbers[key] += 1
         scoring = TASKS[task].scoring
-        scores, _ = score_candidates(
-            lm, tokenizer, sample, has_start_token(tokenizer), scoring=scoring
-        )
+        scores, _ = score_candidates(lm, tokenizer, sample, has_start_token, scoring=scoring)
         return float(np.abs(scores - np.array(wanted)).max())
 
     def acquisition(self, job: submit.Job) -> list[str]:

@@ -1,5 +1,6 @@
 """What every script does with errors, Ctrl-C and a lack of memory."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -104,6 +105,13 @@ def test_flags_have_two_spellings_and_a_minimum():
         ]:
             with pytest.raises(ValueError, match=f"--batch-size {value} must be {requirement}"):
                 check_at_least(parser.parse_args([flag, value]), {"batch_size": 2})
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_accept_flags_with_underscores(path):
+    module = importlib.import_module(path.stem)
+    if hasattr(module, "make_parser"):  # data_utils.py is not a script
+        assert isinstance(module.make_parser(), Parser)
 
 
 def test_only_flags_are_respelled():

@@ -127,6 +127,12 @@ def test_readme_installs_the_pinned_torch():
     assert command in requirements
 
 
+def test_guide_installs_the_packages_and_the_notebook():
+    guide = TEXTS[ROOT / "TRAINING_GUIDE.md"].replace("\n", " ")
+    assert "`pip install -r requirements.txt`" in guide
+    assert "`jupyter notebook docs/quickstart.ipynb`" in guide
+
+
 def test_readme_lists_every_script():
     rows = re.findall(r"^\| `([a-z_]+\.py)` \| \w+", README, re.M)
     assert sorted(rows) == sorted(path.name for path in ROOT.glob("*.py"))

@@ -36,6 +36,20 @@ _LOOSE_MARK = re.compile(r" (?:(?=[,.;!?](?:[\s\"'”’]|\Z))|(?<!\d )(?=:(?:\s
 _JUNCTION = re.compile(r"[.!?,;](?<=[a-z]{2}.)(?=[A-Z][a-z])")
 _BEFORE = re.compile(r"[\"'“‘(]*[A-Za-z’'-]+\Z")
 _AFTER = re.compile(r"[A-Z][A-Za-z’'-]*[.,;:!?…\"'”’)]*\Z")
+_TAG = re.compile(r"<(?=[A-Za-z/])[^>\n]*+(>?)")
+_MARKUP_NAME = re.compile(
+    r"</?\s?(?:i|b|u|s|font|bold|link|span|div|br|sub|sup|small|big|ref|doc|blockquote|nowiki|center)\b",
+    re.I,
+)
+_BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
+_ASIDE = re.compile(r"\([^()\n]*\)|<[^<>\n]*>|\s+")
+_PAREN = re.compile(r"\([^)\n]*+(\)?)(?! ?:)")  # Alice (whispering): is a label
+_SOUND = re.compile(
+    r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
+    r"|music|applause|unintelligible|inaudible|indistinct|illegible|static|noise|whoosh\w*|swoosh|yawn\w*|sneeze\w*|sings?)\b[^()]*"
+    r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
+    re.I,
+)
 
 # ---- patterns of wiki pages ---------------------------------------------------------------------
 
@@ -59,11 +73,6 @@ _BRACE_ENDS = {"{{": "}}", "{|": "|}"}
 _LATEX_QUOTES = re.compile(r"^[^\n`]*``[^\n]*$", re.M)
 _REF = re.compile(r"<ref\b[^<>\n]{0,300}>", re.I)
 _COMMENT = re.compile(r"<!--")
-_TAG = re.compile(r"<(?=[A-Za-z/])[^>\n]*+(>?)")
-_MARKUP_NAME = re.compile(
-    r"</?\s?(?:i|b|u|s|font|bold|link|span|div|br|sub|sup|small|big|ref|doc|blockquote|nowiki|center)\b",
-    re.I,
-)
 
 # ---- patterns of subtitles ----------------------------------------------------------------------
 
@@ -94,16 +103,8 @@ _CREDIT = re.compile(
     r"|\bdownloaded from (?:https?:|[\w-]{1,40}\.[a-z])|^\W*downloaded from\W*$"
     r"|\bopen ?subtitles\b|\baddic7ed\b|\ballsubs\.org\b|\byify\b"
 )
-_BRACKET = re.compile(r"\\?\[[^\]\n]*+(\]?)")
-_ASIDE = re.compile(r"\([^()\n]*\)|<[^<>\n]*>|\s+")
-_PAREN = re.compile(r"\([^)\n]*+(\)?)(?! ?:)")  # Alice (whispering): is a label
 _NO_SPEECH = re.compile(r"^[ -]*(?:\((?!I\b)[^()\n?!]{1,60}\)[ -]*)?[.:]?$", re.M)
-_SOUND = re.compile(
-    r"\((?:[^()]*\b(?:laugh\w*|chuckl\w+|giggl\w+|sigh(?:s|ing)?|sobs?|gasps?|grunts?|groans?|cough\w*|sniff\w*"
-    r"|music|applause|unintelligible|inaudible|indistinct|illegible|static|noise|whoosh\w*|swoosh|yawn\w*|sneeze\w*|sings?)\b[^()]*"
-    r"|(?:[\w']+ ){0,3}(?!(?:\w*th|even|morn|spr|k|str|w|mean|build|wedd|dur|includ|accord|regard|consider)ing)\w+ing(?: \w+ly)?\.?)\)",
-    re.I,
-)
+
 # ---- patterns of speakers -----------------------------------------------------------------------
 
 _DIRECTION = r" ?\([^()\n]{1,30}\)|, (?:[a-z]{1,15} ){0,3}[a-z]{1,15}(?:ing|ly)"
@@ -145,6 +146,7 @@ _NO_NAME = re.compile(
     r"|hey|hello|roger|copy|affirmative|negative)\b",
     re.I,
 )
+
 # ---- patterns of transcripts --------------------------------------------------------------------
 
 _TRANSCRIPT_LINE = re.compile(

@@ -165,10 +165,11 @@ def check(collated: Any, needed: Requirements) -> list[str]:
     """Return a line for each problem of a collated file: sizes, ids, types, NaN, checkpoints."""
     if not isinstance(collated, dict):
         return ["the file does not hold a JSON object"]
-    # the final model on the full tasks
     known = [task.key for task in needed.zero_shot.values()]
     known += ["aoa_surprisals", "aoa", "glue", FAST]
     problems = [f"{key}: unknown key" for key in collated if key not in known]
+
+    # the final model on the full tasks
     for name, task in needed.zero_shot.items():
         content = collated.get(task.key)
         if content is None:
