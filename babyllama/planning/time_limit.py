@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Steps that do not count, because they compile, allocate memory and record CUDA graphs, and steps
 # that do: (on a CPU, on a GPU)
 WARM_UP_STEPS = (2, 10)
-TIMED_STEPS = (20, 100)
+TIMED_STEPS = (60, 100)
 TIMED_SHARE = 0.02  # of the time; timing ends then even if it has timed fewer steps
 USED_SHARE = 0.98  # of the time; the rest is for a machine that gets a little slower
 END_SECONDS = 5  # to save the model, draw samples and curves, and end
