@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.files import describe_environment, read_json, write_json, write_text
-from babyllama.plots import plot_sweep
 from babyllama.runs.run_dir import BENCHMARK_PREFIX, METRICS_FILE
 
 COLUMNS = {  # key in training_metrics.json -> (heading of the table, format)
@@ -145,4 +144,6 @@ def write_sweep(folder: Path, grid: dict[str, list], rows: list[dict]) -> None:
     write_json(folder / RESULTS, document)
     write_text(folder / TABLE, format_table(grid, rows) + "\n")
     if best:
+        from babyllama.plots import plot_sweep  # here, because matplotlib takes long to import
+
         plot_sweep(list(grid), rows, best, folder / PLOT)
