@@ -147,6 +147,7 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
     """
     import transformers
 
+    # check the sizes
     model = check_model_section(config.get("model"))
     vocab_size = model["vocab_size"] or len(tokenizer)
     if vocab_size < len(tokenizer):
@@ -154,6 +155,8 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
             f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} "
             "tokens; use at least as many, or leave the key out"
         )
+
+    # translate our keys into those of the architecture
     architecture = ARCHITECTURES[model["type"]]
     head_size = model["hidden_size"] // model["n_head"]
     settings = model | {
@@ -164,6 +167,8 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
     options = {theirs: settings[ours] for ours, theirs in architecture.config_keys.items()}
     if architecture.max_rotary_dim:
         options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
+
+    # draw the weights
     model_config = transformers.AutoConfig.for_model(
         architecture.model_type,
         vocab_size=vocab_size,
@@ -392,10 +397,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
-    from babyllama.training import results
-    from babyllama.training.arguments import training_arguments
-    from babyllama.training.babylm import attach_word_counter
-    from babyllama.training.callbacks import RunLog, SaveWhenInterrupted
+    from babyllama.training import arguments, babylm, callbacks, results
     from babyllama.training.trainer import LMTrainer
 
     config = run.config
@@ -405,7 +407,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     history = run.data.report.get("history", [])
 
     # create the log and the trainer
-    run_log = RunLog(
+    run_log = callbacks.RunLog(
         run.run_dir / LOG_FILE,
         counts["words"] / counts["tokens"],
         plan.flops_per_token,
@@ -413,12 +415,15 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
         history,
         trackers,
     )
+    save_when_interrupted = callbacks.SaveWhenInterrupted(status)
     make_trainer = LMTrainer
     if "distillation" in config:
         make_trainer = functools.partial(make_distillation_trainer, config, run.data.report)
     trainer = make_trainer(
         model=run.model,
-        args=training_arguments(config, run.run_dir, execution.precision, plan.steps, facts),
+        args=arguments.training_arguments(
+            config, run.run_dir, execution.precision, plan.steps, facts
+        ),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
@@ -428,9 +433,9 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
         cuda_graphs=execution.cuda_graphs,
         benchmark=run.benchmark,
         history=history,
-        callbacks=[*([run_log] if distributed.is_main() else []), SaveWhenInterrupted(status)],
+        callbacks=[*([run_log] if distributed.is_main() else []), save_when_interrupted],
     )
-    word_counter = attach_word_counter(trainer, config, counts, run.data.budget)
+    word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
     # train
     distributed.seed_per_rank(config["training"]["seed"])
@@ -555,6 +560,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Flags beat the YAML file. They may be written with hyphens or with underscores.",
     )
     add = functools.partial(add_flag, parser)
+
+    # the configuration, and flags for single keys of it
     add("config", required=True, metavar="FILE", help="YAML file, e.g. config/quickstart.yaml")
     for name, dotted in FLAGS.items():
         section, key = dotted.split(".")
@@ -564,6 +571,8 @@ def make_parser() -> argparse.ArgumentParser:
         if field.annotation in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction, "default": None}
         add(name.replace("_", "-"), help=f"{dotted}: {field.description}", **options)
+
+    # what to do with it: resume, sweep, overwrite
     resume_help = (
         "continue from a checkpoint directory of this run, or from the latest one; auto starts the "
         "run if there is nothing to resume"

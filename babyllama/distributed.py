@@ -65,6 +65,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def _torch():
+    """Import torch, which takes seconds, at the first call that needs it, and return it."""
+    import torch
+
+    return torch
+
+
 def start() -> None:
     """Find the other processes, take a GPU if there is one, and silence all ranks except 0.
 
@@ -86,9 +93,9 @@ def start() -> None:
             raise ValueError(
                 f"accelerate launch enabled {method}; disable it and use --set training.fsdp=true"
             )
-    import torch
-    import torch.distributed as dist
 
+    # give this process its GPU
+    torch = _torch()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         n_gpus = torch.cuda.device_count()
@@ -105,8 +112,9 @@ def start() -> None:
     # this import takes seconds, so let all processes do it now, before they wait for one another
     from transformers import Trainer  # noqa: F401
 
-    store, _, _ = next(dist.rendezvous("env://"))
-    _group.store = dist.PrefixStore("babyllama", store)
+    # meet the other processes at the launcher's store
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    _group.store = torch.distributed.PrefixStore("babyllama", store)
     _group.ended = threading.Event()
     threading.Thread(target=_beat, args=(_group.ended,), daemon=True).start()
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -134,8 +142,7 @@ def connect() -> None:
     """Join the process group, once all processes are ready to train."""
     if world_size() == 1:
         return
-    import torch.distributed as dist
-
+    dist = _torch().distributed
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(seconds=_group.timeout)
@@ -153,8 +160,7 @@ def connect() -> None:
 def stop() -> None:
     """Leave the process group, at the end of a run."""
     if _group.store:
-        import torch.distributed as dist
-
+        dist = _torch().distributed
         _group.ended.set()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -167,22 +173,18 @@ def require_gpus() -> None:
     Raise ValueError on CPUs: accelerate's FSDP shards nothing there, so every process would hold
     the complete model. Warn if there is only one process.
     """
-    import torch
-
     if world_size() == 1:
         logging.getLogger(__name__).warning(
             "training.fsdp: true has no effect in one process (docs/scaling.md)"
         )
-    elif not torch.cuda.is_available():
+    elif not _torch().cuda.is_available():
         raise ValueError("training.fsdp: true needs one GPU per process; omit it on CPUs")
 
 
 def seed_per_rank(seed: int) -> None:
     """Reseed all ranks except 0, so that each process draws its own dropout masks."""
     if not is_main():
-        import torch
-
-        torch.manual_seed(seed + rank())
+        _torch().manual_seed(seed + rank())
 
 
 # ---- rank 0 first, and errors that end all processes --------------------------------------------
@@ -203,6 +205,8 @@ def main_first() -> Iterator[None]:
     _group.block += 1
     if not is_main():
         _raise_if_failed(_wait_for(f"{_group.block}.0", 0))
+
+    # run the block, and tell the others how it ended
     outcome_key = f"{_group.block}.{rank()}"
     try:
         yield
@@ -214,6 +218,8 @@ def main_first() -> Iterator[None]:
         _group.store.set(outcome_key, "crash")
         raise
     _group.store.set(outcome_key, "ok")
+
+    # go on only if it ended well everywhere
     for other_rank in range(world_size()):
         _raise_if_failed(_wait_for(f"{_group.block}.{other_rank}", other_rank))
 
@@ -299,27 +305,22 @@ def lost_process_error(error: RuntimeError) -> ConnectionError:
 def barrier() -> None:
     """Wait until all processes have reached this call."""
     if world_size() > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
+        _torch().distributed.barrier()
 
 
 def all_reduce_sum(tensor):
     """Return the sum of a tensor over all processes; each of them gets it."""
     if world_size() > 1:
-        import torch.distributed as dist
-
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        _torch().distributed.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(number: int) -> int:
     """Return the largest of the numbers of all processes, without waiting for their GPUs."""
     if world_size() > 1:
-        import torch
-        import torch.distributed as dist
-
+        torch = _torch()
+        dist = torch.distributed
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group.on_cpu)
         number = int(tensor)

@@ -166,6 +166,8 @@ def write_cache(
             f"{n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; a smaller distillation.top_k, "
             "or BABYLLAMA_CACHE on another disk"
         )
+
+    # run the teachers, a batch at a time
     with atomic_write(folder, keep_existing=True) as draft:
         draft.mkdir(exist_ok=True)
         ids = np.lib.format.open_memmap(draft / IDS_FILE, "w+", id_type, shape)
@@ -188,6 +190,8 @@ def write_cache(
                     dropped += (1 - top.values.sum(-1)).clamp(min=0).sum().item()
                 start += n
                 bar.update(n)
+
+        # measure what truncation loses, and record it
         ids.flush()
         probs.flush()
         about = {"facts": facts, "bytes": n_bytes, "dropped_mass": dropped / (shape[0] * shape[1])}

@@ -33,6 +33,8 @@ def check_inputs(config: dict) -> Budget | None:
     data = config["data"]
     tokenizer = data["tokenizer_path"]
     vocabulary = config["model"]["vocab_size"]
+
+    # the texts
     for key in ("train_path", "eval_path"):
         if not Path(data[key]).exists():
             folder = Path(data["train_path"]).parent
@@ -49,6 +51,8 @@ def check_inputs(config: dict) -> Budget | None:
                 f"{data[key]} not found (data.{key}){seen_from(data[key])}: prepare the text "
                 f"first: {command}{did_you_mean_path(data[key])}"
             )
+
+    # the tokenizer
     if not Path(tokenizer).exists():
         command = f"python train_tokenizer.py --data-dir {data['train_path']} --output {tokenizer}"
         if vocabulary:
@@ -57,6 +61,8 @@ def check_inputs(config: dict) -> Budget | None:
             f"{tokenizer} not found (data.tokenizer_path){seen_from(tokenizer)}: train a tokenizer "
             f"first: {command}{did_you_mean_path(tokenizer)}"
         )
+
+    # the teachers, the benchmark and the budget
     distillation = config.get("distillation")
     # with a cache the teachers may have been deleted after they filled it
     if distillation and distillation["cache"] == "none":

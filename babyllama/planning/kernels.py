@@ -144,6 +144,7 @@ def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool
 
 def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
     """Return how to compute the run that `plan` describes, and how long that will take."""
+    # choose by how long the run takes as it is
     training = config["training"]
     precision, precision_reason = pick_precision(training)
     flops_per_second = matmul_flops(precision) * distributed.world_size()
@@ -157,6 +158,8 @@ def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
     else:
         cuda_graphs = False
         cuda_graphs_reason = "no CUDA"
+
+    # estimate how long it takes with these choices
     seconds = ideal_seconds / expected_mfu(precision, compiled) + optimizer_seconds(plan)
     if training["max_minutes"] and not training["max_steps"]:
         seconds = 60 * training["max_minutes"]  # the steps will be chosen to take that long
@@ -235,6 +238,8 @@ def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
     smaller_batch = (
         f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
     )
+
+    # resume: the keys of the run must stay, except for those that --allow-change names
     if saved:
         unchanged = (
             f"{saved} is intact, and the same command resumes with --resume-from-checkpoint auto, "
@@ -246,6 +251,8 @@ def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
             f"{unchanged}; with less memory it resumes if you also add {smaller_batch} "
             "--allow-change training.batch_size --allow-change training.gradient_accumulation_steps"
         )
+
+    # start again: all keys may change
     if batch_size == 1:
         shorter = "a smaller model and a shorter data.seq_length"
         return f"{keys} save memory; so do{half and half + ','} {shorter}"

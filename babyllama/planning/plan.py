@@ -220,6 +220,7 @@ def print_plan(
     if plan.optimizer_flops_per_step:
         work += f", {plan.optimizer_flops_per_step / 1e9:,.1f} GFLOP per step for Muon"
 
+    # what every run has
     epochs = "epoch" if plan.epochs == 1 else "epochs"
     rows = {
         "model": f"{config['model']['type']}, {plan.parameters:,} parameters "
@@ -237,6 +238,8 @@ def print_plan(
             f"weights forget over {plan.decay_steps:,.0f} steps, {plan.decay_epochs:.3g} "
             "epochs (1 / (lr x weight_decay))"
         )
+
+    # what depends on the machine and the configuration
     if torch.cuda.is_available():
         graphs = "yes" if execution.cuda_graphs else "no"
         rows["CUDA graphs"] = f"{graphs} ({execution.cuda_graphs_reason})"
@@ -256,6 +259,7 @@ def print_plan(
     if checkpoint:
         rows["resume"] = f"from {checkpoint}; the time is that of all steps"
     rows["example"] = repr(example)
+
     for name, text in rows.items():
         print(f"{name:<11} {text}")
     sys.stdout.flush()

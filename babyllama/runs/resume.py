@@ -142,6 +142,7 @@ def resolve_checkpoint(
     Raise ValueError if resuming would mix two different runs, or if a new run would replace an
     earlier one without --overwrite.
     """
+    # auto resumes from the newest checkpoint, or starts if there is none
     has_results = any((run_dir / name).exists() for name in RESULTS)
     intact = None
     if resume in (None, "auto") and not overwrite:
@@ -150,6 +151,8 @@ def resolve_checkpoint(
         resume = str(intact) if intact else None
         if not intact and not has_results:
             return None
+
+    # resume, unless the checkpoint is from a different run
     if resume:
         checkpoint = find_checkpoint(resume, run_dir)
         if checkpoint.parent.resolve() != run_dir.resolve():
@@ -167,6 +170,7 @@ def resolve_checkpoint(
             )
         return checkpoint
 
+    # start, unless that would replace something
     if overwrite or not (intact or milestones(run_dir) or has_results):
         return None
     changes = config_diff(run_dir, config, report)

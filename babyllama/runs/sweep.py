@@ -283,6 +283,7 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
             print(f"  {point.run_dir.name}: {point}")
         return 0
 
+    # train one run after the other, and write the table after each of them
     rows = []
     seconds = []  # durations of the runs that were trained just now, not only shown again
     for number, point in enumerate(points, 1):

@@ -107,6 +107,8 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
     for key in dict.fromkeys(key for row in rows for key in row):
         if key.startswith(BENCHMARK_PREFIX):
             columns[key] = (key.removeprefix(BENCHMARK_PREFIX), ".4f")
+
+    # a line for each run
     headings = [heading for heading, _ in columns.values()]
     lines = [[*keys, *headings, ""]]
     for row in rows:
@@ -118,11 +120,14 @@ def format_table(grid: dict[str, list], rows: list[dict]) -> str:
             results = [format(row[key], form) for key, (_, form) in columns.items()]
             note = "best" if row["name"] == best else ""
         lines.append([*values, *results, note])
+
+    # mean and standard deviation over the seeds
     summary = seed_summary(rows)
     for figure in ("mean", "standard_deviation") if summary else ():
         cells = [format(summary[key][figure], form) for key, (_, form) in columns.items()]
         lines.append([figure.replace("_", " "), *cells, ""])
 
+    # align the columns
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = 0  # the note at the end of a line needs no padding
     padded = []

@@ -134,6 +134,8 @@ class BabyLMCallback(TrainerCallback):
             steps=self.trainer.steps,
             offset=getattr(dataset, "offset_in", lambda epoch: 0),  # data.random_offset
         )
+
+        # find the step of each checkpoint; those of earlier steps are there if we resume
         for target in self.targets:
             folder = Path(args.output_dir, milestone_name(target))
             step = self.due_step(target)
@@ -192,6 +194,8 @@ class BabyLMCallback(TrainerCallback):
         run_dir = Path(self.trainer.args.output_dir)
         last_step = self.trainer.state.global_step
         kept_step = self.trainer.kept_step()
+
+        # list the checkpoints that the run has come to
         checkpoints = []
         notes = []
         for target in self.targets:
@@ -212,6 +216,8 @@ class BabyLMCallback(TrainerCallback):
                     "there": (run_dir / name).is_dir(),
                 }
             )
+
+        # count the words, of all steps and of those whose weights are kept
         facts = {
             **asdict(self.budget),
             "word": "characters between white space, counted in the chunk in which they begin",
@@ -226,6 +232,8 @@ class BabyLMCallback(TrainerCallback):
             "git_hash": describe_environment()["git_hash"],
             "config_sha256": sha256(run_dir / CONFIG_FILE),
         }
+
+        # check them against the rules
         if kept_step < last_step:
             notes.append(
                 f"early stopping kept the weights of step {kept_step:,}, which had seen "

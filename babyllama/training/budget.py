@@ -64,6 +64,7 @@ def check_budget(config: dict) -> Budget:
     track = config["babylm"]["track"]
     data = config["data"]
 
+    # count the training text
     sources = count_text(data["train_path"])
     words = sum(source["words"] for source in sources)
     words_by_domain: Counter[str] = Counter()
@@ -90,6 +91,7 @@ def check_budget(config: dict) -> Budget:
         other_words[path] = sum(other_files.values())
         words_of_file |= other_files
 
+    # compare the sum with what the track allows
     total = words + sum(words_of_file.values())
     budget = Budget(
         track=track,

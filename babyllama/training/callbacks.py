@@ -116,6 +116,8 @@ class RunLog(TrainerCallback):
         if self.bar is None or not {"loss", "eval_loss", "benchmark_seconds"} & set(logs or ()):
             return
         self._stop_clock(state)  # Trainer logs before it evaluates and saves
+
+        # add where the run is, how fast it is, and what has changed
         row = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
@@ -135,6 +137,8 @@ class RunLog(TrainerCallback):
         for key in ("grad_norm", "loss"):
             if not math.isfinite(row.get(key, 0.0)):
                 row[key] = None
+
+        # write it everywhere
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")

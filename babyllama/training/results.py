@@ -142,6 +142,8 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     results = metrics["results"]
     steps = metrics["plan"]["steps"]
     entropy = results["floor_bits_per_byte"]
+
+    # the scores
     note = f" (the best possible on this grammar is {entropy:.4f} on average)" if entropy else ""
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
@@ -151,6 +153,8 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     for key, value in results.items():
         if key.startswith(BENCHMARK_PREFIX):
             print(f"{key:<17} {value:.4f}")
+
+    # the training
     if results.get("steps", steps) < steps:  # older versions wrote no "steps"
         print(
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "
@@ -159,6 +163,8 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     print_verdict(metrics.get("babylm"))
     device = metrics["environment"]["device"]
     print(f"tokens per second {results['tokens_per_second']:,.0f} ({device})")
+
+    # what the model writes, and where to go on
     for number, sample in enumerate(metrics["samples"], 1):
         print(f"sample {number}          {sample!r}")
     print(f"model, metrics, curves and card: {run_dir}/ (start with {run_dir / 'README.md'})")
@@ -204,6 +210,8 @@ def model_card(metrics: dict) -> str:
     held_out_domains = dict.fromkeys(
         source["domain"] for source in metrics["data"]["validation"]["sources"]
     )
+
+    # the header, which model hubs read
     scores = [
         {"type": key, "value": round(metrics["results"][f"eval_{key}"], 4)}
         for key in ("loss", "perplexity", "bits_per_byte")
@@ -220,6 +228,8 @@ def model_card(metrics: dict) -> str:
         "tags": [*track, "trained-from-scratch", config["model"]["type"].lower()],
         "model-index": [{"name": config["model"]["name"], "results": [result]}],
     }
+
+    # the text
     history = metrics["data"].get("history", [])
     changes = {part["step"]: changes_at(history, part["step"]) for part in history[1:]}
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")

@@ -34,6 +34,7 @@ class Steps:
         Raise ValueError if an epoch, or the rest of it after a change, has fewer chunks than
         processes.
         """
+        # lay out each part of the history to the end of the run; the next one replaces its end
         self.n_chunks = n_chunks
         seen = np.zeros(1, dtype=np.int64)  # chunks after each step
         for part in history or [current_settings(training)]:
@@ -47,6 +48,7 @@ class Steps:
             seen = np.concatenate(epochs)
         self._last_part = part
 
+        # end after training.max_steps, but lay out the last epoch completely
         self.available = len(seen) - 1
         self.total = min(self.available, training["max_steps"] or self.available)
         n_epochs = math.ceil(seen[self.total] / n_chunks)

@@ -118,6 +118,7 @@ class WandbTracker:
     def __init__(self, config: dict, run_dir: Path, facts: dict[str, Any]):
         import wandb
 
+        self.wandb = wandb  # imported here, because only runs that switch it on need it
         id_file = run_dir / WANDB_ID_FILE
         options = {
             "project": config["logging"]["project"],
@@ -129,54 +130,47 @@ class WandbTracker:
         mode = wandb.setup().settings.mode  # of WANDB_MODE, or of `wandb offline`
         self.run = None
         if mode == "online":
-            self.run = _start_online(options)
+            self.run = self._start_online(options)
             mode = "offline"
         self.run = self.run or wandb.init(**options, mode=mode)
         if not self.run.disabled:
             write_text(id_file, self.run.id + "\n")
         self.samples = []  # (step, text)
 
+    def _start_online(self, options: dict[str, Any]) -> Any:
+        """Return a run that is uploaded, or None if that is not possible, with a warning."""
+        try:
+            # never asks for a key
+            if self.wandb.login(prompt=False, verify=False):
+                return self.wandb.init(**options, mode="online", resume="allow")
+            reason = "not logged in (wandb login)"
+        except self.wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+        folder = options["dir"] / "wandb"
+        log.warning("wandb: %s; logging to files in %s, which wandb sync uploads", reason, folder)
+        return None
+
     def log_row(self, row: dict[str, Any]) -> None:
         """Log a row, unless W&B has it already from before a resume."""
-        import wandb
-
         samples = [(row["step"], text) for text in row.get("samples", ())]
         self.samples += samples
         if row["step"] < self.run.step:
             return
         values = row_scalars(row)
         if samples:
-            values["samples"] = wandb.Table(columns=["step", "text"], data=self.samples)
+            values["samples"] = self.wandb.Table(columns=["step", "text"], data=self.samples)
         self.run.log(values, step=row["step"])
 
     def log_results(self, metrics: dict[str, Any], figures: list[Path]) -> None:
         """Put scores, samples and figures into the summary of the run."""
-        import wandb
-
         samples = [[text] for text in metrics["samples"]]
-        media = {figure.stem: wandb.Image(str(figure)) for figure in figures}
-        self.run.log({"final/samples": wandb.Table(columns=["text"], data=samples), **media})
+        media = {figure.stem: self.wandb.Image(str(figure)) for figure in figures}
+        self.run.log({"final/samples": self.wandb.Table(columns=["text"], data=samples), **media})
         self.run.summary.update(final_scalars(metrics))
 
     def close(self, failed: bool) -> None:
         """Write or upload what is left, and mark the run as finished or failed."""
         self.run.finish(exit_code=int(failed))
-
-
-def _start_online(options: dict[str, Any]) -> Any:
-    """Return a W&B run that is uploaded, or None if that is not possible, with a warning."""
-    import wandb
-
-    try:
-        # never asks for a key
-        if wandb.login(prompt=False, verify=False):
-            return wandb.init(**options, mode="online", resume="allow")
-        reason = "not logged in (wandb login)"
-    except wandb.Error as error:
-        reason = str(error).partition("\n")[0]
-    folder = options["dir"] / "wandb"
-    log.warning("wandb: %s; logging to files in %s, which wandb sync uploads", reason, folder)
-    return None
 
 
 class TensorBoardTracker:

@@ -262,6 +262,7 @@ class LMTrainer(Trainer):
     # -- Trainer's hooks: evaluation and checkpoints --
 
     def evaluate(self, ignore_keys=None) -> dict[str, float]:
+        # score the weights that would be kept
         started = time.perf_counter()
         model = self.average.module if self.average else self.model
         with self.accelerator.autocast():
@@ -279,6 +280,8 @@ class LMTrainer(Trainer):
                 "again with a smaller --lr or a longer training.warmup_steps, under another "
                 "--model-name to keep what this run has saved"
             )
+
+        # log the scores, and tell the callbacks, of which early stopping is one
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         metrics["eval_seconds"] = time.perf_counter() - started
         self.log(metrics | {"samples": self._samples(model)})
