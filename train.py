@@ -316,12 +316,8 @@ def setup_run(args: argparse.Namespace, config: dict, data: Data, started: float
 
     from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
     from babyllama.planning.memory import estimate_memory
-    from babyllama.planning.plan import (
-        check_disk_space,
-        count_evaluations,
-        describe_run,
-        print_plan,
-    )
+    from babyllama.planning.plan import check_disk_space, count_evaluations, describe_run
+    from babyllama.planning.printout import print_plan
     from babyllama.planning.time_limit import choose_max_steps
 
     transformers.utils.logging.disable_progress_bar()

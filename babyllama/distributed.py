@@ -109,6 +109,7 @@ def start() -> None:
     else:
         # accelerate would use cpu:0, but older releases of torch cannot load a checkpoint to it
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
     # this import takes seconds, so let all processes do it now, before they wait for one another
     from transformers import Trainer  # noqa: F401
 

@@ -10,7 +10,7 @@ section overrides it. The data and Trainer do not matter here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,10 +23,8 @@ from babyllama.device import (
     matmul_flops,
     pick_device,
 )
+from babyllama.planning.plan import Plan
 from babyllama.training.loss import NextTokenLoss
-
-if TYPE_CHECKING:
-    from babyllama.planning.plan import Plan
 
 # Compiling takes 20 to 60 s, so it pays off only in longer runs. In float32 on a CPU it saves less,
 # because most of a step is matrix products, compiled or not. All figures are measured

@@ -6,8 +6,6 @@ one into the gaps that another has left.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from babyllama import distributed
@@ -99,9 +97,3 @@ def _logit_bytes(loss: NextTokenLoss, n_chunks: int, length: int, model) -> int:
 def _bytes_per_logit(dtype: torch.dtype) -> int:
     """Return the bytes per logit of next_token_nll: the logit, in float32 too, and log-softmax."""
     return 8 if dtype == torch.float32 else dtype.itemsize + 8
-
-
-def memory_text(parts: dict[str, Any]) -> str:
-    """Return the line of the plan: the total, and each part from 0.01 GB."""
-    listed = [f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size >= 5e6]
-    return f"about {sum(parts.values()) / 1e9:.1f} GB ({', '.join(listed)})"

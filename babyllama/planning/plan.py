@@ -1,7 +1,7 @@
 """Compute the numbers of a run before step 0: parameters, tokens, steps, words, operations.
 
-All of them follow from the configuration, the model and the text. How the machine will compute the
-run is decided in kernels.py.
+All of them follow from the configuration, the model and the text. kernels.py decides how the
+machine will compute the run, and printout.py prints both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,6 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from babyllama import distributed
-from babyllama.cli import duration
-from babyllama.planning.kernels import Execution
-from babyllama.planning.memory import memory_text
 from babyllama.runs.checkpoints import KEPT_CHECKPOINTS, checkpoint_words, checkpoints, milestones
 from babyllama.schema import MAX_EPOCHS
 from babyllama.training import optimizers
@@ -200,66 +196,3 @@ def describe_loss(distillation: dict | None) -> str:
         f"{temperature:g} from the average of the teachers' {distillation['average']} "
         f"(reduction {distillation['reduction']}{cached})"
     )
-
-
-def print_plan(
-    config: dict, plan: Plan, execution: Execution, checkpoint: Path | None, example: str
-) -> None:
-    """Print the numbers and choices of a run, its checkpoint, and a decoded training example."""
-    training = config["training"]
-    teachers = config.get("distillation", {}).get("teachers", [])
-    step_factors = (
-        f"{training['batch_size']} x {training['gradient_accumulation_steps']} x "
-        f"{plan.processes} x {config['data']['seq_length']}"
-    )
-    time = duration(execution.expected_seconds)
-    if teachers:
-        time += " without the teachers' part"
-    speed = f"{execution.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products"
-    work = f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token"
-    if plan.optimizer_flops_per_step:
-        work += f", {plan.optimizer_flops_per_step / 1e9:,.1f} GFLOP per step for Muon"
-
-    # what every run has
-    epochs = "epoch" if plan.epochs == 1 else "epochs"
-    rows = {
-        "model": f"{config['model']['type']}, {plan.parameters:,} parameters "
-        f"({plan.parameters_without_embeddings:,} without embeddings)",
-        "step": f"{plan.tokens_per_step:,} tokens "
-        f"(batch x accumulation x processes x seq_length: {step_factors})",
-        "run": f"{plan.steps:,} steps, {plan.epochs:g} {epochs}, "
-        f"about {plan.words:,} words, {plan.tokens:,} tokens",
-        "decay": "none",
-        "precision": f"{execution.precision} ({execution.precision_reason})",
-        "compile": f"{'yes' if execution.compile else 'no'} ({execution.compile_reason})",
-    }
-    if plan.decay_steps:
-        rows["decay"] = (
-            f"weights forget over {plan.decay_steps:,.0f} steps, {plan.decay_epochs:.3g} "
-            "epochs (1 / (lr x weight_decay))"
-        )
-
-    # what depends on the machine and the configuration
-    if torch.cuda.is_available():
-        graphs = "yes" if execution.cuda_graphs else "no"
-        rows["CUDA graphs"] = f"{graphs} ({execution.cuda_graphs_reason})"
-    if teachers:
-        rows["teachers"] = f"{', '.join(teachers)}; loss = {plan.loss}"
-    if benchmark := execution.benchmark:
-        items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
-        rows["benchmark"] = (
-            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, about "
-            f"{duration(benchmark['expected_seconds'])} each, not included in the time"
-        )
-    if execution.memory_bytes:
-        rows["memory"] = memory_text(execution.memory_bytes)
-        if teachers:
-            rows["memory"] += " without the teachers'"
-    rows["time"] = f"about {time} ({speed}, {work})"
-    if checkpoint:
-        rows["resume"] = f"from {checkpoint}; the time is that of all steps"
-    rows["example"] = repr(example)
-
-    for name, text in rows.items():
-        print(f"{name:<11} {text}")
-    sys.stdout.flush()
