@@ -93,6 +93,7 @@ def load_config(config_path: str, args: Any = None) -> dict:
     logged as warnings. Raise FileNotFoundError for a missing file, or one ConfigError (a
     ValueError) that lists every problem.
     """
+    # apply the flags of single keys, then --set, which beats them
     raw = read_yaml_file(config_path)
     flags = {} if args is None else vars(args)
     for name, dotted in FLAGS.items():
@@ -102,6 +103,8 @@ def load_config(config_path: str, args: Any = None) -> dict:
     override_precision(raw, flags.get("fp16"), flags.get("bf16"))
     for assignment in flags.get("set") or ():
         set_key(raw, assignment)
+
+    # check the result, and warn about what is allowed but unusual
     config = check_config(raw, str(config_path))
     for line in unusual_values(config):
         log.warning("%s: %s", config_path, line)

@@ -217,9 +217,9 @@ def make_distillation_trainer(
     data report with the result of identify_teachers, and `options` are arguments of LMTrainer.
     """
     section = config["distillation"]
-    if section["cache"] == "none":
+    if section["cache"] == "none":  # the teachers score every batch
         ensemble = load_teachers(config, loss.document_bos_id)
-    else:
+    else:  # they score the text once, or have done so in an earlier run
         ensemble = None
         facts = cache_facts(config, report["train"]["key"], report["teachers"])
         folder = cache_folder(facts)

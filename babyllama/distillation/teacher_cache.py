@@ -80,6 +80,7 @@ def identify_teachers(config: dict, data_key: str) -> list[dict[str, str]]:
     hashes = {path: weights_sha256(path) for path in paths if is_model(path)}
     missing = [path for path in paths if path not in hashes]
     if missing:
+        # find the cache of these teachers; those that still exist must have the same weights
         candidates = [
             cached
             for cached in _cached_teachers(cache_facts(config, data_key, []))

@@ -73,6 +73,7 @@ def divergence(
     if ids is not None:
         outcomes = scaled.gather(-1, ids)  # (..., K)
         if ids.shape[-1] < scaled.shape[-1]:
+            # the log of the sum over all other tokens, which are one more outcome
             rest = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
             outcomes = torch.cat([outcomes, rest], -1)
             probs = with_dropped_mass(probs)

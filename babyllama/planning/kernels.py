@@ -109,6 +109,8 @@ def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tu
         )
     if requested != "auto":
         return requested, "as requested"
+
+    # auto: compile if it saves more time than it takes
     if training["fsdp"]:
         return False, "not with training.fsdp"
     if missing:

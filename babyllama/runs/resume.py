@@ -80,6 +80,8 @@ def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     new = flatten(config)
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
     new_report = dict(report)
+
+    # the number of processes is a setting too; the history only says what was changed before
     old_report.pop("history", None)
     old["processes"] = old_report.pop("processes", 1)
     new["processes"] = new_report.pop("processes", 1)

@@ -151,6 +151,7 @@ def check_points(
     Runs often share a problem, so each is listed once: alone if all runs have it, otherwise with
     the values of the first run that does.
     """
+    # collect the runs that have each problem
     problems: dict[str, list[Point]] = {}
     for point in points:
         assignments = [*(args.set or ()), *point.assignments()]
@@ -172,6 +173,7 @@ def check_points(
 
 def train_command(argv: list[str], point: Point, overwrite: bool, kind: str) -> list[str]:
     """Return the command that trains a point: the user's flags without --`kind`, and its values."""
+    # let argparse drop our flag, which the user may have written in several ways
     our_flag = argparse.ArgumentParser(add_help=False)
     our_flag.add_argument(f"--{kind}", nargs="+" if kind == "seeds" else None)
     _, flags = our_flag.parse_known_args(argv)
@@ -235,6 +237,7 @@ def end_with_parent() -> Callable[[], None] | None:
 
 def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
     """Wait for train.py and return its exit code; raise Interrupted if it was interrupted."""
+    # a Ctrl-C in the terminal reaches only us, because the run has a session of its own
     received = []
 
     def pass_on(number, frame) -> None:
@@ -252,7 +255,7 @@ def wait_and_pass_on_signals(process: subprocess.Popen) -> int:
             signal.signal(number, handler)
     if received:
         raise ending.Interrupted(received[0])
-    if code - 128 in ending.SIGNALS:
+    if code - 128 in ending.SIGNALS:  # somebody sent it to the run itself
         raise ending.Interrupted(code - 128)
     return code
 

@@ -74,6 +74,7 @@ def measure_benchmark(trainer, model) -> dict[str, float]:
     """Return the scores of training.benchmark on the final model, or {} without a benchmark."""
     if trainer.benchmark is None:
         return {}
+    # the last scores are of other weights if early stopping has gone back to an earlier step
     step, scores = trainer.benchmarked or (None, {})
     if step != trainer.kept_step():
         scores = trainer.benchmark.scores(model)
