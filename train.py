@@ -365,10 +365,10 @@ def setup_run(args: argparse.Namespace, config: dict, data: Data, started: float
 
     # print the plan
     if benchmark:
-        flops_per_second = execution.matmul_flops / plan.processes
+        flops_per_second = run.execution.matmul_flops / run.plan.processes
         times = count_evaluations(config, run.plan)
-        cost = benchmark.cost(plan.flops_per_token, flops_per_second, times)
-        run.execution = replace(execution, benchmark=cost)
+        cost = benchmark.cost(run.plan.flops_per_token, flops_per_second, times)
+        run.execution = replace(run.execution, benchmark=cost)
     example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
     print_plan(config, run.plan, run.execution, checkpoint, example)
     check_checkpoint_step(checkpoint, run.plan.steps)
