@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import flatten, read_yaml_file
+from babyllama.config import flatten, read_yaml_file, with_defaults
 from babyllama.files import check_weights, read_json
 from babyllama.runs.checkpoints import (
     checkpoint_step,
@@ -21,6 +21,7 @@ from babyllama.runs.checkpoints import (
     newest_intact_checkpoint,
 )
 from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE, METRICS_FILE, RESULTS, RETRAIN
+from babyllama.schema import SECTIONS
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,10 @@ def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     Return a dictionary with a sentence for every difference, {key: "key: was ..., is ..."}. It is
     empty if both describe the same run.
     """
-    old = flatten(_read_run_file(run_dir / CONFIG_FILE))
+    old_config = _read_run_file(run_dir / CONFIG_FILE)
+    # a key that did not exist yet when the run started had its default
+    defaults = {name: with_defaults(name, {}) for name in old_config if name in SECTIONS}
+    old = flatten(defaults) | flatten(old_config)
     new = flatten(config)
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
     new_report = dict(report)

@@ -57,10 +57,10 @@ class RunLog(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.bar = None
         self.step_started: float | None = None  # None while the clock is stopped
-        # as of the moment when the clock last stopped
+        # at the last stop of the clock
         self.seconds = 0.0
         self.tokens = 0
-        # as of the last row that has a speed
+        # at the last row that has a speed
         self.logged_seconds = 0.0
         self.logged_tokens = 0
         # steps before a resume whose duration the log does not record

@@ -32,9 +32,9 @@ def warmup_steps(training: dict[str, Any], total_steps: int) -> int:
 def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], float]:
     """Return a function that maps a step (0, 1, ...) to a factor of `lr`.
 
-    The learning rate rises linearly during warm-up and then falls to `min_lr` as `lr_scheduler`
-    says. wsd (warm-up, stable, decay) keeps `lr` and falls linearly over the last fifth of all
-    steps.
+    The learning rate rises linearly from 0 during warm-up, as Hugging Face's schedules do, and then
+    falls to `min_lr` as `lr_scheduler` says. wsd (warm-up, stable, decay) keeps `lr` and falls
+    linearly over the last fifth of all steps.
     """
     warmup = warmup_steps(training, total_steps)
     kind = training["lr_scheduler"]

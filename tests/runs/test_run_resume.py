@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from conftest import back_to_checkpoint, errors_of, rows_of, timeless
 
 import train
@@ -42,6 +43,18 @@ def test_a_different_run_of_the_same_name_needs_overwrite(finished_copy, capsys)
     assert (run_dir / "model.safetensors").read_bytes() == weights
     assert train.main(["--config", str(config_path), "--lr", "1e-3", "--overwrite"]) == 0
     assert (run_dir / "model.safetensors").read_bytes() != weights
+
+
+def test_a_run_from_before_a_key_existed_had_its_default(finished_copy, capsys):
+    config_path, run_dir = finished_copy
+    config = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
+    del config["training"]["max_grad_norm"]
+    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config))
+    assert train.main(["--config", str(config_path)]) == 0
+    assert "already trained" in capsys.readouterr().out
+    other = ["--config", str(config_path), "--set", "training.max_grad_norm=2"]
+    assert train.main(other) == 2
+    assert "training.max_grad_norm: was 1.0, is 2.0" in capsys.readouterr().err
 
 
 def test_resume_is_suggested_only_if_it_would_work(finished_copy, capsys):
