@@ -537,11 +537,11 @@ def prepare_and_train(args: argparse.Namespace) -> None:
 
 def memory_advice(args: argparse.Namespace) -> str:
     """Return advice on how a run needs less memory, which never costs a checkpoint."""
-    from babyllama.planning import kernels
+    from babyllama.planning import memory
 
     config = load_config(args.config, args)
     saved = checkpoints(run_dir_of(config))
-    return kernels.memory_advice(config["training"], saved[0].name if saved else None)
+    return memory.memory_advice(config["training"], saved[0].name if saved else None)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,8 @@ import train
 from babyllama.cli import EXIT_INTERRUPTED
 from babyllama.config import check_config, unusual_values
 from babyllama.data.tokenizer import byte_lengths
-from babyllama.planning.kernels import memory_advice, pick_precision
+from babyllama.planning.kernels import pick_precision
+from babyllama.planning.memory import memory_advice
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training.arguments import training_arguments

@@ -198,7 +198,7 @@ def build_loss(
     )
 
 
-# ---- time and memory ----------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def _is_fp32_on_cpu(precision: str) -> bool:
@@ -223,38 +223,3 @@ def optimizer_seconds(plan: Plan) -> float:
     precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
     flops = plan.steps * plan.optimizer_flops_per_step
     return flops / matmul_flops(precision) / expected_mfu(precision, False)
-
-
-def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
-    """Return flags with which a step of this training section needs less memory.
-
-    `saved` names a checkpoint of the run, which the advice must not cost.
-    """
-    batch_size = training["batch_size"]
-    accumulation = training["gradient_accumulation_steps"]
-    half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
-    keys = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true"
-    if torch.cuda.is_available():
-        keys = f"--set training.cuda_graphs=false, {keys}"
-    smaller_batch = (
-        f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
-    )
-
-    # resume: the keys of the run must stay, except for those that --allow-change names
-    if saved:
-        unchanged = (
-            f"{saved} is intact, and the same command resumes with --resume-from-checkpoint auto, "
-            "if it was another program that used the memory"
-        )
-        if batch_size == 1:
-            return f"{unchanged}; other settings need a run with another --model-name"
-        return (
-            f"{unchanged}; with less memory it resumes if you also add {smaller_batch} "
-            "--allow-change training.batch_size --allow-change training.gradient_accumulation_steps"
-        )
-
-    # start again: all keys may change
-    if batch_size == 1:
-        shorter = "a smaller model and a shorter data.seq_length"
-        return f"{keys} save memory; so do{half and half + ','} {shorter}"
-    return f"the same step fits in less with {smaller_batch}{half}; {keys} save more"

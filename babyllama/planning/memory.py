@@ -1,15 +1,18 @@
-"""Estimate the memory that training on a CPU needs, from the sizes of the tensors that it keeps.
+"""Estimate the memory that training on a CPU needs, and advise how a run needs less.
 
-The result is a sum of parts. Not all of them exist at the same time, but the C library seldom fits
-one into the gaps that another has left.
+The estimate adds up the sizes of the tensors that training keeps. Not all of them exist at the same
+time, but the C library seldom fits one into the gaps that another has left.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from babyllama import distributed
 from babyllama.device import resident_bytes
+from babyllama.planning.kernels import pick_precision
 from babyllama.training import optimizers
 from babyllama.training.attention import attention_mask
 from babyllama.training.held_out import chunks_per_pass
@@ -97,3 +100,38 @@ def _logit_bytes(loss: NextTokenLoss, n_chunks: int, length: int, model) -> int:
 def _bytes_per_logit(dtype: torch.dtype) -> int:
     """Return the bytes per logit of next_token_nll: the logit, in float32 too, and log-softmax."""
     return 8 if dtype == torch.float32 else dtype.itemsize + 8
+
+
+def memory_advice(training: dict[str, Any], saved: str | None = None) -> str:
+    """Return flags with which a step of this training section needs less memory.
+
+    `saved` names a checkpoint of the run, which the advice must not cost.
+    """
+    batch_size = training["batch_size"]
+    accumulation = training["gradient_accumulation_steps"]
+    half = " --fp16 (or --bf16)" if pick_precision(training)[0] == "fp32" else ""
+    keys = "--set training.gradient_checkpointing=true and --set training.chunked_loss=true"
+    if torch.cuda.is_available():
+        keys = f"--set training.cuda_graphs=false, {keys}"
+    smaller_batch = (
+        f"--batch-size {batch_size // 2} --gradient-accumulation-steps {accumulation * 2}"
+    )
+
+    # resume: the keys of the run must stay, except for those that --allow-change names
+    if saved:
+        unchanged = (
+            f"{saved} is intact, and the same command resumes with --resume-from-checkpoint auto, "
+            "if it was another program that used the memory"
+        )
+        if batch_size == 1:
+            return f"{unchanged}; other settings need a run with another --model-name"
+        return (
+            f"{unchanged}; with less memory it resumes if you also add {smaller_batch} "
+            "--allow-change training.batch_size --allow-change training.gradient_accumulation_steps"
+        )
+
+    # start again: all keys may change
+    if batch_size == 1:
+        shorter = "a smaller model and a shorter data.seq_length"
+        return f"{keys} save memory; so do{half and half + ','} {shorter}"
+    return f"the same step fits in less with {smaller_batch}{half}; {keys} save more"
