@@ -171,7 +171,7 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
     if architecture.max_rotary_dim:
         options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
 
-    # draw the weights
+    # describe the model, and draw its weights
     model_config = transformers.AutoConfig.for_model(
         architecture.model_type,
         vocab_size=vocab_size,
@@ -436,7 +436,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     )
     word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
-    # train
+    # train, from the checkpoint if there is one
     distributed.seed_per_rank(config["training"]["seed"])
     with ending.deferred_signals():  # they save the step first
         checkpoint = str(run.checkpoint) if run.checkpoint else None

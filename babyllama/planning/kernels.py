@@ -1,8 +1,8 @@
 """Choose how this machine computes a training step: number format, attention kernel, compilation.
 
 Precision, compilation and CUDA graphs come with a reason, which is printed before step 0, and a key
-of the `training` section overrides them. The attention kernel is simply the faster one, because
-both give the same result. The data and Trainer do not matter here.
+of the `training` section overrides them. The attention kernel is simply the faster one, because all
+of them compute the same up to rounding. The data and Trainer do not matter here.
 
     execution = choose_precision_and_kernels(config, plan)  # the choices, their reasons, the time
     loss = build_loss(config, model, bos_token_id, execution.precision, execution.compile)

@@ -148,7 +148,7 @@ def resolve_checkpoint(
     Raise ValueError if resuming would mix two different runs, or if a new run would replace an
     earlier one without --overwrite.
     """
-    # auto resumes from the newest checkpoint, or starts if there is none
+    # find the newest checkpoint; auto resumes from it, or starts if the run has left nothing
     has_results = any((run_dir / name).exists() for name in RESULTS)
     intact = None
     if resume in (None, "auto") and not overwrite:

@@ -59,7 +59,7 @@ def check_budget(config: dict) -> Budget:
     tokenizer or a teacher was trained on, because the model learns from it too. If there is no
     record of that text, warn.
     """
-    from babyllama.data.tokenizer import tokenizer_sources
+    from babyllama.data.tokenizer import tokenizer_sources  # here, so that --help is quick
 
     track = config["babylm"]["track"]
     data = config["data"]
