@@ -21,6 +21,7 @@ import functools
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +59,12 @@ from create_synthetic_data import grammar_floor
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import TrainerCallback
 
     from babyllama.planning.kernels import Execution
     from babyllama.planning.plan import Plan
     from babyllama.training.held_out import TokenDomains
+    from babyllama.training.trainer import LMTrainer
 
 log = logging.getLogger("train")
 
@@ -287,6 +290,11 @@ class PreparedRun:
         """Return the plan as training_metrics.json and the trackers record it."""
         return asdict(self.plan) | asdict(self.execution)
 
+    def benchmark_cost(self, times: int) -> dict[str, Any]:
+        """Return what scoring the benchmark `times` times takes (TrainingBenchmark.cost)."""
+        flops_per_second = self.execution.matmul_flops / self.plan.processes
+        return self.benchmark.cost(self.plan.flops_per_token, flops_per_second, times)
+
 
 def run_dir_of(config: dict) -> Path:
     """Return the directory of the run that a configuration describes."""
@@ -310,71 +318,83 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
     return True
 
 
-def setup_run(args: argparse.Namespace, config: dict, data: Data, started: float) -> PreparedRun:
-    """Create the model, choose precision and kernels for this machine, and print the plan.
+def start_or_resume(
+    args: argparse.Namespace, run_dir: Path, config: dict, report: dict
+) -> Path | None:
+    """Return the checkpoint to resume from, or None if the run starts.
 
-    `started` is the time.perf_counter() from which training.max_minutes counts.
+    If a resumed run had other settings at first, the report gets the history of them.
     """
+    allowed = args.allow_change or ()
+    checkpoint = resolve_checkpoint(
+        run_dir, config, report, args.resume_from_checkpoint, args.overwrite, allowed
+    )
+    history = run_history(run_dir, config, report, checkpoint)
+    if history:
+        report["history"] = history
+    return checkpoint
+
+
+def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
+    """Create the model and its loss, and choose precision and kernels for this machine."""
     import transformers
 
     from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
     from babyllama.planning.memory import estimate_memory
-    from babyllama.planning.plan import check_disk_space, count_evaluations, describe_run
-    from babyllama.planning.printout import print_plan
-    from babyllama.planning.time_limit import choose_max_steps
+    from babyllama.planning.plan import make_plan
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    training = config["training"]
-
-    # start or resume
-    run_dir = run_dir_of(config)
-    checkpoint = resolve_checkpoint(
-        run_dir,
-        config,
-        data.report,
-        args.resume_from_checkpoint,
-        args.overwrite,
-        args.allow_change or (),
-    )
-    history = run_history(run_dir, config, data.report, checkpoint)
-    if history:
-        data.report["history"] = history
-
-    # create the model
-    transformers.set_seed(training["seed"])
+    transformers.set_seed(config["training"]["seed"])
     model = create_model(config, data.tokenizer)
-
-    # choose how this machine trains it
-    describe = functools.partial(
-        describe_run, config, model, data.report["train"], len(data.train), history
-    )
-    plan = describe()
+    plan = make_plan(config, model, data.report, len(data.train))
     execution = choose_precision_and_kernels(config, plan)
     loss = build_loss(
         config, model, data.tokenizer.bos_token_id, execution.precision, execution.compile
     )
     execution = replace(execution, memory_bytes=estimate_memory(config, model, loss))
     benchmark = make_benchmark(config, model, data.tokenizer)
-    run = PreparedRun(config, run_dir, data, checkpoint, model, plan, execution, loss, benchmark)
+    return PreparedRun(
+        config, run_dir_of(config), data, checkpoint, model, plan, execution, loss, benchmark
+    )
 
-    # choose how many steps it trains
+
+def fit_to_time(run: PreparedRun, started: float) -> None:
+    """Choose how many steps a run with training.max_minutes trains, unless that is known already.
+
+    `started` is the time.perf_counter() from which the minutes count.
+    """
+    from babyllama.planning.plan import make_plan
+    from babyllama.planning.time_limit import choose_max_steps
+
+    training = run.config["training"]
     if training["max_minutes"] and not training["max_steps"]:
-        training["max_steps"] = choose_max_steps(run, started)
-        run.plan = describe()
+        benchmark_seconds = run.benchmark_cost(1)["expected_seconds"] if run.benchmark else 0.0
+        training["max_steps"] = choose_max_steps(
+            run.config, run.plan, functools.partial(make_trainer, run), benchmark_seconds, started
+        )
+        run.plan = make_plan(run.config, run.model, run.data.report, len(run.data.train))
 
-    # print the plan
-    if benchmark:
-        flops_per_second = run.execution.matmul_flops / run.plan.processes
-        times = count_evaluations(config, run.plan)
-        cost = benchmark.cost(run.plan.flops_per_token, flops_per_second, times)
+
+def print_run(run: PreparedRun) -> None:
+    """Print what the run will do, with one decoded training example."""
+    from babyllama.planning.plan import count_evaluations
+    from babyllama.planning.printout import print_plan
+
+    if run.benchmark:
+        cost = run.benchmark_cost(count_evaluations(run.config, run.plan))
         run.execution = replace(run.execution, benchmark=cost)
-    example = data.tokenizer.decode(data.train[0]["input_ids"][:48])
-    print_plan(config, run.plan, run.execution, checkpoint, example)
-    check_checkpoint_step(checkpoint, run.plan.steps)
+    example = run.data.tokenizer.decode(run.data.train[0]["input_ids"][:48])
+    print_plan(run.config, run.plan, run.execution, run.checkpoint, example)
+
+
+def check_run(run: PreparedRun) -> None:
+    """Raise ValueError if the checkpoint is past the run's end, OSError if the disk is too full."""
+    from babyllama.planning.plan import check_disk_space
+
+    check_checkpoint_step(run.checkpoint, run.plan.steps)
     if distributed.is_main():
-        check_disk_space(config, run.plan, run_dir)
-    return run
+        check_disk_space(run.config, run.plan, run.run_dir)
 
 
 def make_benchmark(config: dict, model, tokenizer):
@@ -390,50 +410,65 @@ def make_benchmark(config: dict, model, tokenizer):
 # ---- 5. training --------------------------------------------------------------------------------
 
 
-def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, trackers: list) -> None:
-    """Train the model, then write and print the results.
+def make_trainer(
+    run: PreparedRun,
+    config: dict,
+    folder: Path,
+    steps: int,
+    callbacks: Sequence[TrainerCallback],
+    facts: dict | None = None,
+) -> LMTrainer:
+    """Return the trainer of a run.
 
-    The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
+    `config`, `folder` and `steps` are those of the run, except when time_limit.py times a few
+    steps. Trainer's own trackers get the `facts` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
-    from babyllama.training import arguments, babylm, callbacks, results
+    from babyllama.training.arguments import training_arguments
     from babyllama.training.trainer import LMTrainer
 
-    config = run.config
-    plan = run.plan
-    execution = run.execution
-    counts = run.data.report["train"]
-    history = run.data.report.get("history", [])
-
-    # create the log and the trainer
-    run_log = callbacks.RunLog(
-        run.run_dir / LOG_FILE,
-        counts["words"] / counts["tokens"],
-        plan.flops_per_token,
-        execution.matmul_flops,
-        history,
-        trackers,
-    )
-    save_when_interrupted = callbacks.SaveWhenInterrupted(status)
-    make_trainer = LMTrainer
+    trainer_class = LMTrainer
     if "distillation" in config:
-        make_trainer = functools.partial(make_distillation_trainer, config, run.data.report)
-    trainer = make_trainer(
+        trainer_class = functools.partial(make_distillation_trainer, config, run.data.report)
+    return trainer_class(
         model=run.model,
-        args=arguments.training_arguments(
-            config, run.run_dir, execution.precision, plan.steps, facts
-        ),
+        args=training_arguments(config, folder, run.execution.precision, steps, facts),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
         byte_lengths=run.data.byte_lengths,
         training=config["training"],
         loss=run.loss,
-        cuda_graphs=execution.cuda_graphs,
+        cuda_graphs=run.execution.cuda_graphs,
         benchmark=run.benchmark,
-        history=history,
-        callbacks=[*([run_log] if distributed.is_main() else []), save_when_interrupted],
+        history=run.data.report.get("history", ()),
+        callbacks=callbacks,
     )
+
+
+def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, trackers: list) -> None:
+    """Train the model, then write and print the results.
+
+    The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
+    """
+    from babyllama.training import babylm, callbacks, results
+
+    config = run.config
+    counts = run.data.report["train"]
+
+    # create the log and the trainer
+    run_log = callbacks.RunLog(
+        run.run_dir / LOG_FILE,
+        counts["words"] / counts["tokens"],
+        run.plan.flops_per_token,
+        run.execution.matmul_flops,
+        run.data.report.get("history", ()),
+        trackers,
+    )
+    watchers = [callbacks.SaveWhenInterrupted(status)]
+    if distributed.is_main():
+        watchers.insert(0, run_log)
+    trainer = make_trainer(run, config, run.run_dir, run.plan.steps, watchers, facts)
     word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
     # train, from the checkpoint if there is one
@@ -519,14 +554,18 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             writes = distributed.is_main() and not args.dry_run
             if writes:
                 stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
-            run = setup_run(args, config, data, started)
+            checkpoint = start_or_resume(args, run_dir, config, data.report)
+            run = build_run(config, data, checkpoint)
+            fit_to_time(run, started)
+            print_run(run)
+            check_run(run)
             if args.dry_run:
                 print("dry run: nothing was trained; the tokenized text is cached for the real run")
                 return
-            step = checkpoint_step(run.checkpoint) if run.checkpoint else 0
+            step = checkpoint_step(checkpoint) if checkpoint else 0
             status = stack.enter_context(ending.recorded(run_dir, step))
             if writes:
-                start_run_dir(run_dir, config, data.report, run.checkpoint)
+                start_run_dir(run_dir, config, data.report, checkpoint)
 
         # train, in all processes together
         distributed.connect()

@@ -55,7 +55,7 @@ def take_turn(
 
     from babyllama.distillation.student import make_distillation_trainer
     from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
-    from babyllama.planning.plan import describe_run
+    from babyllama.planning.plan import make_plan
     from babyllama.training.arguments import training_arguments
     from babyllama.training.callbacks import RunLog
     from babyllama.training.trainer import LMTrainer
@@ -63,7 +63,7 @@ def take_turn(
 
     transformers.set_seed(0)
     model = create_model(config, tokenizer)
-    plan = describe_run(config, model, {"words": 0, "tokens": 1}, len(chunks))
+    plan = make_plan(config, model, {"train": {"words": 0, "tokens": 1}}, len(chunks))
     execution = choose_precision_and_kernels(config, plan)
     precision = execution.precision
     loss = build_loss(config, model, tokenizer.bos_token_id, precision, execution.compile)

@@ -220,14 +220,14 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict]]) -> None:
     import torch
 
     from babyllama.device import matmul_flops
-    from babyllama.planning.plan import describe_run
+    from babyllama.planning.plan import make_plan
     from train import create_model
 
     # operations of a token, and what this machine can do
     with torch.device("meta"):  # only the shapes matter
         model = create_model(config, tokenizer)
     per_step = chunks_per_step(config)
-    plan = describe_run(config, model, {"words": 0, "tokens": 1}, per_step)
+    plan = make_plan(config, model, {"train": {"words": 0, "tokens": 1}}, per_step)
     flops = plan.flops_per_token
     on_gpu = torch.cuda.is_available()
     formats = {

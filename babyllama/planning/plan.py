@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,20 +56,20 @@ class Plan:
     loss: str  # its formula
 
 
-def describe_run(
-    config: dict, model, report: dict, n_chunks: int, history: Sequence[dict] = ()
-) -> Plan:
+def make_plan(config: dict, model, report: dict, n_chunks: int) -> Plan:
     """Return the derived numbers of a run over `n_chunks` chunks.
 
-    `report` holds the numbers of `words` and `tokens` in the training text.
+    `report` is the data report, whose `train` part holds the numbers of words and tokens.
     """
     training = config["training"]
     seq_length = config["data"]["seq_length"]
     processes = distributed.world_size()
     chunks_per_step = training["batch_size"] * training["gradient_accumulation_steps"] * processes
 
+    counts = report["train"]
+
     # count the steps: all epochs, or fewer if training.max_steps says so
-    layout = Steps(n_chunks, training, history)
+    layout = Steps(n_chunks, training, report.get("history", ()))
     steps = layout.total
     chunks = int(layout.chunks_seen[steps])
     decay_steps = optimizers.decay_steps(training)
@@ -92,7 +91,7 @@ def describe_run(
         steps=steps,
         warmup_steps=optimizers.warmup_steps(training, steps),
         epochs=round(chunks / n_chunks, 4),
-        words=round(report["words"] / report["tokens"] * chunks * seq_length),
+        words=round(counts["words"] / counts["tokens"] * chunks * seq_length),
         tokens=chunks * seq_length,
         flops_per_token=6 * (weights + attention),
         decay_steps=decay_steps,

@@ -3,7 +3,7 @@
 The number is chosen once, before step 0, and recorded as training.max_steps. So the schedule ends
 with the time, and a resumed run keeps its length, however fast the machine is then.
 
-    max_steps = choose_max_steps(run, started)
+    max_steps = choose_max_steps(config, plan, make_trainer, benchmark_seconds, started)
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
 from babyllama import distributed
-from babyllama.training.arguments import training_arguments
+from babyllama.planning.plan import Plan
 from babyllama.training.held_out import evaluate_chunks
-from babyllama.training.steps import Steps
 from babyllama.training.trainer import LMTrainer
 
 log = logging.getLogger(__name__)
@@ -60,31 +60,35 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def choose_max_steps(run, started: float) -> int:
+def choose_max_steps(
+    config: dict,
+    plan: Plan,
+    make_trainer: Callable[[dict, Path, int, list[TrainerCallback]], LMTrainer],
+    benchmark_seconds: float,
+    started: float,
+) -> int:
     """Train a few steps, undo them, and return how many fit into training.max_minutes.
 
-    `run` is a PreparedRun (train.py), and the time counts from `started`, a time.perf_counter().
-    The run will evaluate at its intervals, after its last step and once more, and score the
-    benchmark each time. The model is unchanged afterwards. Raise ValueError if no step fits, or
-    with several processes, because they meet only after the run is planned.
+    `plan` is that of all epochs, and make_trainer(config, folder, steps, callbacks) returns a
+    trainer of the run. The time counts from `started`, a time.perf_counter(). The run will evaluate
+    at its intervals, after its last step and once more, and score the benchmark each time, which
+    takes `benchmark_seconds`. The model is unchanged afterwards. Raise ValueError if no step fits,
+    or with several processes, because they meet only after the run is planned.
     """
     if distributed.world_size() > 1:
         raise ValueError("training.max_minutes: not with several processes; set training.max_steps")
-    training = run.config["training"]
+    training = config["training"]
     minutes = training["max_minutes"]
-    steps = Steps(len(run.data.train), training)
-    on_gpu = torch.cuda.is_available()
-    if steps.total <= WARM_UP_STEPS[on_gpu]:
-        return steps.total
+
+    if plan.steps <= WARM_UP_STEPS[torch.cuda.is_available()]:
+        return plan.steps
 
     # measure what a step and an evaluation take
-    per_step, evaluation = _time_steps(run)
-    if run.benchmark:
-        cost = run.benchmark.cost(run.plan.flops_per_token, run.execution.matmul_flops, 1)
-        evaluation += cost["expected_seconds"]
+    per_step, evaluation = _time_steps(config, make_trainer)
+    evaluation += benchmark_seconds
 
     # divide the time that is left
-    eval_steps = training["eval_steps"] or int(steps.epoch_ends[1])
+    eval_steps = training["eval_steps"] or plan.steps / plan.epochs
     elapsed = time.perf_counter() - started
     left = USED_SHARE * 60 * minutes - elapsed - 2 * evaluation - END_SECONDS
     n_steps = int(left / (per_step + evaluation / eval_steps))
@@ -98,44 +102,30 @@ def choose_max_steps(run, started: float) -> int:
             "lower data.eval_samples"
         )
     log.info("training.max_minutes: %g: %d steps fit: %s", minutes, n_steps, figures)
-    return min(n_steps, steps.total)
+    return min(n_steps, plan.steps)
 
 
-def _time_steps(run) -> tuple[float, float]:
+def _time_steps(config: dict, make_trainer) -> tuple[float, float]:
     """Train a few steps and undo them; return the seconds of a step and of an evaluation."""
     # the same run, but short, and it saves, evaluates and reports nothing
     on_gpu = torch.cuda.is_available()
     n_steps = WARM_UP_STEPS[on_gpu] + TIMED_STEPS[on_gpu]
-    config = run.config
     training = config["training"] | {"max_steps": n_steps, "early_stopping_patience": None}
-    logging_section = config["logging"] | {"report_to": []}
-    config = config | {"training": training, "logging": logging_section}
-    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    config = config | {"training": training, "logging": config["logging"] | {"report_to": []}}
     clock = _StepClock(WARM_UP_STEPS[on_gpu], TIMED_SHARE * 60 * training["max_minutes"])
-
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(config, Path(folder), run.execution.precision, n_steps)
-        arguments.save_strategy = "no"
-        arguments.eval_strategy = "no"
-        trainer = LMTrainer(
-            model=run.model,
-            args=arguments,
-            train_dataset=run.data.train,
-            eval_dataset=run.data.held_out,
-            processing_class=run.data.tokenizer,
-            byte_lengths=run.data.byte_lengths,
-            training=training,
-            loss=run.loss,
-            cuda_graphs=run.execution.cuda_graphs,
-            callbacks=[clock],
-        )
+        trainer = make_trainer(config, Path(folder), n_steps, [clock])
+        trainer.args.save_strategy = "no"
+        trainer.args.eval_strategy = "no"
+        model = trainer.model
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trainer.train()
     trainer.release_graphs()
 
     # what was compiled stays, what was learned does not
-    trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    run.model.load_state_dict(weights)
-    run.model.zero_grad(set_to_none=True)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.load_state_dict(weights)
+    model.zero_grad(set_to_none=True)
     return clock.seconds_per_step, _evaluation_seconds(trainer)
 
 

@@ -35,13 +35,14 @@ def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
         "model": {"n_layer": 2, "hidden_size": 32},
     }
     n_chunks = 4 * keys["batch_size"] * 6
+    report = {"train": {"words": 1, "tokens": 1}}
     steps = {}
     seconds = {}
     for optimizer in ("adamw", "muon"):
         config["training"] = {**keys, "optimizer": optimizer}
         for processes in (1, 2):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
-            run_plan = plan.describe_run(config, model, {"words": 1, "tokens": 1}, n_chunks)
+            run_plan = plan.make_plan(config, model, report, n_chunks)
             execution = kernels.choose_precision_and_kernels(config, run_plan)
             steps[optimizer, processes] = run_plan.steps
             seconds[optimizer, processes] = execution.expected_seconds

@@ -151,7 +151,7 @@ def test_a_process_that_is_stopped_or_killed_ends_the_other(number, rank, pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "name"), [(0, "setup_run"), (1, "setup_run"), (0, "write_results")]
+    ("rank", "name"), [(0, "build_run"), (1, "build_run"), (0, "write_results")]
 )
 def test_a_process_that_hangs_outside_of_training_ends_the_other(rank, name, pair):
     """One process waits while the other prepares the data, or writes the results."""
