@@ -75,21 +75,6 @@ def test_optimizer_speed_measures_our_muon(script, config_file, capsys):
     assert "Muon of train.py" in capsys.readouterr().out
 
 
-def test_fused_products_equal_separate_ones(script, capsys):
-    module = script("fused_products")
-    separate, fused, tensors = module.make_passes(64, 16, [16, 24], torch.float64)
-    separate()
-    expected = [tensor.grad.clone() for tensor in tensors]
-    for tensor in tensors:
-        tensor.grad = None
-    fused()
-    for tensor, gradient in zip(tensors, expected, strict=True):
-        torch.testing.assert_close(tensor.grad, gradient)
-    options = ["--tokens", "64", "--width", "16", "--feed-forward", "24", "--repeats", "1"]
-    assert module.main(options) == 0
-    assert capsys.readouterr().out.count("fused / separate") == 2
-
-
 @pytest.mark.parametrize("what", ["limit", "loop", "exact", "choose", "generation"])
 def test_scoring_speed_measures_one_thing(script, model_dirs, tmp_path, capsys, what):
     rows = [{"sentence_good": a, "sentence_bad": b, "UID": "x", "field": "syntax", "linguistics_term": "y", "pairID": str(i)}
