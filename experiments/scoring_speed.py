@@ -4,11 +4,9 @@
 
 Minimal pairs: `loop` is the usual way, written out here (files in order, 64 pairs at a time, the
 good sentences in one padded forward pass and the bad ones in another, log-softmax of everything);
-`exact` is candidates.score_candidates and `choose` is score_choices, which benchmark.py uses.
-Each runs in its own process, one after the other, --repeats times, on --device. The time is that
-of the complete process; the time without start-up is printed below it. Decisions are compared. The
-limit is the time of the matrix products alone at the speed of large ones: for `loop` in float32
-for every token, for `choose` in its fast format once for each distinct prefix.
+`choose` is candidates.score_choices, which benchmark.py uses. Each runs in its own process, one
+after the other, --repeats times, on --device. The time is that of the complete process; the time
+without start-up is printed below it. Decisions are compared.
 
 Generation: 64 prompts, 64 tokens each, greedy: Hugging Face's `generate` one prompt at a time, and
 ours for all prompts together, in one process.
@@ -27,11 +25,10 @@ from common import run_child, seconds_of, spread, use_default_threads
 
 from babyllama.cli import Parser, add_flag, check_at_least, run_script
 
-WAYS = ("loop", "exact", "choose")
+WAYS = ("loop", "choose")
 BATCH = 64  # pairs
 PROMPTS = 64
 NEW_TOKENS = 64
-GEMM = 2048  # width of the matrices whose product is timed
 
 
 def score_by_loop(args: argparse.Namespace) -> tuple[list[int], list[float], dict]:
@@ -80,66 +77,9 @@ def score_by_ours(args: argparse.Namespace) -> tuple[list[int], list[float], dic
 
     model, tokenizer = load_model(args.model, args.device)
     items = tasks.read_items("blimp", args.data)[:: args.every]
-    precision = {}
-    if args.measure == "exact":
-        scores, _ = candidates.score_candidates(model, tokenizer, items)
-    else:
-        scores, _, precision = candidates.score_choices(model, tokenizer, items)
+    scores, _, precision = candidates.score_choices(model, tokenizer, items)
     choices = grading.grade(items, scores).choice.tolist()
     return choices, (scores[::2] - scores[1::2]).tolist(), precision
-
-
-def matmul_speed(dtype, device: str) -> float:
-    """Return the floating-point operations per second of a large matrix product."""
-    import torch
-
-    a = torch.randn(GEMM, GEMM, device=device).to(dtype)
-    b = torch.randn(GEMM, GEMM, device=device).to(dtype)
-    times = [seconds_of(lambda: a @ b, device) for _ in range(12)]
-    return 2 * GEMM**3 / statistics.median(times[2:])
-
-
-def compute_limit(args: argparse.Namespace) -> dict:
-    """Return the seconds of the needed matrix products, and the counts behind them."""
-    import numpy as np
-    import torch
-
-    from babyllama.device import fast_dtype
-    from babyllama.evaluation import candidates, tasks
-    from babyllama.evaluation.fast_choices import skip_shared_tokens
-    from babyllama.evaluation.loading import context_length, load_model
-
-    model, tokenizer = load_model(args.model, args.device)
-    items = tasks.read_items("blimp", args.data)[:: args.every]
-
-    # each distinct prefix goes through the layers, and the head if a scored token follows
-    ids, starts = candidates.scored_spans(tokenizer, items, True)
-    two_each = np.full(len(items), 2)
-    begins = skip_shared_tokens(ids, starts, two_each, context_length(model))
-    prefixes = set()
-    contexts = set()
-    for text, begin in zip(ids, begins, strict=True):
-        prefixes |= {tuple(text[:end]) for end in range(1, len(text))}
-        contexts |= {tuple(text[:end]) for end in range(begin, len(text))}
-    tokens = sum(len(text) - 1 for text in ids)
-
-    head = model.get_output_embeddings().weight.numel()
-    embeddings = model.get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in model.base_model.parameters()) - embeddings
-    fast = fast_dtype(model.device)
-    exact_speed = matmul_speed(torch.float32, args.device)
-    fast_speed = matmul_speed(fast, args.device)
-    return {
-        "pairs": len(items),
-        "tokens": tokens,
-        "prefixes": len(prefixes),
-        "contexts": len(contexts),
-        "fast": str(fast),
-        "gflops_float32": exact_speed / 1e9,
-        "gflops_fast": fast_speed / 1e9,
-        "loop": 2 * tokens * (body + head) / exact_speed,
-        "choose": 2 * (len(prefixes) * body + len(contexts) * head) / fast_speed,
-    }
 
 
 def time_generation(args: argparse.Namespace) -> dict:
@@ -190,8 +130,6 @@ def measure(args: argparse.Namespace) -> dict:
 
     torch.zeros(1, device=args.device)
     _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # imports them
-    if args.measure == "limit":
-        return compute_limit(args)
     if args.measure == "generation":
         return time_generation(args)
     score = score_by_loop if args.measure == "loop" else score_by_ours
@@ -211,15 +149,12 @@ def measure_in_child(args: argparse.Namespace, name: str) -> dict:
     return {"seconds": time.perf_counter() - start, **result}
 
 
-def print_way(way: str, runs: list[dict], base_runs: list[dict], limit: dict, device: str) -> None:
-    """Print the times of one way of scoring, and its decisions beside those of the first way."""
+def print_way(way: str, runs: list[dict], base_runs: list[dict]) -> None:
+    """Print the times of one way of scoring, and its decisions beside those of the loop."""
     seconds = [run["seconds"] for run in runs]
     median = statistics.median(seconds)
     base = statistics.median(run["seconds"] for run in base_runs)
-    share = ""
-    if way in limit and device == "cpu":  # on a GPU choose may score everything in float32
-        share = f"; limit {limit[way]:.1f} s, {limit[way] / median:.0%} of it reached"
-    print(f"{way:8}{spread(seconds)} s, ratio {base / median:.2f}{share}")
+    print(f"{way:8}{spread(seconds)} s, ratio {base / median:.2f}")
 
     work = statistics.median(run["work"] for run in runs)
     base_work = statistics.median(run["work"] for run in base_runs)
@@ -235,23 +170,16 @@ def print_way(way: str, runs: list[dict], base_runs: list[dict], limit: dict, de
 
 def compare(args: argparse.Namespace) -> None:
     """Measure everything and print the table."""
-    limit = measure_in_child(args, "limit")
-    print(
-        f"{limit['pairs']:,} pairs, {limit['tokens']:,} tokens; {limit['prefixes']:,} distinct "
-        f"prefixes, {limit['contexts']:,} to predict from"
-    )
-    print(
-        f"matrix products: float32 {limit['gflops_float32']:.0f}, {limit['fast']} "
-        f"{limit['gflops_fast']:.0f} GFLOP/s"
-    )
-    runs: dict[str, list[dict]] = {way: [] for way in args.ways}
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for repeat in range(args.repeats):
-        for way in args.ways:
+        for way in WAYS:
             runs[way].append(measure_in_child(args, way))
             seconds = runs[way][-1]["seconds"]
             print(f"{repeat + 1}/{args.repeats} {way}: {seconds:.2f} s", file=sys.stderr)
-    for way in args.ways:
-        print_way(way, runs[way], runs[args.ways[0]], limit, args.device)
+    base_runs = runs["loop"]
+    print(f"{len(base_runs[0]['choices']):,} pairs")
+    for way in WAYS:
+        print_way(way, runs[way], base_runs)
 
     texts = measure_in_child(args, "generation")
     ratio = statistics.median(texts["loop"]) / statistics.median(texts["ours"])
@@ -268,16 +196,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="directory of BLiMP's .jsonl files")
     add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
     add_flag(parser, "every", type=int, default=1, help="only every n-th pair")
-    add_flag(
-        parser, "ways", nargs="+", choices=WAYS, default=WAYS, help="compared with the first one"
-    )
     add_flag(parser, "device", default="cpu", help="cpu (default) or cuda")
-    add_flag(
-        parser,
-        "measure",
-        choices=[*WAYS, "limit", "generation"],
-        help="measure one thing here and print JSON",
-    )
+    ways = [*WAYS, "generation"]
+    add_flag(parser, "measure", choices=ways, help="measure one thing here and print JSON")
     return parser
 
 
