@@ -1,7 +1,6 @@
 """Time training beside a plain script on Hugging Face's Trainer.
 
     python experiments/training_speed.py --config config/llama-10M.yaml --steps 6 --repeats 3
-    python experiments/training_speed.py --config config/llama-10M.yaml --curves curves.png
 
 The plain script is the one of a tutorial: DataCollatorForLanguageModeling, the model's loss,
 float32 on a CPU and bf16 on a GPU, at each micro-batch of --micro with accumulation to the
@@ -13,8 +12,7 @@ The first steps (two on a CPU, ten on a GPU) do not count. Every variant once, t
 is cheaper. Prints median, minimum and maximum of the turns (for a single turn: of its steps, on a
 GPU in blocks of ten), the ratio to the best plain variant, the share of this machine's speed of
 matrix products, the seconds of the first step and the peak memory; on a known GPU also the MFU.
---busy keeps one other process busy meanwhile. --curves draws the losses on the config's text
-instead.
+--busy keeps one other process busy meanwhile.
 """
 
 from __future__ import annotations
@@ -264,50 +262,6 @@ def report(config: dict, tokenizer, turns: dict[str, list[dict]]) -> None:
         print(f"{row}{turns[name][0]['first']:10.1f} s{memory:7.2f} GB")
 
 
-# ---- losses -------------------------------------------------------------------------------------
-
-
-def plot_losses(losses: dict[str, list[float]], path: Path) -> None:
-    """Draw the training loss of each run against steps, and its difference from the first run."""
-    from babyllama.plots import BLUE, GREEN, GREY, ORANGE, label, new_figure
-
-    figure, ((loss_axis, difference_axis),) = new_figure(1, 2, 11, 4)
-    first_name = next(iter(losses))
-    for (name, values), colour in zip(losses.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
-        steps = range(1, len(values) + 1)
-        loss_axis.plot(steps, values, color=colour, lw=1.2, label=label(name))
-        if name != first_name:
-            differences = [a - b for a, b in zip(values, losses[first_name], strict=True)]
-            difference_axis.plot(steps, differences, color=colour, lw=1.2)
-    loss_axis.set(xlabel="step", ylabel="training loss (nats per token)")
-    loss_axis.legend(frameon=False)
-    difference_axis.set(
-        xlabel="step", ylabel="difference (nats per token)", title=f"minus {label(first_name)}"
-    )
-    figure.savefig(path, dpi=120)
-
-
-def compare_losses(
-    config: dict, variants: dict[str, dict], tokenizer, steps: int, picture: Path
-) -> None:
-    """Train two variants on the config's text, draw their losses and print the differences."""
-    from train import prepare_datasets_modern
-
-    train_data, _ = prepare_datasets_modern(config, tokenizer)
-    rows = train_data.select(range(chunks_per_step(config) * steps))
-    chunks = [{"input_ids": row["input_ids"].tolist()} for row in rows]
-    losses = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, variant in variants.items():
-            losses[name] = train_once(config, variant, tokenizer, chunks, Path(folder)).losses
-    plot_losses(losses, picture)
-    differences = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
-    for name, values in losses.items():
-        mean = statistics.fmean(values[-10:])
-        print(f"{name}: mean loss of the last 10 of {len(values)} steps {mean:.4f}")
-    print(f"largest difference of a step {max(differences):.1e}; {picture}")
-
-
 # ---- command line -------------------------------------------------------------------------------
 
 
@@ -343,7 +297,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag(parser, "formats", nargs="+", default=formats, help="number formats of ours")
     add_flag(parser, "ours", nargs="+", choices=OURS, default=OURS, help="variants (default: both)")
     add_flag(parser, "busy", action="store_true", help="beside one other busy process")
-    add_flag(parser, "curves", type=Path, metavar="PNG", help="draw losses on the config's text")
     add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="any key")
     add_flag(parser, "turn", metavar="VARIANT", help="take one turn here and print JSON")
     return parser
@@ -367,10 +320,6 @@ def main(argv: list[str] | None = None) -> int:
         variants = make_variants(config, args)
         if args.turn:
             print(json.dumps(take_turn(config, variants[args.turn], tokenizer, args.steps)))
-        elif args.curves:
-            names = [next(iter(variants)), list(variants)[-1]]
-            pair = {name: variants[name] for name in names}
-            compare_losses(config, pair, tokenizer, args.steps, args.curves)
         else:
             report(config, tokenizer, measure(config, variants, tokenizer, args, argv))
         return 0
