@@ -24,6 +24,7 @@ from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.loading import load_model
 from babyllama.evaluation.scoring import token_logprobs
+from babyllama.evaluation.word_surprisal import word_surprisal
 from benchmark import BenchmarkSuite
 
 GUIDE = (ROOT / "docs" / "other_tools.md").read_text(encoding="utf-8")
@@ -168,10 +169,19 @@ def test_the_harness_finds_the_accuracy_of_benchmark_py(workshop, tmp_path):
 
 
 def test_minicons_finds_the_scores_of_evaluate_py(workshop):
-    pytest.importorskip("minicons")
+    scorer = pytest.importorskip("minicons.scorer")
     output = run(workshop, "-c", block_of("minicons", "python"))
     scores = json.loads(output.splitlines()[-1])
     model, tokenizer = load_model(workshop / "models" / "quickstart", "cpu")
     texts = ["The cat sees the dog.", "The dog sees cat the."]
     ours = [text.logprobs.sum() for text in token_logprobs(model, tokenizer, texts)]
     assert scores == pytest.approx(ours, abs=1e-4)
+
+    # bits per word; its correction moves the space only, ours all that can end a word
+    minicons = scorer.IncrementalLMScorer(str(workshop / "models" / "quickstart"), "cpu")
+    theirs = minicons.word_score_tokenized(texts, str.split, surprisal=True, base_two=True)
+    rows = word_surprisal(model, tokenizer, texts)
+    pairs = [pair for words in theirs for pair in words]
+    assert [row["word"] for row in rows] == [word for word, _ in pairs]
+    bits = [row["uncorrected_bits"] for row in rows]
+    assert bits == pytest.approx([float(bits) for _, bits in pairs], abs=1e-4)
