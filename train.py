@@ -7,10 +7,11 @@
     python train.py --config config/llama-10M.yaml --sweep sweep.yaml
     python train.py --config config/llama-10M.yaml --seeds 1 2 3
 
-Start reading at prepare_and_train, near the end: it checks the configuration, tokenizes the text,
-creates the model, trains it and writes the results. torch is imported inside functions, so that
---help and the errors of a configuration appear at once. The text must be clean and have a tokenizer
-already (prepare_data.py makes both), and comparing the finished models is benchmark.py's task.
+The first function tells the story: it checks the configuration, tokenizes the text, creates the
+model, trains it and writes the results. The others follow in the order in which it calls them.
+torch is imported inside functions, so that --help and the errors of a configuration appear at once.
+The text must be clean and have a tokenizer already (prepare_data.py makes both), and comparing the
+finished models is benchmark.py's task.
 """
 
 from __future__ import annotations
@@ -39,20 +40,19 @@ from babyllama.config import (
     with_defaults,
 )
 from babyllama.files import describe_environment, exclusive_folder, weights_sha256
-from babyllama.planning.checks import check_inputs, check_request, load_item_tasks, warn_about_leaks
+from babyllama.planning.checks import check_inputs, check_request, warn_about_leaks
 from babyllama.runs import ending
 from babyllama.runs.checkpoints import checkpoint_step, checkpoints, find_checkpoint
 from babyllama.runs.resume import (
     check_checkpoint_step,
     finished_metrics,
+    recorded_config,
     resolve_checkpoint,
     run_history,
-    steps_chosen_before,
 )
 from babyllama.runs.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
 from babyllama.runs.sweep import run_sweep
 from babyllama.schema import SECTIONS
-from babyllama.training.budget import Budget
 from babyllama.training.tracking import open_trackers, run_facts
 from create_synthetic_data import grammar_floor
 
@@ -63,7 +63,10 @@ if TYPE_CHECKING:
 
     from babyllama.planning.kernels import Execution
     from babyllama.planning.plan import Plan
+    from babyllama.training.benchmark import TrainingBenchmark
+    from babyllama.training.budget import Budget
     from babyllama.training.held_out import TokenDomains
+    from babyllama.training.loss import NextTokenLoss
     from babyllama.training.trainer import LMTrainer
 
 log = logging.getLogger("train")
@@ -85,7 +88,49 @@ FLAGS = {  # name of the flag -> key of the configuration
 }
 
 
-# ---- 1. the configuration -----------------------------------------------------------------------
+# ---- 1. a run from its start to its end ----------------------------------------------------------
+
+
+def prepare_and_train(args: argparse.Namespace) -> None:
+    """Prepare a run and train it; stop early for a dry run, or if it is finished already."""
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        with distributed.main_first():
+            # check first what does not need the text, because reading it may take long
+            config = load_config(args.config, args)
+            check_inputs(config)
+            distributed.set_timeout(config["training"]["process_timeout_minutes"])
+            run_dir = run_dir_of(config)
+            check_request(args, config, run_dir)
+
+            # read the text, which tells if this run was started or finished before
+            data = load_data(config)
+            if show_finished_run(args, run_dir, config, data.report):
+                return
+
+            # set up the run and start its directory, which no other process may use meanwhile
+            writes = distributed.is_main() and not args.dry_run
+            if writes:
+                stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
+            checkpoint = resume(args, run_dir, config, data.report)
+            run = build_run(config, data, checkpoint)
+            plan_run(run, started)
+            if args.dry_run:
+                print("dry run: nothing was trained; the tokenized text is cached for the real run")
+                return
+            step = checkpoint_step(checkpoint) if checkpoint else 0
+            status = stack.enter_context(ending.recorded(run_dir, step))
+            if writes:
+                start_run_dir(run_dir, config, data.report, checkpoint)
+
+        # train, in all processes together
+        distributed.connect()
+        facts = run_facts(config, run.plan_record(), data.report)
+        with open_trackers(config, run_dir, facts) as trackers:
+            train_and_save(run, status, facts, trackers)
+
+
+# ---- 2. the configuration ------------------------------------------------------------------------
 
 
 def load_config(config_path: str, args: Any = None) -> dict:
@@ -140,7 +185,7 @@ def load_checked_config(args: argparse.Namespace) -> dict:
     return config
 
 
-# ---- 2. the model -------------------------------------------------------------------------------
+# ---- 3. the model --------------------------------------------------------------------------------
 
 
 def create_model(config: dict, tokenizer) -> torch.nn.Module:
@@ -191,7 +236,7 @@ def create_model(config: dict, tokenizer) -> torch.nn.Module:
     return language_model
 
 
-# ---- 3. the data --------------------------------------------------------------------------------
+# ---- 4. the data ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -240,9 +285,13 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
     return train, held_out.with_format("numpy"), processor.reports
 
 
-def load_data(config: dict, budget: Budget | None) -> Data:
-    """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text."""
+def load_data(config: dict) -> Data:
+    """Load the tokenizer, check that the teachers share its vocabulary, and tokenize the text.
+
+    With a babylm section, raise ValueError if the text has too many words.
+    """
     from babyllama.data.tokenizer import byte_lengths, load_tokenizer
+    from babyllama.training.budget import check_budget
     from babyllama.training.held_out import TokenDomains, choose_chunks
 
     # tokenizing may take long, so first do everything else that can fail
@@ -256,6 +305,7 @@ def load_data(config: dict, budget: Budget | None) -> Data:
         teachers.check_teachers(config, tokenizer)
 
     train, held_out, report = prepare_datasets_with_report(config, tokenizer)
+    budget = check_budget(config, report["train"]["sources"]) if "babylm" in config else None
 
     # record what else the run learns from
     if "distillation" in config:
@@ -269,7 +319,7 @@ def load_data(config: dict, budget: Budget | None) -> Data:
     return Data(tokenizer, lengths, train, held_out, domains, report, entropy_floor, budget)
 
 
-# ---- 4. the run ---------------------------------------------------------------------------------
+# ---- 5. the run ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -283,17 +333,12 @@ class PreparedRun:
     model: torch.nn.Module
     plan: Plan
     execution: Execution
-    loss: Any  # callable: (model, batch) -> loss in nats
-    benchmark: Any  # TrainingBenchmark, in the main process of a run with training.benchmark
+    loss: NextTokenLoss
+    benchmark: TrainingBenchmark | None  # only the main process has it
 
     def plan_record(self) -> dict[str, Any]:
         """Return the plan as training_metrics.json and the trackers record it."""
         return asdict(self.plan) | asdict(self.execution)
-
-    def benchmark_cost(self, times: int) -> dict[str, Any]:
-        """Return what scoring the benchmark `times` times takes (TrainingBenchmark.cost)."""
-        flops_per_second = self.execution.matmul_flops / self.plan.processes
-        return self.benchmark.cost(self.plan.flops_per_token, flops_per_second, times)
 
 
 def run_dir_of(config: dict) -> Path:
@@ -318,20 +363,23 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
     return True
 
 
-def start_or_resume(
-    args: argparse.Namespace, run_dir: Path, config: dict, report: dict
-) -> Path | None:
+def resume(args: argparse.Namespace, run_dir: Path, config: dict, report: dict) -> Path | None:
     """Return the checkpoint to resume from, or None if the run starts.
 
-    If a resumed run had other settings at first, the report gets the history of them.
+    A resumed run keeps its length, and the report gets the history of its settings.
     """
     allowed = args.allow_change or ()
     checkpoint = resolve_checkpoint(
         run_dir, config, report, args.resume_from_checkpoint, args.overwrite, allowed
     )
-    history = run_history(run_dir, config, report, checkpoint)
-    if history:
+    if checkpoint is None:
+        return None
+    if history := run_history(run_dir, config, report, checkpoint):
         report["history"] = history
+    # training.max_minutes chose the steps when the run started, however fast the machine is now
+    training = config["training"]
+    if training["max_minutes"] and not training["max_steps"]:
+        training["max_steps"] = recorded_config(run_dir)["training"]["max_steps"]
     return checkpoint
 
 
@@ -342,6 +390,7 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
     from babyllama.planning.memory import estimate_memory
     from babyllama.planning.plan import make_plan
+    from babyllama.training.benchmark import make_benchmark
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -352,76 +401,54 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     loss = build_loss(
         config, model, data.tokenizer.bos_token_id, execution.precision, execution.compile
     )
-    execution = replace(execution, memory_bytes=estimate_memory(config, model, loss))
     benchmark = make_benchmark(config, model, data.tokenizer)
+    one_process_flops = execution.matmul_flops / plan.processes
+    execution = replace(
+        execution,
+        memory_bytes=estimate_memory(config, model, loss),
+        benchmark=benchmark and benchmark.cost(plan.flops_per_token, one_process_flops),
+    )
     return PreparedRun(
         config, run_dir_of(config), data, checkpoint, model, plan, execution, loss, benchmark
     )
 
 
-def fit_to_time(run: PreparedRun, started: float) -> None:
-    """Choose how many steps a run with training.max_minutes trains, unless that is known already.
+def plan_run(run: PreparedRun, started: float) -> None:
+    """Choose how many steps fit into the time, print what the run will do, and check that it can.
 
-    `started` is the time.perf_counter() from which the minutes count.
+    training.max_minutes counts from `started`, a time.perf_counter().
     """
-    from babyllama.planning.plan import make_plan
+    from babyllama.planning.plan import check_disk_space, make_plan
+    from babyllama.planning.printout import print_plan
     from babyllama.planning.time_limit import choose_max_steps
 
     training = run.config["training"]
     if training["max_minutes"] and not training["max_steps"]:
-        benchmark_seconds = run.benchmark_cost(1)["expected_seconds"] if run.benchmark else 0.0
         training["max_steps"] = choose_max_steps(
-            run.config, run.plan, functools.partial(make_trainer, run), benchmark_seconds, started
+            run.config, run.plan, run.execution, functools.partial(make_trainer, run), started
         )
         run.plan = make_plan(run.config, run.model, run.data.report, len(run.data.train))
-
-
-def print_run(run: PreparedRun) -> None:
-    """Print what the run will do, with one decoded training example."""
-    from babyllama.planning.plan import count_evaluations
-    from babyllama.planning.printout import print_plan
-
-    if run.benchmark:
-        cost = run.benchmark_cost(count_evaluations(run.config, run.plan))
-        run.execution = replace(run.execution, benchmark=cost)
     example = run.data.tokenizer.decode(run.data.train[0]["input_ids"][:48])
     print_plan(run.config, run.plan, run.execution, run.checkpoint, example)
-
-
-def check_run(run: PreparedRun) -> None:
-    """Raise ValueError if the checkpoint is past the run's end, OSError if the disk is too full."""
-    from babyllama.planning.plan import check_disk_space
-
     check_checkpoint_step(run.checkpoint, run.plan.steps)
     if distributed.is_main():
         check_disk_space(run.config, run.plan, run.run_dir)
 
 
-def make_benchmark(config: dict, model, tokenizer):
-    """Return the TrainingBenchmark of a run, or None without one; only the main process has it."""
-    path = config["training"]["benchmark"]
-    if path is None or not distributed.is_main():
-        return None
-    from babyllama.training.benchmark import TrainingBenchmark
-
-    return TrainingBenchmark(load_item_tasks(path), model, tokenizer)
-
-
-# ---- 5. training --------------------------------------------------------------------------------
+# ---- 6. training ---------------------------------------------------------------------------------
 
 
 def make_trainer(
     run: PreparedRun,
     config: dict,
     folder: Path,
-    steps: int,
     callbacks: Sequence[TrainerCallback],
     facts: dict | None = None,
 ) -> LMTrainer:
     """Return the trainer of a run.
 
-    `config`, `folder` and `steps` are those of the run, except when time_limit.py times a few
-    steps. Trainer's own trackers get the `facts` of the run.
+    `config` and `folder` are those of the run, except when time_limit.py times a few steps.
+    Trainer's own trackers get the `facts` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
     from babyllama.training.arguments import training_arguments
@@ -432,7 +459,7 @@ def make_trainer(
         trainer_class = functools.partial(make_distillation_trainer, config, run.data.report)
     return trainer_class(
         model=run.model,
-        args=training_arguments(config, folder, run.execution.precision, steps, facts),
+        args=training_arguments(config, folder, run.execution.precision, facts),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
@@ -468,7 +495,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     watchers = [callbacks.SaveWhenInterrupted(status)]
     if distributed.is_main():
         watchers.insert(0, run_log)
-    trainer = make_trainer(run, config, run.run_dir, run.plan.steps, watchers, facts)
+    trainer = make_trainer(run, config, run.run_dir, watchers, facts)
     word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
     # train, from the checkpoint if there is one
@@ -488,7 +515,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
             results.print_summary(run.run_dir, metrics)
 
 
-# ---- 6. the results -----------------------------------------------------------------------------
+# ---- 7. the results ------------------------------------------------------------------------------
 
 
 def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> dict:
@@ -519,7 +546,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
     return metrics
 
 
-# ---- 7. the command line ------------------------------------------------------------------------
+# ---- 8. the command line -------------------------------------------------------------------------
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -528,50 +555,6 @@ def run_command(args: argparse.Namespace) -> int:
     prepare_and_train(args)
     distributed.stop()
     return 0
-
-
-def prepare_and_train(args: argparse.Namespace) -> None:
-    """Prepare a run and train it; stop early for a dry run, or if it is finished already."""
-    started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        with distributed.main_first():
-            # check first what does not need the text, because reading it may take long
-            config = load_config(args.config, args)
-            budget = check_inputs(config)
-            distributed.set_timeout(config["training"]["process_timeout_minutes"])
-            run_dir = run_dir_of(config)
-            check_request(args, config, run_dir)
-
-            # read the text, which tells if this run was started or finished before
-            data = load_data(config, budget)
-            training = config["training"]
-            if training["max_minutes"] and not (training["max_steps"] or args.overwrite):
-                training["max_steps"] = steps_chosen_before(run_dir, config, data.report)
-            if show_finished_run(args, run_dir, config, data.report):
-                return
-
-            # set up the run and start its directory, which no other process may use meanwhile
-            writes = distributed.is_main() and not args.dry_run
-            if writes:
-                stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
-            checkpoint = start_or_resume(args, run_dir, config, data.report)
-            run = build_run(config, data, checkpoint)
-            fit_to_time(run, started)
-            print_run(run)
-            check_run(run)
-            if args.dry_run:
-                print("dry run: nothing was trained; the tokenized text is cached for the real run")
-                return
-            step = checkpoint_step(checkpoint) if checkpoint else 0
-            status = stack.enter_context(ending.recorded(run_dir, step))
-            if writes:
-                start_run_dir(run_dir, config, data.report, checkpoint)
-
-        # train, in all processes together
-        distributed.connect()
-        facts = run_facts(config, run.plan_record(), data.report)
-        with open_trackers(config, run_dir, facts) as trackers:
-            train_and_save(run, status, facts, trackers)
 
 
 def memory_advice(args: argparse.Namespace) -> str:

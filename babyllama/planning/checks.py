@@ -18,17 +18,15 @@ from babyllama.files import ROOT, is_model
 from babyllama.problems import ConfigError, did_you_mean_path, seen_from
 from babyllama.runs.resume import CHANGEABLE
 from babyllama.runs.run_dir import check_output_dir
-from babyllama.training.budget import Budget, check_budget
 from babyllama.training.tracking import check_trackers
 
 log = logging.getLogger(__name__)
 
 
-def check_inputs(config: dict) -> Budget | None:
-    """Check the texts, the tokenizer, the teachers, the benchmark and BabyLM's rules.
+def check_inputs(config: dict) -> None:
+    """Check that the texts, the tokenizer, the teachers and the benchmark exist.
 
-    If something is missing, raise FileNotFoundError with the command that creates it. With a babylm
-    section, return its word budget, or raise ValueError if the text has too many words.
+    If something is missing, raise FileNotFoundError with the command that creates it.
     """
     data = config["data"]
     tokenizer = data["tokenizer_path"]
@@ -62,7 +60,7 @@ def check_inputs(config: dict) -> Budget | None:
             f"first: {command}{did_you_mean_path(tokenizer)}"
         )
 
-    # the teachers, the benchmark and the budget
+    # the teachers and the benchmark
     distillation = config.get("distillation")
     # with a cache the teachers may have been deleted after they filled it
     if distillation and distillation["cache"] == "none":
@@ -70,7 +68,6 @@ def check_inputs(config: dict) -> Budget | None:
             check_teacher_exists(teacher)
     if config["training"]["benchmark"]:
         load_item_tasks(config["training"]["benchmark"])
-    return check_budget(config) if "babylm" in config else None
 
 
 def check_teacher_exists(folder: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from babyllama.cli import duration
 from babyllama.planning.kernels import Execution
-from babyllama.planning.plan import Plan
+from babyllama.planning.plan import Plan, count_evaluations
 
 
 def print_plan(
@@ -56,9 +56,10 @@ def print_plan(
     if teachers:
         rows["teachers"] = f"{', '.join(teachers)}; loss = {plan.loss}"
     if benchmark := execution.benchmark:
+        times = count_evaluations(config, plan)
         items = ", ".join(f"{name} {count:,}" for name, count in benchmark["items"].items())
         rows["benchmark"] = (
-            f"items: {items}; {benchmark['tokens']:,} tokens, {benchmark['times']} times, about "
+            f"items: {items}; {benchmark['tokens']:,} tokens, {times} times, about "
             f"{duration(benchmark['expected_seconds'])} each, not included in the time"
         )
     if execution.memory_bytes:

@@ -3,7 +3,7 @@
 The number is chosen once, before step 0, and recorded as training.max_steps. So the schedule ends
 with the time, and a resumed run keeps its length, however fast the machine is then.
 
-    max_steps = choose_max_steps(config, plan, make_trainer, benchmark_seconds, started)
+    max_steps = choose_max_steps(config, plan, execution, make_trainer, started)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from babyllama import distributed
+from babyllama.planning.kernels import Execution
 from babyllama.planning.plan import Plan
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.trainer import LMTrainer
@@ -63,17 +64,17 @@ def _now() -> float:
 def choose_max_steps(
     config: dict,
     plan: Plan,
-    make_trainer: Callable[[dict, Path, int, list[TrainerCallback]], LMTrainer],
-    benchmark_seconds: float,
+    execution: Execution,
+    make_trainer: Callable[[dict, Path, list[TrainerCallback]], LMTrainer],
     started: float,
 ) -> int:
     """Train a few steps, undo them, and return how many fit into training.max_minutes.
 
-    `plan` is that of all epochs, and make_trainer(config, folder, steps, callbacks) returns a
-    trainer of the run. The time counts from `started`, a time.perf_counter(). The run will evaluate
-    at its intervals, after its last step and once more, and score the benchmark each time, which
-    takes `benchmark_seconds`. The model is unchanged afterwards. Raise ValueError if no step fits,
-    or with several processes, because they meet only after the run is planned.
+    `plan` is that of all epochs, and make_trainer(config, folder, callbacks) returns a trainer of
+    the run. The time counts from `started`, a time.perf_counter(). The run will evaluate at its
+    intervals, after its last step and once more, and score its benchmark each time. The model is
+    unchanged afterwards. Raise ValueError if no step fits, or with several processes, because they
+    meet only after the run is planned.
     """
     if distributed.world_size() > 1:
         raise ValueError("training.max_minutes: not with several processes; set training.max_steps")
@@ -85,7 +86,8 @@ def choose_max_steps(
 
     # measure what a step and an evaluation take
     per_step, evaluation = _time_steps(config, make_trainer)
-    evaluation += benchmark_seconds
+    if execution.benchmark:
+        evaluation += execution.benchmark["expected_seconds"]
 
     # divide the time that is left
     eval_steps = training["eval_steps"] or plan.steps / plan.epochs
@@ -114,7 +116,7 @@ def _time_steps(config: dict, make_trainer) -> tuple[float, float]:
     config = config | {"training": training, "logging": config["logging"] | {"report_to": []}}
     clock = _StepClock(WARM_UP_STEPS[on_gpu], TIMED_SHARE * 60 * training["max_minutes"])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config, Path(folder), n_steps, [clock])
+        trainer = make_trainer(config, Path(folder), [clock])
         trainer.args.save_strategy = "no"
         trainer.args.eval_strategy = "no"
         model = trainer.model

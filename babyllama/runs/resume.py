@@ -71,17 +71,24 @@ def _read_run_file(path: Path) -> dict:
     raise ValueError(f"{path} is corrupted; restore it, or {RETRAIN}")
 
 
+def recorded_config(run_dir: Path) -> dict:
+    """Return the configuration of the run in `run_dir`; raise ValueError if it is corrupted."""
+    return _read_run_file(run_dir / CONFIG_FILE)
+
+
 def config_diff(run_dir: Path, config: dict, report: dict) -> dict[str, str]:
     """Compare the run in `run_dir` with a new configuration and data report.
 
     Return a dictionary with a sentence for every difference, {key: "key: was ..., is ..."}. It is
     empty if both describe the same run.
     """
-    old_config = _read_run_file(run_dir / CONFIG_FILE)
+    old_config = recorded_config(run_dir)
     # a key that did not exist yet when the run started had its default
     defaults = {name: with_defaults(name, {}) for name in old_config if name in SECTIONS}
     old = flatten(defaults) | flatten(old_config)
     new = flatten(config)
+    if new["training.max_minutes"] and not new["training.max_steps"]:
+        new["training.max_steps"] = old.get("training.max_steps")  # chosen when the run started
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
     new_report = dict(report)
 
@@ -111,20 +118,6 @@ def finished_metrics(run_dir: Path, config: dict, report: dict) -> dict | None:
         return None
     check_weights(run_dir)
     return _read_run_file(run_dir / METRICS_FILE)
-
-
-def steps_chosen_before(run_dir: Path, config: dict, report: dict) -> int | None:
-    """Return the number of steps of this run if it was started before, else None.
-
-    A run with training.max_minutes times a few steps only once. Its length then stays the same,
-    however fast the machine is when it is resumed.
-    """
-    if not all((run_dir / name).is_file() for name in (CONFIG_FILE, DATA_REPORT_FILE)):
-        return None
-    free = {*FREE_ON_RESUME, *CHANGEABLE}
-    if config_diff(run_dir, config, report).keys() - free:
-        return None
-    return _read_run_file(run_dir / CONFIG_FILE)["training"].get("max_steps")
 
 
 # ---- the checkpoint to resume from --------------------------------------------------------------
@@ -209,7 +202,7 @@ def run_history(
         return []
     step = checkpoint_step(checkpoint)
     old_report = _read_run_file(run_dir / DATA_REPORT_FILE)
-    first = {"step": 0, **_settings(_read_run_file(run_dir / CONFIG_FILE), old_report)}
+    first = {"step": 0, **_settings(recorded_config(run_dir), old_report)}
     # later entries belong to steps that are trained again
     history = [part for part in old_report.get("history", [first]) if part["step"] < step]
     current = _settings(config, report)

@@ -18,13 +18,9 @@ from babyllama.config import flatten
 
 
 def training_arguments(
-    config: dict[str, Any],
-    run_dir: Path,
-    precision: str,
-    steps: int = -1,
-    facts: dict[str, Any] | None = None,
+    config: dict[str, Any], run_dir: Path, precision: str, facts: dict[str, Any] | None = None
 ) -> TrainingArguments:
-    """Return the TrainingArguments of a run of `steps` optimizer steps in total.
+    """Return the TrainingArguments of a run.
 
     `facts` is what the trackers of logging.report_to record as hyperparameters (run_facts).
     """
@@ -43,8 +39,7 @@ def training_arguments(
         learning_rate=training["lr"],
         per_device_train_batch_size=training["batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],
-        num_train_epochs=training["num_epochs"],
-        max_steps=steps if training["max_steps"] else -1,
+        num_train_epochs=training["num_epochs"],  # LMTrainer stops after training.max_steps
         max_grad_norm=training["max_grad_norm"],
         # the machine
         bf16=precision == "bf16",

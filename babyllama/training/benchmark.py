@@ -1,6 +1,6 @@
 """Score a benchmark on the weights of a model that is being trained.
 
-    benchmark = TrainingBenchmark(load_item_tasks("blimp.yaml"), model, tokenizer)
+    benchmark = TrainingBenchmark(load_tasks("blimp.yaml"), model, tokenizer)
     benchmark.scores(model)  # {"benchmark/blimp": 0.61, "benchmark_seconds": 4.2}
 
 The scores are those of benchmark.py. Scoring does not change the training: it draws no random
@@ -17,14 +17,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from babyllama import distributed
 from babyllama.evaluation import grading
-from babyllama.evaluation.benchmark_config import BenchmarkTask
+from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.candidates import score_task, scored_spans
 from babyllama.evaluation.loading import has_start_token
 from babyllama.runs.run_dir import BENCHMARK_PREFIX
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
 SECONDS_PER_ITEM = 0.5e-3
+
+
+def make_benchmark(config: dict, model, tokenizer) -> TrainingBenchmark | None:
+    """Return the benchmark of a run, or None without one; only the main process has it."""
+    path = config["training"]["benchmark"]
+    if path is None or not distributed.is_main():
+        return None
+    return TrainingBenchmark(load_tasks(path), model, tokenizer)
 
 
 class TrainingBenchmark:
@@ -62,8 +71,8 @@ class TrainingBenchmark:
             scores[BENCHMARK_PREFIX + name] = result[result["metric"]]
         return {**scores, "benchmark_seconds": time.perf_counter() - started}
 
-    def cost(self, flops_per_token: int, flops_per_second: float, times: int) -> dict[str, Any]:
-        """Return the numbers of items, tokens and times, and about how long each time takes.
+    def cost(self, flops_per_token: int, flops_per_second: float) -> dict[str, Any]:
+        """Return the numbers of items and tokens, and about how long it takes to score them.
 
         The time is that of one forward pass over all tokens, and SECONDS_PER_ITEM. A training step
         has `flops_per_token`, and a forward pass a third of that. One process scores, and its
@@ -74,6 +83,5 @@ class TrainingBenchmark:
         return {
             "items": {name: len(task.items) for name, task in self.tasks.items()},
             "tokens": self.tokens,
-            "times": times,
             "expected_seconds": forward_seconds + n_items * SECONDS_PER_ITEM,
         }

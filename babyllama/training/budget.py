@@ -1,7 +1,6 @@
 """Check that a training text fits the budget of words of a BabyLM track.
 
-The text that a tokenizer or a teacher was trained on counts too. Nothing here imports torch, so
-that the user learns of a mistake within a second.
+The text that a tokenizer or a teacher was trained on counts too.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.data.documents import new_report, read_documents
-from babyllama.data.text_files import find_files, source_of
+from babyllama.data.tokenizer import tokenizer_sources
 from babyllama.files import read_json
 from babyllama.runs.run_dir import DATA_REPORT_FILE
 from babyllama.schema import MAX_EPOCHS, TRACKS
@@ -33,17 +31,6 @@ class Budget:
     words_counted: int
 
 
-def count_text(folder: str) -> list[dict]:
-    """Return `file`, `sha256`, `domain` and `words` of each file of a training text."""
-    sources = []
-    for path in find_files(folder, "train"):
-        report = new_report()
-        for _ in read_documents(path, report):
-            pass
-        sources.append({**source_of(path), "words": report["words"]})
-    return sources
-
-
 def teacher_sources(path: str) -> list[dict] | None:
     """Return the files that the teacher at `path` was trained on, or None if it has no record."""
     try:
@@ -52,20 +39,17 @@ def teacher_sources(path: str) -> list[dict] | None:
         return None
 
 
-def check_budget(config: dict) -> Budget:
+def check_budget(config: dict, sources: list[dict]) -> Budget:
     """Count the words that count toward the track's budget; raise ValueError if they are too many.
 
-    These are the words of the training text, which is read for that, and of any other text that the
-    tokenizer or a teacher was trained on, because the model learns from it too. If there is no
-    record of that text, warn.
+    These are the words of the training text, whose `sources` are in its data report, and of any
+    other text that the tokenizer or a teacher was trained on, because the model learns from it too.
+    If there is no record of that text, warn.
     """
-    from babyllama.data.tokenizer import tokenizer_sources  # here, so that --help is quick
-
     track = config["babylm"]["track"]
     data = config["data"]
 
     # count the training text
-    sources = count_text(data["train_path"])
     words = sum(source["words"] for source in sources)
     words_by_domain: Counter[str] = Counter()
     for source in sources:

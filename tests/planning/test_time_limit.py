@@ -102,4 +102,4 @@ def test_impossible_times_are_errors(keys, message, config_file, capsys):
 def test_several_processes_need_a_number_of_steps(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"not with several processes; set training\.max_steps"):
-        time_limit.choose_max_steps({}, None, None, 0.0, 0.0)
+        time_limit.choose_max_steps({}, None, None, None, 0.0)
