@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from babyllama.planning.plan import Plan
     from babyllama.training.benchmark import TrainingBenchmark
     from babyllama.training.budget import Budget
-    from babyllama.training.held_out import TokenDomains
     from babyllama.training.loss import NextTokenLoss
     from babyllama.training.trainer import LMTrainer
+    from data_utils import DataProcessor
 
 log = logging.getLogger("train")
 
@@ -247,31 +247,26 @@ class Data:
     byte_lengths: Any  # (V,) number of UTF-8 bytes of each token
     train: Dataset  # full chunks: column input_ids, seq_length integers in each row
     held_out: Dataset
-    held_out_domains: TokenDomains
     report: dict  # what data_report.json will contain
     entropy_floor: float | None  # of the grammar behind the held-out text, in bits per byte
     budget: Budget | None  # the words that BabyLM allows, with a babylm section
 
 
-def prepare_datasets_modern(config: dict, tokenizer) -> tuple[Dataset, Dataset]:
+def prepare_datasets_modern(
+    config: dict, tokenizer, processor: DataProcessor | None = None
+) -> tuple[Dataset, Dataset]:
     """Return the (train, held-out) datasets: column input_ids, seq_length integers in each row.
 
     This is the entry point for notebooks. The text is not cleaned again, because prepare_data.py
     has done that. The held-out set is a fixed choice of data.eval_samples chunks. `config` needs
-    only data.train_path and data.eval_path.
+    only data.train_path and data.eval_path. A `processor` has the counts of both in its `reports`.
     """
-    train, held_out, _ = prepare_datasets_with_report(config, tokenizer)
-    return train, held_out
-
-
-def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Dataset, dict]:
-    """Return the same datasets, and for each split what DataProcessor counted while reading it."""
     from babyllama.training.batches import ShiftedChunks
     from babyllama.training.held_out import choose_chunks
     from data_utils import DataProcessor
 
     data = with_defaults("data", config.get("data"))
-    processor = DataProcessor(tokenizer)
+    processor = processor or DataProcessor(tokenizer)
     splits = processor.prepare_dataset(
         data["train_path"], data["eval_path"], max_length=data["seq_length"], clean=False
     )
@@ -282,7 +277,7 @@ def prepare_datasets_with_report(config: dict, tokenizer) -> tuple[Dataset, Data
 
     held_out = splits["validation"]
     held_out = held_out.select(choose_chunks(len(held_out), data["eval_samples"]))
-    return train, held_out.with_format("numpy"), processor.reports
+    return train, held_out.with_format("numpy")
 
 
 def load_data(config: dict) -> Data:
@@ -292,7 +287,7 @@ def load_data(config: dict) -> Data:
     """
     from babyllama.data.tokenizer import byte_lengths, load_tokenizer
     from babyllama.training.budget import check_budget
-    from babyllama.training.held_out import TokenDomains, choose_chunks
+    from data_utils import DataProcessor
 
     # tokenizing may take long, so first do everything else that can fail
     tokenizer = load_tokenizer(config["data"]["tokenizer_path"])
@@ -304,7 +299,9 @@ def load_data(config: dict) -> Data:
 
         teachers.check_teachers(config, tokenizer)
 
-    train, held_out, report = prepare_datasets_with_report(config, tokenizer)
+    processor = DataProcessor(tokenizer)
+    train, held_out = prepare_datasets_modern(config, tokenizer, processor)
+    report = processor.reports
     budget = check_budget(config, report["train"]["sources"]) if "babylm" in config else None
 
     # record what else the run learns from
@@ -314,9 +311,7 @@ def load_data(config: dict) -> Data:
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}
     warn_about_leaks(report)
-    chunks = choose_chunks(report["validation"]["chunks"], config["data"]["eval_samples"])
-    domains = TokenDomains(report["validation"]["sources"], chunks, config["data"]["seq_length"])
-    return Data(tokenizer, lengths, train, held_out, domains, report, entropy_floor, budget)
+    return Data(tokenizer, lengths, train, held_out, report, entropy_floor, budget)
 
 
 # ---- 5. the run ----------------------------------------------------------------------------------
@@ -521,18 +516,23 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
 def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> dict:
     """Save and measure the trained model; return the content of training_metrics.json."""
     from babyllama.training import results
+    from babyllama.training.held_out import TokenDomains, choose_chunks
 
     # save first: if anything below fails, the trained model is not lost
     with ending.deferred_signals():
         results.save_model(run.run_dir, model, run.data.tokenizer, run_log)
+
+    # measure
+    data = run.config["data"]
+    held_out_report = run.data.report["validation"]
+    chunks = choose_chunks(held_out_report["chunks"], data["eval_samples"])
+    domains = TokenDomains(held_out_report["sources"], chunks, data["seq_length"])
     metrics = {
         "results": {
-            **results.measure_model(trainer, model, run.data.held_out_domains),
+            **results.measure_model(trainer, model, domains),
             "floor_bits_per_byte": run.data.entropy_floor,
             **results.measure_benchmark(trainer, model),
-            **results.measure_training(
-                trainer, run_log, word_counter, run.config["data"]["seq_length"]
-            ),
+            **results.measure_training(trainer, run_log, word_counter, data["seq_length"]),
         },
         "babylm": word_counter.compliance(),
         "plan": run.plan_record(),

@@ -15,6 +15,7 @@ from babyllama.data.tokenizer import byte_lengths
 from babyllama.runs.finished_run import training_scores
 from babyllama.training.held_out import TokenDomains, choose_chunks, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
+from data_utils import DataProcessor
 
 FILES = {  # name -> its domain; the shards of one domain are not next to each other
     "books-1-of-2.dev": "books",
@@ -100,8 +101,9 @@ def prepare(folder: Path, corpus_dir: Path, tokenizer, samples: int):
         "seq_length": LENGTH,
         "eval_samples": samples,
     }
-    _, rows, reports = train.prepare_datasets_with_report({"data": section}, tokenizer)
-    report = reports["validation"]
+    processor = DataProcessor(tokenizer)
+    _, rows = train.prepare_datasets_modern({"data": section}, tokenizer, processor)
+    report = processor.reports["validation"]
     chosen = choose_chunks(report["chunks"], samples)
     return rows, TokenDomains(report["sources"], chosen, LENGTH)
 
