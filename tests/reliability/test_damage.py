@@ -71,6 +71,8 @@ def test_every_damage_of_a_checkpoint_is_noticed(flips, finished_copy, figures, 
             made += 1
             if find_checkpoint("latest", run_dir) == earlier:
                 detected += file.name in caplog.text or file.name == MANIFEST
+                with pytest.raises(ValueError, match="cannot resume from it"):
+                    find_checkpoint(str(newest), run_dir)
             elif file.name == MANIFEST:  # its last newline means nothing
                 detected += json.loads(damaged) == json.loads(whole)
         file.write_bytes(whole)
@@ -81,7 +83,9 @@ def test_every_damage_of_a_checkpoint_is_noticed(flips, finished_copy, figures, 
 
 
 @pytest.mark.promise(2)
-@pytest.mark.parametrize("manifest", ['{"files": {}}', DEEP, "{}", "5", '{"files": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "manifest", ['{"files": {}}', DEEP, "{}", "5", "[]", '{"files": [1]}', '{"files": {"x": 1}}']
+)
 def test_a_manifest_that_vouches_for_nothing_is_refused(manifest, tmp_path):
     (tmp_path / MANIFEST).write_text(manifest)
     assert MANIFEST in checkpoint_error(tmp_path)
