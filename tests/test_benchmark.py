@@ -294,11 +294,6 @@ def test_speed_counts_generated_tokens(results):
     assert results["speed"]["latency_ms"] == batches[0]["latency_ms"]
 
 
-def test_ties_count_one_half(results):
-    same = results["pairs"]["subsets"]["same"]
-    assert (same["accuracy"], same["ties"]) == (0.5, 1)
-
-
 def test_a_suite_can_be_subclassed(model_dirs):
     class CustomBenchmarkSuite(BenchmarkSuite):
         def run_domain_specific_benchmark(self):
@@ -468,19 +463,6 @@ def test_an_interrupted_benchmark_keeps_the_models_that_were_finished(
     assert output.with_suffix(".png").is_file()
     message = f"interrupted; {output} holds the models that were finished, if any\n"
     assert capsys.readouterr().err.endswith(message)
-
-
-def test_an_interruption_before_the_first_model_gets_one_line(
-    model_dirs, blimp_flags, tmp_path, capsys, monkeypatch
-):
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmark, "load_tasks", interrupt)
-    output = tmp_path / "b.json"
-    assert benchmark.main([str(model_dirs["GPT2"]), *blimp_flags, "--output", str(output)]) == 130
-    message = f"interrupted; {output} holds the models that were finished, if any\n"
-    assert capsys.readouterr().err == message
 
 
 def test_a_chart_that_cannot_be_drawn_fails_the_command_but_keeps_the_results(

@@ -664,18 +664,6 @@ def test_a_killed_run_leaves_the_old_files(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_help_imports_nothing_slow():
-    code = ("import sys, create_synthetic_data as c; c.make_parser().format_help(); "
-            "sys.exit(bool({'numpy', 'tqdm', 'torch'} & set(sys.modules)))")  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert (
-        create_synthetic_data.make_parser()
-        .parse_args(["--num-tokens", "7", "--output-dir", "x"])
-        .num_tokens
-        == 7
-    )
-
-
 def test_files_of_other_programs_are_not_replaced(tmp_path, capsys):
     mine = tmp_path / "train" / "synthetic.train"
     mine.parent.mkdir()

@@ -16,9 +16,6 @@ from conftest import ROOT, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
-import create_synthetic_data
-import prepare_data
-import train_tokenizer
 from babyllama.data.tokenizer import adds_prefix_space, load_tokenizer
 from babyllama.files import sha256
 from train_tokenizer import main, train_bpe_tokenizer
@@ -393,29 +390,3 @@ def test_a_tokenizer_that_the_script_did_not_write_is_not_replaced(text_dir, tmp
             )
             == 0
         )
-
-
-@pytest.mark.parametrize("script", [prepare_data, train_tokenizer, create_synthetic_data])
-def test_ctrl_c_prints_one_line(script, text_dir, tmp_path, capsys, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    name = {"prepare_data": "prepare", "train_tokenizer": "train_on_files"}.get(
-        script.__name__, script.__name__
-    )
-    monkeypatch.setattr(script, name, interrupted)
-    monkeypatch.chdir(tmp_path)
-    argv = {"prepare_data": ["--babylm-10m"], "train_tokenizer": ["--data-dir"]}.get(
-        script.__name__, ["--output-dir"]
-    )
-    assert script.main([*argv, str(text_dir)]) == 130
-    assert capsys.readouterr().err.startswith("interrupted; ")
-
-
-def test_help_and_errors_do_not_import_torch():
-    code = "import sys, train_tokenizer as t; t.main(['--data-dir', 'nowhere']); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert not {"'torch'", "'transformers'", "'datasets'"} & set(
-        done.stdout.strip("[]\n").split(", ")
-    )
-    assert run("--help").returncode == 0
