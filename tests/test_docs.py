@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from babyllama.config import unusual_values
 from babyllama.schema import SECTIONS
 from train import create_model, load_config
 
@@ -299,6 +300,12 @@ def test_files_named_in_the_documents_exist():
     assert not missing
 
 
+# of a published shape
+DISTILLED = [
+    "model.intermediate_size: 1024 is 2.00 x hidden_size; 2.67 x is usual for Llama (1368)"
+]
+
+
 def test_the_models_of_the_readme_have_these_parameters():
     import torch
 
@@ -324,6 +331,8 @@ def test_the_models_of_the_readme_have_these_parameters():
     assert {name for name, _, _ in rows} == shipped
     for name, kind, millions in rows:
         config = load_config(ROOT / "config" / name)
+        assert f"{config['model']['name']}.yaml" == name
+        assert unusual_values(config) == (DISTILLED if name == "distill-58M.yaml" else []), name
         with torch.device("meta"):
             usual_size = 700 if name == "quickstart.yaml" else 16_000
             size = config["model"]["vocab_size"] or usual_size
