@@ -126,18 +126,6 @@ def test_extra_weights_are_ignored_with_a_warning(model_dirs, tmp_path, caplog):
     assert "ignoring 9 weights that config.json does not expect: ['model.layers.1." in caplog.text
 
 
-def test_load_model_never_runs_code_from_the_directory(model_dirs, tmp_path):
-    folder = tmp_path / "remote"
-    canary = tmp_path / "canary"
-    shutil.copytree(model_dirs["Llama"], folder)
-    auto_map = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
-    change_config(folder, model_type="unheard_of", auto_map=auto_map)
-    (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(ValueError):
-        load_model(folder)
-    assert not canary.exists()
-
-
 def test_a_model_that_looks_ahead_is_refused(tokenizer, tmp_path):
     sizes = {
         "hidden_size": 16,
