@@ -95,23 +95,6 @@ def test_the_lock_leaves_no_file_and_no_empty_folder(tmp_path):
     }
 
 
-def test_a_process_that_dies_releases_its_lock(tmp_path):
-    code = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from babyllama.files import exclusive_folder\n"
-        "with exclusive_folder(Path(sys.argv[1]), ''): os._exit(9)"
-    )
-    folder = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=False)
-    assert done.returncode == 9
-    assert {path.name for path in folder.iterdir()} == {files.LOCK_FILE, files.OWNER_FILE}
-    check_output_dir(folder, [])  # the file that it left is not taken for somebody's file
-    with files.exclusive_folder(folder, ""):
-        pass
-    assert list(folder.iterdir()) == []
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_lock_that_orphaned_workers_hold_is_waited_for(tmp_path):
     """Workers of a data loader inherit the lock and outlive a run that was killed."""

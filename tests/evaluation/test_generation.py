@@ -282,13 +282,3 @@ def test_the_model_may_call_its_cache_by_either_name(models, tokenizer, monkeypa
 
     monkeypatch.setattr(model, "forward", forward)
     assert generate(model, tokenizer, prompts, max_new_tokens=8, seed=1) == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_generates_the_greedy_texts_of_the_cpu(models, tokenizer, kind):
-    options = {"max_new_tokens": 20, "temperature": 0}
-    expected = generate(models[kind], tokenizer, PROMPTS, **options)
-    on_gpu = copy.deepcopy(models[kind]).to("cuda")
-    assert generate(on_gpu, tokenizer, PROMPTS, **options) == expected

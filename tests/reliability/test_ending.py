@@ -351,8 +351,13 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(changes, command
 
 
 @pytest.mark.promise(5)
-@pytest.mark.slow
-@pytest.mark.parametrize("size", range(2_000, 400_000, 40_000))
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, marks=[] if size == 122_000 else pytest.mark.slow)
+        for size in range(2_000, 400_000, 40_000)
+    ],
+)
 def test_a_disk_that_is_full_at_any_byte_costs_no_checkpoint(size, command, calm, tmp_path):
     """A limit on the size of files stands in for a full disk; the optimizer's is 390 kB."""
     run_dir = tmp_path / "tiny"
@@ -368,7 +373,9 @@ def test_a_disk_that_is_full_at_any_byte_costs_no_checkpoint(size, command, calm
     code, errors = run_in_child(command, tmp_path, prepare)
     assert code == 2, errors
     assert not any("Traceback" in line for line in errors)
-    assert len([line for line in errors if line.startswith("error: ")]) == 1
+    (error,) = [line for line in errors if line.startswith("error: ")]
+    if size > 2_000:  # the log of this run is longer than that
+        assert "cannot be saved: it needs" in error and "bytes free" in error
     (saved,) = checkpoints(run_dir)
     assert saved.name == "checkpoint-3" and checkpoint_error(saved) is None
     assert train.main(command) == 0

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from babyllama.files import exclusive_folder
 from babyllama.runs.checkpoints import checkpoint_error, checkpoint_step, checkpoints
+from babyllama.runs.run_dir import check_output_dir
 
 TINY = {"model__n_layer": 1, "training__batch_size": 1, "training__gradient_accumulation_steps": 1,
         "training__logging_steps": 1, "training__num_epochs": 80, "training__eval_steps": 100_000}  # fmt: skip
@@ -120,6 +121,7 @@ def test_a_lock_names_its_owner_and_dies_with_it(tmp_path, figures):
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    check_output_dir(folder, [])  # the files that it left are not taken for somebody's
     with exclusive_folder(folder, "choose another name"):
         pass
     figures.count("second processes refused", 1, 1)
