@@ -7,13 +7,10 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from functools import cache
 
 import pytest
-from conftest import ROOT
 
 import create_synthetic_data
 from create_synthetic_data import (
@@ -204,146 +201,6 @@ def test_floor_equals_the_mean_cost_by_the_inside_algorithm(complexity):
         ), name
 
 
-class Trigram:
-    """Interpolated word trigrams over words, marks and the end of a document: a proper distribution over documents."""
-
-    def __init__(self, texts: list[str], weights: tuple[float, ...]):
-        self.weights, self.counts, self.vocabulary = weights, Counter(), set()
-        for tokens in map(self.tokens, texts):
-            self.vocabulary.update(tokens)
-            for i, token in enumerate(tokens):
-                for n in range(3):
-                    context = tuple(tokens[max(0, i - n) : i])
-                    self.counts[n, context, token] += 1
-                    self.counts[n, context] += 1
-
-    @staticmethod
-    def tokens(text: str) -> list[str]:
-        return [*re.findall(r"[A-Za-z]+|[,.\n]", text), "END"]
-
-    def bits(self, text: str) -> float:
-        tokens, total = self.tokens(text), 0.0
-        for i, token in enumerate(tokens):
-            p = self.weights[3] / len(self.vocabulary)
-            for n in range(3):
-                context = tuple(tokens[max(0, i - n) : i])
-                seen = self.counts[n, context]
-                p += self.weights[n] * (
-                    self.counts[n, context, token] / seen if seen else 1 / len(self.vocabulary)
-                )
-            total -= math.log2(p)
-        return total
-
-
-@pytest.mark.parametrize("complexity", ["simple", "complex"])
-def test_no_ngram_model_is_below_the_floor(complexity):
-    grammar = GRAMMARS[complexity]
-    floor = grammar_facts(grammar)["bits_per_byte"]
-    train = [text for text, _ in documents(grammar, 3000, seed=21)]
-    fresh = documents(grammar, 500, seed=22)
-    size = sum(len(text) for text, _ in fresh)
-    reached = {}
-    for name, weights in {
-        "unigram": (0.99, 0, 0, 0.01),
-        "trigram": (0.05, 0.25, 0.69, 0.01),
-    }.items():
-        model = Trigram(train, weights)
-        assert (
-            sum(weights) == pytest.approx(1)
-            and {t for x, _ in fresh for t in model.tokens(x)} <= model.vocabulary
-        )
-        costs = [model.bits(text) for text, _ in fresh]
-        reached[name] = sum(costs) / size
-        excess = [cost - floor * len(text) for cost, (text, _) in zip(costs, fresh, strict=True)]
-        assert sum(excess) / len(excess) > -4 * standard_error(excess)
-        paired = [
-            cost - bits for cost, (_, bits) in zip(costs, fresh, strict=True)
-        ]  # without the text's own noise
-        assert sum(paired) / len(paired) > -4 * standard_error(paired)
-    assert floor < reached["trigram"] < 1.35 * floor < reached["unigram"]
-
-
-def lr1_conflicts(rules: dict[str, list[tuple[str, ...]]], start: str) -> list:
-    """Conflicts of the canonical LR(1) automaton. A grammar without any is unambiguous (Knuth 1965)."""
-    rules = {"ROOT": [(start,)], **rules}
-    first = {left: set() for left in rules}
-    firsts = lambda symbol: first[symbol] if symbol in rules else {symbol}  # noqa: E731
-    for _ in rules:  # a symbol's first words travel at most this many steps
-        for left, options in rules.items():
-            first[left].update(*(firsts(right[0]) for right in options))
-
-    def closure(items):
-        items = list(dict.fromkeys(items))
-        queued = set(items)
-        for _, right, dot, ahead in items:
-            if dot < len(right) and right[dot] in rules:
-                for word in sorted(firsts(right[dot + 1]) if dot + 1 < len(right) else {ahead}):
-                    new = [(right[dot], option, 0, word) for option in rules[right[dot]]]
-                    items += [item for item in new if item not in queued]
-                    queued.update(new)
-        return frozenset(items)
-
-    states, conflicts = [closure([("ROOT", (start,), 0, "$")])], []
-    known = set(states)
-    for state in states:
-        reductions, moves = defaultdict(list), defaultdict(list)
-        for left, right, dot, ahead in state:
-            if dot == len(right):
-                reductions[ahead].append((left, right))
-            else:
-                moves[right[dot]].append((left, right, dot + 1, ahead))
-        conflicts += [(w, r) for w, r in reductions.items() if len(r) > 1 or w in moves]
-        new = [closure(items) for _, items in sorted(moves.items())]
-        states += [s for s in dict.fromkeys(new) if s not in known]
-        known.update(new)
-    return conflicts
-
-
-def test_the_lr1_check_detects_ambiguity():
-    assert not lr1_conflicts({"S": [("x",), ("x", "and", "S")]}, "S")
-    assert lr1_conflicts({"S": [("x",), ("S", "and", "S")]}, "S")
-    assert lr1_conflicts({"S": [("A",), ("B",)], "A": [("x",)], "B": [("x",)]}, "S")
-    dangling = {
-        "S": [("NP", "v", "NP"), ("NP", "v", "NP", "PP")],
-        "NP": [("n",), ("n", "PP")],
-        "PP": [("p", "NP")],
-    }
-    assert lr1_conflicts(dangling, "S")
-
-
-@pytest.mark.parametrize("complexity", COMPLEXITIES)
-def test_the_grammar_is_unambiguous(complexity):
-    """A proof for all texts: words determine their category, the grammar of categories is LR(1), writing loses nothing."""
-    grammar = GRAMMARS[complexity]
-    places = Counter(
-        symbol
-        for options in grammar.rules.values()
-        for _, right in options
-        for symbol in set(right)
-    )
-    categories = {
-        c for c in lexical(grammar) if all(places[word] == 1 for word in words_of(grammar, c))
-    }
-    rules = {
-        left: [right for _, right in grammar.rules[left]]
-        for left in grammar.rules
-        if left not in categories
-    }
-    assert len(categories) > len(lexical(grammar)) / 2  # the others stay in, word by word
-    assert all(len(set(options)) == len(options) for options in rules.values())
-    assert lr1_conflicts(rules, "DOCUMENT") == []
-    words = all_words(grammar)
-    assert len({word.lower() for word in words}) == len(words)
-    assert all(re.fullmatch("[A-Za-z]+", word) for word in words)
-    assert {word for word in words if word != word.lower()} == words_of(
-        grammar, "NAME"
-    )  # no misspelt nonterminal
-    for options in grammar.rules.values():
-        assert (
-            math.fsum(p for p, _ in options) == pytest.approx(1) and min(p for p, _ in options) > 0
-        )
-
-
 # ---- the language -------------------------------------------------------------------------------
 
 
@@ -370,9 +227,17 @@ def test_lexicon(complexity, size):
     assert not [
         word for word in words_of(grammar, *after_a) if word[0] in "aeiou"
     ]  # the grammar has no "an"
+    words = all_words(grammar)
+    assert len({word.lower() for word in words}) == len(words)
+    assert all(re.fullmatch("[A-Za-z]+", word) for word in words)
+    capitalized = {word for word in words if word != word.lower()}
+    assert capitalized == words_of(grammar, "NAME")  # no misspelt nonterminal
+    for options in grammar.rules.values():
+        assert math.fsum(p for p, _ in options) == pytest.approx(1)
+        assert min(p for p, _ in options) > 0
     for category, right in create_synthetic_data._definitions(create_synthetic_data.LEXICON):
-        _, _, largest, *words = right.split()
-        assert len(words) == len(set(words)) == int(largest), category
+        _, _, largest, *entries = right.split()
+        assert len(entries) == len(set(entries)) == int(largest), category
 
 
 SINGULAR = {"a", "this", "every", "each"}
@@ -645,23 +510,6 @@ def test_a_file_instead_of_a_directory_is_an_error_and_nothing_is_lost(tmp_path,
         "minimal_pairs.jsonl",
         "train",
     ]
-
-
-def test_a_killed_run_leaves_the_old_files(tmp_path):
-    """A process killed while it writes leaves the files of the run before unchanged."""
-    create_synthetic_data.create_synthetic_data(tmp_path, num_tokens=500, num_pairs=2)
-    before = contents(tmp_path)
-    command = [
-        sys.executable,
-        "create_synthetic_data.py",
-        "--num-tokens",
-        "900000000",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run(command, cwd=ROOT, timeout=2, capture_output=True)
-    assert contents(tmp_path) == before
 
 
 def test_files_of_other_programs_are_not_replaced(tmp_path, capsys):
