@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub  # its parts are loaded at their first use
@@ -121,15 +121,13 @@ def push(
     license: str | None = None,
     language: str | None = None,
     dry_run: bool = False,
-    progress: Callable[[str], None] = print,
 ) -> None:
     """Upload a run to the Hub: each milestone as a branch, then the final model as `main`.
 
     `license` and `language` go into the metadata of the model card. Files that the Hub already has
-    are not sent again, so a push that was interrupted continues. With `dry_run`, only list the
-    files; nothing uses the network. `progress` receives a line for each branch, or file. Raise
-    ValueError without a login or for a private push to a public repository, and OSError if the Hub
-    refuses.
+    are not sent again, so a push that was interrupted continues. A line is printed for each branch.
+    With `dry_run`, only list the files; nothing uses the network. Raise ValueError without a login
+    or for a private push to a public repository, and OSError if the Hub refuses.
     """
     check_repo_id(repo_id)
     contents_of = {
@@ -141,9 +139,9 @@ def push(
 
     if dry_run:
         for branch, contents in contents_of.items():
-            progress(f"{repo_id}, branch {branch}: {_size(contents.values())}")
+            print(f"{repo_id}, branch {branch}: {_size(contents.values())}")
             for name, content in contents.items():
-                progress(f"    {name}: {_size([content])}")
+                print(f"    {name}: {_size([content])}")
         return
 
     # find or create the repository
@@ -159,7 +157,7 @@ def push(
     # start branches at the first commit, so that none ever shows the weights of the final model
     first_commit = api.list_repo_commits(repo_id)[-1].commit_id
     for branch, contents in contents_of.items():
-        progress(f"{repo_id}, branch {branch}: {_size(contents.values())}")
+        print(f"{repo_id}, branch {branch}: {_size(contents.values())}")
         if branch != "main":
             api.create_branch(repo_id, branch=branch, revision=first_commit, exist_ok=True)
         # this sends only what the branch does not have yet
