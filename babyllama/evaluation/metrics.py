@@ -233,13 +233,6 @@ def f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     return 2 * hits / (2 * hits + misses) if hits else 0.0
 
 
-def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Return Matthews' correlation of labels 0 and 1, or 0 if one of the two is constant."""
-    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return 0.0
-    return float(np.corrcoef(labels, predictions)[0, 1])
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's rank correlation, or 0 if one of the two is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
