@@ -55,20 +55,13 @@ GLUE_TASKS = {
 }
 
 
-def glue_task(name: str) -> GlueTask:
-    """Return the task of this name; raise ValueError if there is none."""
-    if name not in GLUE_TASKS:
-        raise ValueError(f'"{name}" is no fine-tuning task; there are {", ".join(GLUE_TASKS)}')
-    return GLUE_TASKS[name]
-
-
 def read_examples(path: Path, name: str) -> list[tuple[tuple[str, str], int]]:
     """Return ((first text, second text), label) of each line of a task's .jsonl file.
 
     Raise FileNotFoundError if there is no such file. Raise ValueError, with its number, for a row
     without one of the task's fields or with a label that the task does not have.
     """
-    task = glue_task(name)
+    task = GLUE_TASKS[name]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; BabyLM's evaluation data has it")
     examples = []
@@ -99,11 +92,10 @@ def predictions_file(name: str, predictions: list[int]) -> dict:
 def score_predictions(
     labels: np.ndarray, predictions: np.ndarray, n_labels: int
 ) -> dict[str, float]:
-    """Return the accuracy and, for two labels, the F1 of label 1 and Matthews' correlation."""
+    """Return the accuracy and, for two labels, the F1 of label 1."""
     scores = {"accuracy": float((labels == predictions).mean())}
     if n_labels == 2:
         scores["f1"] = metrics.f1(labels, predictions)
-        scores["mcc"] = metrics.matthews(labels, predictions)
     return scores
 
 
