@@ -345,11 +345,11 @@ def describe_environment(device: str | None = None) -> dict[str, str | None]:
         **{package: metadata.version(package) for package in packages},
         "platform": platform.platform(),
         "device": device_name,
-        "git_hash": _git_commit(),
+        "git_hash": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the project's git commit, or None without git or without a repository."""
     command = ["git", "rev-parse", "HEAD"]
     try:

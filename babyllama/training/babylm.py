@@ -26,7 +26,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from transformers import Trainer, TrainerCallback
 
 from babyllama.data.words import WordCounts
-from babyllama.files import atomic_write, describe_environment, sha256, utc_now
+from babyllama.files import atomic_write, git_commit, sha256, utc_now
 from babyllama.runs.checkpoints import checkpoint_words, milestone_name, seal_checkpoint
 from babyllama.runs.run_dir import CONFIG_FILE
 from babyllama.schema import MAX_EPOCHS
@@ -229,7 +229,7 @@ class BabyLMCallback(TrainerCallback):
             "words_seen_by_kept_weights": self.words_seen(kept_step),
             "checkpoints": checkpoints,
             "date": utc_now(),
-            "git_hash": describe_environment()["git_hash"],
+            "git_hash": git_commit(),
             "config_sha256": sha256(run_dir / CONFIG_FILE),
         }
 
