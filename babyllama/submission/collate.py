@@ -100,10 +100,7 @@ def _read(path: Path, problems: list[str]) -> Any:
     return None
 
 
-@functools.cache
-def read_task(name: str, path: Path) -> list[Item]:
-    """Read the items of a task once for all checkpoints."""
-    return read_items(name, path)
+read_task = functools.cache(read_items)  # once for all checkpoints
 
 
 def fast_scores(name: str, predictions: dict, items: Sequence[Item]) -> dict[str, float]:
@@ -200,9 +197,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _row_problems(
-    label: str, content: Any, size: int, id_of, is_valid, expected: str
+    label: str, content: Any, size: int, prefix: str | None, is_valid, expected: str
 ) -> Iterator[str]:
-    """Yield the problems of one list of predictions; of many equal ones the first."""
+    """Yield the problems of one list of predictions; of many equal ones the first.
+
+    The ids are PREFIX_0, PREFIX_1 and so on, or without a prefix just the numbers.
+    """
     rows = content.get("predictions") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         yield f'{label}: {_short(content)} is not {{"predictions": [...]}}'
@@ -213,8 +213,9 @@ def _row_problems(
     wrong_values = []
     for number, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
-        if row.get("id") != id_of(number):
-            wrong_ids.append(f"{_short(row.get('id'))}, expected {id_of(number)!r}")
+        expected_id = number if prefix is None else f"{prefix}_{number}"
+        if row.get("id") != expected_id:
+            wrong_ids.append(f"{_short(row.get('id'))}, expected {expected_id!r}")
         if not is_valid(row):
             wrong_values.append(f"prediction {number} is {_short(row.get('pred'))}")
     for wrong in (wrong_ids, wrong_values):
@@ -251,26 +252,13 @@ def _zero_shot_problems(name: str, task: OfficialTask, content: Any, fast: bool)
         # BLiMP's own names have capitals, as in complex_NP_island; the sizes' names have none
         problems += _subset_problems(task.key, map(str.lower, content), expected)
         sizes = {name: expected[name.lower()] for name in content if name.lower() in expected}
-    for subset in sizes:
-        rows = content[subset]
-        if TASKS[name].metric == "accuracy":
-            problems += _row_problems(
-                f"{task.key} {subset}",
-                rows,
-                sizes[subset],
-                lambda number, subset=subset: f"{subset}_{number}",
-                _is_text_row,
-                "a text",
-            )
-        else:
-            problems += _row_problems(
-                task.key,
-                rows,
-                sizes[subset],
-                lambda number: number,
-                _is_reading_row,
-                "numbers under pred and prev_pred",
-            )
+    is_reading = TASKS[name].metric != "accuracy"
+    is_valid = _is_reading_row if is_reading else _is_text_row
+    expected_row = "numbers under pred and prev_pred" if is_reading else "a text"
+    for subset, size in sizes.items():
+        label = task.key if is_reading else f"{task.key} {subset}"
+        prefix = None if is_reading else subset
+        problems += _row_problems(label, content[subset], size, prefix, is_valid, expected_row)
     return problems
 
 
@@ -289,15 +277,16 @@ def _glue_problems(content: Any, sizes: Sizes) -> list[str]:
     problems = [*_subset_problems("glue", content, sizes)]
     for name in sizes.keys() & content.keys():
         labels = range(GLUE_TASKS[name].labels)
+        is_valid = functools.partial(_is_label_row, labels)
+        expected = f"a label from 0 to {labels[-1]}"
         problems += _row_problems(
-            f"glue {name}",
-            content[name],
-            sizes[name],
-            lambda number, name=name: f"{name}_{number}",
-            lambda row, labels=labels: type(row.get("pred")) is int and row["pred"] in labels,
-            f"a label from 0 to {labels[-1]}",
+            f"glue {name}", content[name], sizes[name], name, is_valid, expected
         )
     return problems
+
+
+def _is_label_row(labels: range, row: dict) -> bool:
+    return type(row.get("pred")) is int and row["pred"] in labels
 
 
 def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
