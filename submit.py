@@ -31,8 +31,8 @@ from babyllama import cli
 from babyllama.evaluation import grading
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
 from babyllama.files import (
-    describe_environment,
     exclusive_folder,
+    git_commit,
     is_model,
     read_json,
     utc_now,
@@ -58,24 +58,30 @@ def plan_jobs(
     """Return the jobs of the selected stages in order, even if their data are missing."""
     jobs = []
     for stage in args.stages:
-        if stage == "glue":
-            jobs += [glue_job(args, results, name) for name in needed.glue_sizes]
-        elif stage == "aoa":
-            jobs += [acquisition_job(args, results, checkpoints)] if checkpoints else []
-        else:
-            for model in [Path(args.run)] if stage == "zero_shot" else checkpoints:
+        if stage == "zero_shot":
+            for name, task in needed.zero_shot.items():
+                jobs.append(zero_shot_job(args, results, Path(args.run), "main", name, task.full))
+        elif stage == "fast":
+            for model in checkpoints:
                 for name, task in needed.zero_shot.items():
-                    source = task.full if stage == "zero_shot" else task.fast
-                    if source is not None:
-                        jobs.append(zero_shot_job(args, results, stage, model, name, source))
+                    if task.fast is not None:
+                        jobs.append(
+                            zero_shot_job(args, results, model, model.name, name, task.fast)
+                        )
+        elif stage == "aoa":
+            if checkpoints:
+                jobs.append(acquisition_job(args, results, checkpoints))
+        else:
+            jobs += [glue_job(args, results, name) for name in needed.glue_sizes]
     return jobs
 
 
 def zero_shot_job(
-    args: argparse.Namespace, results: Path, stage: str, model: Path, name: str, source: str
+    args: argparse.Namespace, results: Path, model: Path, revision: str, name: str, source: str
 ) -> Job:
-    revision = "main" if stage == "zero_shot" else model.name
-    data = Path(args.eval_data, "full_eval" if revision == "main" else "fast_eval", source)
+    """Return the job that scores a task: the full data for the revision main, else the fast."""
+    is_full = revision == "main"
+    data = Path(args.eval_data, "full_eval" if is_full else "fast_eval", source)
     output = official.predictions_file(results, name, revision)
     command = download_command(name)
     if source == "ewok_fast":
@@ -89,8 +95,16 @@ def zero_shot_job(
         scores, _, _ = score_task(lm, tokenizer, name, items, bos)
         write_json(output, grading.official_predictions(name, items, scores, args.seed))
 
-    weights = weights_hash(model)
-    return Job(stage, f"{revision} {name}", [output], [data], command, weights, size_of(data), run)
+    return Job(
+        stage="zero_shot" if is_full else "fast",
+        name=f"{revision} {name}",
+        outputs=[output],
+        data=[data],
+        download_command=command,
+        weights_hash=weights_hash(model),
+        cost=size_of(data),
+        run=run,
+    )
 
 
 def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[Path]) -> Job:
@@ -114,15 +128,20 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
             outputs[0],
             model_name=results.name,
             device=args.device,
-            progress=lambda line: log.info("  %s", line),
         )
         tokenizer = AutoTokenizer.from_pretrained(args.run, local_files_only=True)
         write_json(outputs[2], acquisition_score(surprisals, ages_file, tokenizer, outputs[1]))
 
-    weights = joint_hash(map(weights_hash, checkpoints))
-    data = [contexts_file, ages_file]
-    cost = size_of(contexts_file) * len(checkpoints)
-    return Job("aoa", "age of acquisition", outputs, data, DOWNLOAD, weights, cost, run)
+    return Job(
+        stage="aoa",
+        name="age of acquisition",
+        outputs=outputs,
+        data=[contexts_file, ages_file],
+        download_command=DOWNLOAD,
+        weights_hash=joint_hash(map(weights_hash, checkpoints)),
+        cost=size_of(contexts_file) * len(checkpoints),
+        run=run,
+    )
 
 
 def millions_of_words(checkpoint: Path) -> float:
@@ -140,20 +159,21 @@ def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
     def run() -> None:
         from babyllama.submission.finetuning import fine_tune
 
-        result = fine_tune(
-            run_dir,
-            name,
-            data_dir,
-            predictions.parent,
-            seed=args.seed,
-            device=args.device,
-            progress=lambda line: log.info("  %s", line),
-        )
+        folder = predictions.parent
+        result = fine_tune(run_dir, name, data_dir, folder, seed=args.seed, device=args.device)
         write_json(outputs[1], result)
 
-    # a backward pass costs two forward passes
-    cost = GLUE_TASKS[name].epochs * (3 * size_of(data[0]) + size_of(data[1]))
-    return Job("glue", name, outputs, data, DOWNLOAD, weights_hash(run_dir), cost, run)
+    return Job(
+        stage="glue",
+        name=name,
+        outputs=outputs,
+        data=data,
+        download_command=DOWNLOAD,
+        weights_hash=weights_hash(run_dir),
+        # a backward pass costs two forward passes
+        cost=GLUE_TASKS[name].epochs * (3 * size_of(data[0]) + size_of(data[1])),
+        run=run,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,7 +209,7 @@ def write_results(
         "weights_sha256": weights_sha256(args.run),
         "date": utc_now(),
         **collate.score(collated, eval_data, acquisition_scores),
-        "git_hash": describe_environment(args.device)["git_hash"],
+        "git_hash": git_commit(),
     }
     write_json(output / "scores.json", scores)
 
@@ -236,8 +256,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", nargs="?", metavar="RUN", help="the run directory")
     add_flag("eval-data", metavar="DIR", help="BabyLM's folder evaluation_data")
     add_flag("output", metavar="DIR", help="the folder of the submission")
-    add_flag("only", nargs="+", metavar="STAGE", help=f"run only these stages ({stages})")
-    add_flag("skip", nargs="+", metavar="STAGE", default=[], help="run all stages but these")
+    choice = {"nargs": "+", "choices": STAGES, "metavar": "STAGE", "default": []}
+    add_flag("only", **choice, help=f"run only these stages ({stages})")
+    add_flag("skip", **choice, help="run all stages but these")
     add_flag("dry-run", action="store_true", help="list what would be done")
     add_flag("push", metavar="USER/NAME", help="upload the model and its checkpoints to the Hub")
     add_flag("private", action="store_true", help="with --push, make the repository private")
@@ -252,10 +273,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def select_stages(args: argparse.Namespace) -> list[str]:
     """Return the stages that --only and --skip leave, in order."""
-    for flag in ("only", "skip"):
-        for name in getattr(args, flag) or ():
-            if name not in STAGES:
-                raise ValueError(f"--{flag} {name}: not a stage; stages: {', '.join(STAGES)}")
     return [stage for stage in args.only or STAGES if stage not in args.skip]
 
 

@@ -96,6 +96,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def time_left(seconds: float, done: float) -> str:
+    """Return ", about 7 min left" if a share `done` of the work took `seconds`; "" for 0 or 1."""
+    return f", about {duration(seconds * (1 - done) / done)} left" if 0 < done < 1 else ""
+
+
 def significant(value: float) -> str:
     """Format a number with four significant digits, but at most four decimals: 0.0352, 16,750."""
     if not value or not math.isfinite(value):

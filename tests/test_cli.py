@@ -12,7 +12,15 @@ from conftest import ROOT
 
 import train
 from babyllama import cli
-from babyllama.cli import Parser, add_flag, check_at_least, duration, run_script, significant
+from babyllama.cli import (
+    Parser,
+    add_flag,
+    check_at_least,
+    duration,
+    run_script,
+    significant,
+    time_left,
+)
 
 
 def raising(error):
@@ -152,6 +160,7 @@ def test_a_wrong_flag_is_one_line_with_the_flag_that_was_meant(flags, problem, c
 
 def test_durations_have_a_suitable_unit():
     assert [duration(s) for s in (42, 420, 12600)] == ["42 s", "7 min", "3.5 h"]
+    assert [time_left(60, done) for done in (0, 0.125, 1)] == ["", ", about 7 min left", ""]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama import distributed
-from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, duration
+from babyllama.cli import ERROR_FILE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, time_left
 from babyllama.config import read_yaml_file
 from babyllama.files import ROOT
 from babyllama.problems import ConfigError, seen_from
@@ -291,10 +291,8 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
     seconds = []  # durations of the runs that were trained just now, not only shown again
     for number, point in enumerate(points, 1):
         position = f"{number} of {len(points)}"
-        left = ""
-        if seconds:
-            mean = sum(seconds) / len(seconds)
-            left = f", about {duration(mean * (len(points) - number + 1))} left"
+        remaining = len(points) - number + 1
+        left = time_left(sum(seconds), len(seconds) / (len(seconds) + remaining))
         print(f"\nrun {position}{left}: {point}")
 
         is_finished = (point.run_dir / METRICS_FILE).is_file()

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import csv
 import itertools
+import logging
 import math
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import pearsonr
 from tqdm import tqdm
 
-from babyllama.cli import duration
+from babyllama.cli import time_left
 from babyllama.evaluation.loading import load_model
 from babyllama.evaluation.scoring import ids_logprobs
 from babyllama.files import check_replaceable, holds_results, model_sha256, read_json, write_json
 from babyllama.runs.checkpoints import MILLION
+
+log = logging.getLogger(__name__)
 
 AGES = range(16, 31)  # months; the columns of cdi_human.csv
 CHILDREN = 0.5  # of the children know a word at its age of acquisition
@@ -67,15 +70,13 @@ def measure_surprisals(
     *,
     model_name: str,
     device: str | None = "auto",
-    progress: Callable[[str], None] = print,
 ) -> dict:
     """Measure the surprisal of every word in each of its contexts, at every checkpoint.
 
     `checkpoints` holds (name, model directory, words seen in millions). The surprisals, in nats,
     are returned and written to `output` in the format of BabyLM's pipeline, after every checkpoint.
     Checkpoints that the file already holds, of the same weights and contexts, are not measured
-    again. `progress` receives a line before each checkpoint. Raise ValueError if a surprisal is not
-    a number.
+    again. A line is logged before each checkpoint. Raise ValueError if a surprisal is not a number.
     """
     # find the checkpoints that an earlier call has not measured
     check_replaceable(output, holds_results(output), "name another folder")
@@ -84,16 +85,15 @@ def measure_surprisals(
     n_contexts = sum(map(len, contexts.values()))
     missing = [checkpoint for checkpoint in checkpoints if checkpoint[0] not in rows_of]
     if len(missing) < len(checkpoints):
-        progress(f"{len(checkpoints) - len(missing)} checkpoints are in {output} already")
+        log.info("  %d checkpoints are in %s already", len(checkpoints) - len(missing), output)
 
     # measure the others, and write the file after each
     started = time.monotonic()
     for done, (name, folder, millions) in enumerate(missing):
-        left = ""
-        if done:
-            seconds = (time.monotonic() - started) / done * (len(missing) - done)
-            left = f", about {duration(seconds)} left"
-        progress(f"{name}: {n_contexts:,} contexts ({done + 1} of {len(missing)}{left})")
+        left = time_left(time.monotonic() - started, done / len(missing))
+        log.info(
+            "  %s: %s contexts (%d of %d%s)", name, f"{n_contexts:,}", done + 1, len(missing), left
+        )
         surprisals = iter(_surprisals(Path(folder), contexts, device))
         rows_of[name] = [
             {

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,23 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from babyllama.cli import duration
+from babyllama.cli import time_left
 from babyllama.device import fast_dtype, pick_device
 from babyllama.evaluation.loading import check_ids, context_length, load_model
 from babyllama.files import write_json
 from babyllama.submission.glue_tasks import (
+    GLUE_TASKS,
     GlueTask,
-    glue_task,
     predictions_file,
     read_examples,
     score_predictions,
     summarize,
 )
 from babyllama.training.arguments import keep_one_gpu
+
+log = logging.getLogger(__name__)
 
 
 def fine_tune(
@@ -56,21 +57,20 @@ def fine_tune(
     *,
     seed: int = 42,
     device: str | None = "auto",
-    progress: Callable[[str], None] = print,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Fine-tune a model on a task, write `output_dir`/predictions.json and return the results.
 
     `data_dir` holds <task>.train.jsonl and <task>.valid.jsonl. As in BabyLM's pipeline, the epoch
     with the best score on the validation file gives the predictions for the same file. `overrides`
-    replace fields of GlueTask. `progress` receives a line after each epoch.
+    replace fields of GlueTask. A line is logged after each epoch.
 
-    The results are `score` of `metric` with its interval, `accuracy`, and with two labels `f1` and
-    `mcc` (all as fractions), `best_epoch`, `epochs`, `n` and `seconds`. On a CPU the same seed
-    gives the same predictions. Raise FileNotFoundError or ValueError for input that is missing or
-    wrong, and ValueError if training diverges.
+    The results are `score` of `metric` with its interval, `accuracy`, and with two labels `f1` (all
+    as fractions), `best_epoch`, `epochs`, `n` and `seconds`. On a CPU the same seed gives the same
+    predictions. Raise FileNotFoundError or ValueError for input that is missing or wrong, and
+    ValueError if training diverges.
     """
-    settings = dataclasses.replace(glue_task(task), **overrides)
+    settings = dataclasses.replace(GLUE_TASKS[task], **overrides)
     train_file = Path(data_dir, f"{task}.train.jsonl")
     valid_file = Path(data_dir, f"{task}.valid.jsonl")
     train_examples = read_examples(train_file, task)
@@ -95,7 +95,7 @@ def fine_tune(
     check_ids(model, [ids for ids, _ in train_set + valid_set])
 
     # train
-    epochs = BestEpoch(task, settings, progress)
+    epochs = BestEpoch(task, settings)
     trainer = FineTuner(
         settings=settings,
         # Trainer seeds, and then builds the model: the head gets the pipeline's initial weights
@@ -105,7 +105,6 @@ def fine_tune(
         eval_dataset=valid_set,
         data_collator=lambda examples: left_pad(examples, tokenizer.pad_token_id or 0),
         compute_metrics=epochs.update,
-        callbacks=[ProgressBar(task)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -256,11 +255,10 @@ class FineTuner(Trainer):
 class BestEpoch:
     """Keep the predictions of the epoch with the best score; the earliest one wins a tie."""
 
-    def __init__(self, task: str, settings: GlueTask, progress: Callable[[str], None]):
+    def __init__(self, task: str, settings: GlueTask):
         """Start before the first epoch."""
         self.task = task
         self.settings = settings
-        self.progress = progress
         self.started = time.monotonic()
         self.epoch = 0
         self.best = 0
@@ -288,26 +286,9 @@ class BestEpoch:
 
         # report this one, with the time left
         epochs = self.settings.epochs
-        seconds = (time.monotonic() - self.started) / self.epoch * (epochs - self.epoch)
-        left = f", about {duration(seconds)} left" if self.epoch < epochs else ""
-        self.progress(
-            f"{self.task}: epoch {self.epoch} of {epochs}, {self.settings.metric} {score:.4f}{left}"
+        metric = self.settings.metric
+        left = time_left(time.monotonic() - self.started, self.epoch / epochs)
+        log.info(
+            "  %s: epoch %d of %d, %s %.4f%s", self.task, self.epoch, epochs, metric, score, left
         )
         return {"score": score}
-
-
-class ProgressBar(TrainerCallback):
-    """Show the steps and the time left on a terminal."""
-
-    def __init__(self, task: str):
-        """Name the bar after the task."""
-        self.task = task
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.task, unit="step", disable=None, delay=5)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()

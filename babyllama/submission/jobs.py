@@ -92,10 +92,7 @@ def run_jobs(jobs: list[Job], output: Path, seed: int, dry_run: bool = False) ->
     finished = 0.0
     total = sum(job.cost for job in todo)
     for number, job in enumerate(todo, 1):
-        left = ""
-        if finished:
-            seconds = (time.monotonic() - started) * (total - finished) / finished
-            left = f", about {cli.duration(seconds)} left"
+        left = cli.time_left(time.monotonic() - started, finished / max(1, total))
         log.info("[%d/%d%s] %s: %s", number, len(todo), left, job.stage, job.name)
         finished += job.cost
         try:

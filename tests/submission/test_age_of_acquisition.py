@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 
 import numpy as np
@@ -110,22 +111,21 @@ def test_the_file_has_the_form_of_the_official_pipeline(model_dirs, tmp_path):
     }
 
 
-def test_a_finished_checkpoint_is_not_measured_again(model_dirs, tmp_path):
+def test_a_finished_checkpoint_is_not_measured_again(model_dirs, tmp_path, caplog):
     output = tmp_path / "surprisal.json"
     first = rows(model_dir=model_dirs["Llama"], output=output)
     content = json.loads(output.read_text())
     content["results"][0]["surprisal"] = 77.0
     output.write_text(json.dumps(content))
-    lines = []
-    both = rows(
-        model_dir=model_dirs["Llama"],
-        output=output,
-        names=("chck_1M", "chck_2M"),
-        progress=lines.append,
-    )
+    caplog.set_level(logging.INFO, "babyllama.submission")
+    caplog.clear()
+    both = rows(model_dir=model_dirs["Llama"], output=output, names=("chck_1M", "chck_2M"))
     assert [row["surprisal"] for row in both[:6]] == [77.0, *[r["surprisal"] for r in first[1:]]]
     assert [row["surprisal"] for row in both[6:]] == [row["surprisal"] for row in first]
-    assert lines == [f"1 checkpoints are in {output} already", "chck_2M: 6 contexts (1 of 1)"]
+    assert caplog.messages == [
+        f"  1 checkpoints are in {output} already",
+        "  chck_2M: 6 contexts (1 of 1)",
+    ]
 
 
 @pytest.mark.parametrize("change", ["weights", "contexts", "file"])

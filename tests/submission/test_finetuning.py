@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import random
 
@@ -9,6 +10,7 @@ from conftest import sentences, write_file
 
 from babyllama.evaluation import metrics
 from babyllama.evaluation.loading import load_model
+from babyllama.submission import finetuning
 from babyllama.submission.finetuning import Classifier, encode_pairs, fine_tune, left_pad
 from babyllama.submission.glue_tasks import GLUE_TASKS, read_examples
 
@@ -33,10 +35,6 @@ def predictions_in(folder, task):
     rows = json.loads((folder / "predictions.json").read_text())[task]["predictions"]
     assert [row["id"] for row in rows] == [f"{task}_{i}" for i in range(len(rows))]
     return [row["pred"] for row in rows]
-
-
-def quiet(line):
-    """Ignore a line of progress."""
 
 
 def classify_alone(model, head, ids):
@@ -137,7 +135,8 @@ def naive_fine_tuning(model_dir, task, data, seed, epochs, batch_size):
     return rates, scores, best
 
 
-def test_training_equals_a_plain_loop(model_dirs, tmp_path, monkeypatch):
+def test_training_equals_a_plain_loop(model_dirs, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "babyllama.submission")
     data = write_task(tmp_path, "mrpc", n_train=70, solvable=False)
     rates = []
     step = torch.optim.AdamW.step
@@ -147,19 +146,17 @@ def test_training_equals_a_plain_loop(model_dirs, tmp_path, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    lines = []
     results = fine_tune(
         model_dirs["Llama"], "mrpc", data, tmp_path / "out",
-        seed=7, device="cpu", progress=lines.append, learning_rate=LR, epochs=6, batch_size=16,
+        seed=7, device="cpu", learning_rate=LR, epochs=6, batch_size=16,
     )  # fmt: skip
     expected_rates, scores, best = naive_fine_tuning(
         model_dirs["Llama"], "mrpc", data, seed=7, epochs=6, batch_size=16
     )
     assert len(rates) == 4 * 6
     np.testing.assert_allclose(rates, expected_rates, rtol=1e-9)
-    assert [float(line.split("f1 ")[1].split(",")[0]) for line in lines] == pytest.approx(
-        scores, abs=1e-4
-    )
+    reported = [float(line.split("f1 ")[1].split(",")[0]) for line in caplog.messages]
+    assert reported == pytest.approx(scores, abs=1e-4)
     assert len(set(scores)) > 2
     assert predictions_in(tmp_path / "out", "mrpc") == best
     assert results["best_epoch"] == 1 + scores.index(max(scores))
@@ -168,7 +165,7 @@ def test_training_equals_a_plain_loop(model_dirs, tmp_path, monkeypatch):
 
 def test_a_solvable_task_is_learned_and_repeated_exactly(model_dirs, tmp_path):
     data = write_task(tmp_path, "rte", n_train=160)
-    options = {"device": "cpu", "progress": quiet, "learning_rate": LR, "epochs": 5}
+    options = {"device": "cpu", "learning_rate": LR, "epochs": 5}
     first = fine_tune(model_dirs["GPT2"], "rte", data, tmp_path / "a", **options)
     second = fine_tune(model_dirs["GPT2"], "rte", data, tmp_path / "b", **options)
     predictions = predictions_in(tmp_path / "a", "rte")
@@ -188,10 +185,10 @@ def test_three_labels_have_an_accuracy_only(model_dirs, tmp_path):
         write_file(tmp_path, f"mnli.{split}.jsonl", "\n".join(map(json.dumps, rows)))
     results = fine_tune(
         model_dirs["GPTJ"], "mnli", tmp_path, tmp_path / "out",
-        device="cpu", progress=quiet, epochs=1, batch_size=4,
+        device="cpu", epochs=1, batch_size=4,
     )  # fmt: skip
     assert set(predictions_in(tmp_path / "out", "mnli")) <= {0, 1, 2}
-    assert "f1" not in results and "mcc" not in results
+    assert "f1" not in results
 
 
 def test_texts_longer_than_the_context_of_gpt2_are_cut(model_dirs, tmp_path):
@@ -200,24 +197,27 @@ def test_texts_longer_than_the_context_of_gpt2_are_cut(model_dirs, tmp_path):
         write_file(tmp_path, f"boolq.{split}.jsonl", f"{row}\n{row}\n")
     results = fine_tune(
         model_dirs["GPT2"], "boolq", tmp_path, tmp_path / "out",
-        device="cpu", progress=quiet, epochs=1, batch_size=2,
+        device="cpu", epochs=1, batch_size=2,
     )  # fmt: skip
     assert results["n"] == 2
 
 
-def test_an_interrupted_or_diverged_task_leaves_older_predictions_alone(model_dirs, tmp_path):
+def test_an_interrupted_or_diverged_task_leaves_older_predictions_alone(
+    model_dirs, tmp_path, monkeypatch
+):
     data = write_task(tmp_path, "rte", n_train=40)
     old = write_file(tmp_path, "predictions.json", "{}")
 
-    def interrupt(line):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fine_tune(model_dirs["Llama"], "rte", data, tmp_path, progress=interrupt, device="cpu")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetuning.log, "info", interrupt)  # after the first epoch
+        fine_tune(model_dirs["Llama"], "rte", data, tmp_path, device="cpu")
     with pytest.raises(ValueError, match="rte: training diverged"):
         fine_tune(
             model_dirs["Llama"], "rte", data, tmp_path,
-            progress=quiet, device="cpu", epochs=2, learning_rate=1e30,
+            device="cpu", epochs=2, learning_rate=1e30,
         )  # fmt: skip
     assert old.read_text() == "{}"
     assert {path.name for path in tmp_path.iterdir()} == {
