@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
 OWNER_FILE = ".lock-owner"  # names that process: its machine and its number
-# After kill -9 the workers of a data loader live on, and hold the lock, until they notice.
-ORPHANED_WORKER_SECONDS = 10
 
 
 def default_cache_dir() -> Path:
@@ -214,7 +212,7 @@ def exclusive_folder(folder: Path, remedy: str) -> Iterator[None]:
     owner = _read_owner(folder / OWNER_FILE)
     lock = filelock.FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=ORPHANED_WORKER_SECONDS if _has_died(owner) else 0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         who = f" (process {owner[1]} on {owner[0]})" if owner else ""
         raise ValueError(
@@ -247,19 +245,6 @@ def _read_owner(file: Path) -> tuple[str, int] | None:
         return machine, int(number)
     except (OSError, ValueError):
         return None
-
-
-def _has_died(owner: tuple[str, int] | None) -> bool:
-    """Return True if the owner of a lock was a process of this machine that exists no more."""
-    if owner is None or owner[0] != platform.node() or os.name != "posix":
-        return False
-    try:
-        os.kill(owner[1], 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 # ---- the origin of a result ---------------------------------------------------------------------
