@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from babyllama.distributed import rank, world_size
 from babyllama.training.steps import Steps
@@ -36,12 +35,11 @@ def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-class ShiftedChunks(TrainerCallback):
+class ShiftedChunks:
     """Cut the chunks at a different offset in each epoch, so that a row spans two stored chunks.
 
     The offset (0 to T - 1) depends only on the seed and the epoch, so a resumed run cuts the same
-    chunks. This is a dataset and also a callback, because Trainer tells only callbacks that an
-    epoch begins.
+    chunks.
     """
 
     def __init__(self, chunks, seed: int):
@@ -50,9 +48,9 @@ class ShiftedChunks(TrainerCallback):
         self.offset = 0
         self.length = len(chunks[0]["input_ids"])
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # state.epoch is a sum of fractions, so an epoch's end may be just below an integer
-        self.offset = self.offset_in(int((state.epoch or 0) + 1e-6))
+    def set_epoch(self, epoch: int) -> None:
+        """Move the cuts. accelerate's loader calls this when its own set_epoch is called."""
+        self.offset = self.offset_in(epoch)
 
     def offset_in(self, epoch: int) -> int:
         return int(np.random.default_rng((self.seed, epoch)).integers(self.length))

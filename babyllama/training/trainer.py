@@ -46,7 +46,7 @@ from babyllama.runs.checkpoints import (
 )
 from babyllama.runs.run_dir import RETRAIN
 from babyllama.training.attention import prepare_for_chunks
-from babyllama.training.batches import ShiftedChunks, collate_chunks, train_loader
+from babyllama.training.batches import collate_chunks, train_loader
 from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.callbacks import Intervals, UpdateAverage
 from babyllama.training.cuda_graphs import CudaGraphStep
@@ -131,8 +131,6 @@ class LMTrainer(Trainer):
         self.add_callback(Intervals(self.steps))
         if self.average:
             self.add_callback(UpdateAverage(self.average))
-        if isinstance(self.train_dataset, ShiftedChunks):
-            self.add_callback(self.train_dataset)
 
     # -- Trainer's hooks: a step --
 
@@ -191,7 +189,8 @@ class LMTrainer(Trainer):
         if stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        train_dataloader.set_epoch(epoch)  # so that its length is that of this epoch
+        # sets the loader's length and the offset of random_offset to those of this epoch
+        train_dataloader.set_epoch(epoch)
         kwargs["steps_in_epoch"] = len(train_dataloader)
         kwargs["num_update_steps_per_epoch"] = len(self.steps.slices(epoch))
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)

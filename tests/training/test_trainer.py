@@ -44,8 +44,8 @@ def test_shifted_chunks_are_slices_of_the_token_stream():
     shifted = ShiftedChunks(chunks, seed=3)
     offsets = set()
     for epoch in range(20):
-        offset = shifted.offset_in(epoch)
-        shifted.offset = offset
+        shifted.set_epoch(epoch)
+        offset = shifted.offset
         offsets.add(offset)
         token_ids = np.concatenate([shifted[i]["input_ids"] for i in range(len(shifted))])
         assert token_ids.tolist() == stream[offset : offset + 40].tolist()
@@ -58,7 +58,7 @@ def test_the_offset_of_an_epoch_depends_on_the_seed_alone():
     chunks = Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5]] * 3}).with_format("numpy")
     first = ShiftedChunks(chunks, seed=3)
     for epoch in range(7):
-        first.offset = first.offset_in(epoch)
+        first.set_epoch(epoch)
     second = ShiftedChunks(chunks, seed=3)
     offsets = [first.offset_in(epoch) for epoch in range(20)]
     assert [second.offset_in(epoch) for epoch in range(20)] == offsets
