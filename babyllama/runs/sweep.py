@@ -38,7 +38,6 @@ from babyllama.config import read_yaml_file
 from babyllama.files import ROOT
 from babyllama.problems import ConfigError, seen_from
 from babyllama.runs import ending
-from babyllama.runs.checkpoints import checkpoint_error, checkpoints, milestones
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.runs.sweep_results import (
     PLOT,
@@ -180,22 +179,8 @@ def train_command(argv: list[str], point: Point, overwrite: bool, kind: str) -> 
     for assignment in point.assignments():
         flags += ["--set", assignment]
     if not overwrite:
-        flags += resume_flags(point.run_dir)
+        flags += ["--resume-from-checkpoint", "auto"]
     return [sys.executable, str(ROOT / "train.py"), *flags]
-
-
-def resume_flags(run_dir: Path) -> list[str]:
-    """Return the flags that resume an interrupted run, or restart it without an intact checkpoint.
-
-    A run that was never started, or is finished, needs no flags.
-    """
-    saved = checkpoints(run_dir)
-    is_interrupted = not (run_dir / METRICS_FILE).is_file() and (saved or milestones(run_dir))
-    if not is_interrupted:
-        return []
-    if any(checkpoint_error(folder) is None for folder in saved):
-        return ["--resume-from-checkpoint", "latest"]
-    return ["--overwrite"]
 
 
 def train_point(command: list[str]) -> str | None:

@@ -15,7 +15,8 @@ from conftest import ROOT, errors_of, rows_of
 import train
 from babyllama.config import ConfigError, set_key
 from babyllama.runs import sweep, sweep_results
-from babyllama.runs.checkpoints import MANIFEST, checkpoints
+from babyllama.runs.checkpoints import MANIFEST, checkpoint_error, checkpoints
+from babyllama.runs.resume import resolve_checkpoint
 from babyllama.runs.run_dir import LOG_FILE, METRICS_FILE, RESULTS
 
 
@@ -135,7 +136,7 @@ def test_the_command_of_a_point_keeps_the_other_flags(tmp_path):
     assert script == str(ROOT / "train.py")
     assert (args.config, args.fp16, args.sweep) == ("c.yaml", False, None)
     assert args.set[:2] == ["training.ema=0.9", "training.lr=0.1"]
-    assert (args.overwrite, args.resume_from_checkpoint) == (False, None)
+    assert (args.overwrite, args.resume_from_checkpoint) == (False, "auto")
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -222,8 +223,6 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     make_unfinished(first)
     make_unfinished(second)
     (checkpoints(second)[0] / MANIFEST).unlink()
-    assert sweep.resume_flags(first) == ["--resume-from-checkpoint", "latest"]
-    assert sweep.resume_flags(second) == ["--overwrite"]
     assert run_sweep(grid) == 0
     assert [(folder / "model.safetensors").read_bytes() for folder in (first, second)] == weights
     steps = [row["step"] for row in rows_of(first)]
@@ -286,12 +285,13 @@ def test_seeds_that_cannot_be_trained_are_a_one_line_error(flags, message, run_s
 
 
 def test_the_command_of_a_seed_has_no_flag_for_seeds(tmp_path):
-    argv = ["--seeds", "1", "2", "--config", "c.yaml", "--lr", "1e-3"]
+    argv = ["--seeds", "1", "2", "--config", "c.yaml", "--lr", "1e-3", "--overwrite"]
     point = sweep.Point({"training.seed": 2}, tmp_path / "run")
     _, _, *flags = sweep.train_command(argv, point, overwrite=True, kind="seeds")
     args = train.make_parser().parse_args(flags)
     assert (args.config, args.lr, args.seeds, args.seed) == ("c.yaml", 1e-3, None, None)
     assert args.set[0] == "training.seed=2"
+    assert (args.overwrite, args.resume_from_checkpoint) == (True, None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
@@ -331,9 +331,7 @@ def wait_until(condition, seconds: float = 60) -> bool:
 
 def test_a_run_with_only_milestones_is_restarted(tmp_path):
     (tmp_path / "chck_1M").mkdir()
-    assert sweep.resume_flags(tmp_path) == ["--overwrite"]
-    (tmp_path / METRICS_FILE).write_text("{}")
-    assert sweep.resume_flags(tmp_path) == []
+    assert resolve_checkpoint(tmp_path, {}, {}, resume="auto", overwrite=False) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -364,7 +362,7 @@ def test_an_interrupted_sweep_saves_its_step(number, run_sweep, tmp_path):
     assert errors.splitlines()[-1].endswith(
         "sweep.yaml: interrupted in run 1 of 2; the same command continues"
     )
-    assert sweep.resume_flags(log.parent) == ["--resume-from-checkpoint", "latest"], errors
+    assert checkpoint_error(checkpoints(log.parent)[0]) is None, errors
 
 
 def test_a_failed_run_does_not_stop_the_others(run_sweep, corpus_dir, tmp_path, capfd):
