@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from babyllama import distributed
 from babyllama.training.batches import batches_per_step, collate_chunks, split_for_rank
@@ -89,17 +88,12 @@ def evaluate_chunks(
     if across_ranks:
         n_batches = batches_per_step(len(chunks), batch_size)
         batches = split_for_rank(rows, n_batches)
-    # DataLoader draws a seed even if it does not shuffle. From the global generator that would
-    # change the dropout of all later training steps.
-    loader = DataLoader(
-        chunks, collate_fn=collate_chunks, generator=torch.Generator(), batch_sampler=batches
-    )
 
     # sum over the tokens of each domain, in float64, which counts exactly up to 2**53
     names = domains.names if domains else ["all"]
     sums = np.zeros((len(names), 3))  # nats, tokens, bytes
-    for batch_rows, batch in zip(batches, loader, strict=True):
-        input_ids = batch["input_ids"]
+    for batch_rows in batches:
+        input_ids = collate_chunks([chunks[row] for row in batch_rows.tolist()])["input_ids"]
         targets = input_ids[:, 1:]  # (B, T - 1)
         nlls = token_nlls(model, input_ids.to(model.device), document_bos_id).cpu().numpy()
         domain_ids = domains.ids(batch_rows)[:, 1:] if domains else np.zeros(targets.shape, int)
