@@ -17,7 +17,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def check_trackers(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a tracker of the logging section is not installed."""
-    for package in ("wandb", "tensorboard"):
-        if settings[package]:
-            try:
-                metadata.version(package)
-            except metadata.PackageNotFoundError:
-                raise ValueError(
-                    f"logging.{package}: true, but the {package} package is not installed: "
-                    "pip install -r requirements.txt"
-                ) from None
+    """Raise ValueError if a tracker of logging.report_to is not installed."""
     if settings["report_to"]:
         from transformers.integrations import get_reporting_integration_callbacks
 
