@@ -21,15 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from babyllama.config import format_yaml
-from babyllama.files import (
-    LOCK_FILE,
-    OWNER_FILE,
-    check_replaceable,
-    check_utf8,
-    drafts,
-    write_json,
-    write_text,
-)
+from babyllama.files import check_replaceable, check_utf8, drafts, write_json, write_text
 from babyllama.runs.checkpoints import (
     checkpoint_error,
     checkpoint_step,
@@ -83,14 +75,10 @@ def check_output_dir(run_dir: Path, teachers: Sequence[str]) -> None:
                 f"{teacher}: this teacher (distillation.teachers) is in the run's output directory "
                 f"{run_dir}, whose files the run replaces; choose another --model-name"
             )
-    is_run = (run_dir / CONFIG_FILE).is_file()
-    # a process that was killed while it wrote its first file leaves a temporary folder
-    ours = (LOCK_FILE, OWNER_FILE, DATA_REPORT_FILE, STATUS_FILE)
-    is_empty = {path.name for path in run_dir.glob("*")} <= {
-        *ours,
-        *(draft.name for draft in drafts(run_dir)),
-    }
-    check_replaceable(run_dir, is_run or is_empty, "choose another --model-name")
+    # the lock and the drafts of a process that was killed are hidden
+    visible = {path.name for path in run_dir.glob("[!.]*")}
+    is_ours = CONFIG_FILE in visible or visible <= {DATA_REPORT_FILE, STATUS_FILE}
+    check_replaceable(run_dir, is_ours, "choose another --model-name")
 
 
 def start_run_dir(run_dir: Path, config: dict, report: dict, checkpoint: Path | None) -> None:
