@@ -306,7 +306,7 @@ def load_data(config: dict) -> Data:
 
     # record what else the run learns from
     if "distillation" in config:
-        identities = teacher_cache.identify_teachers(config, report["train"]["key"])
+        identities = teacher_cache.identify_teachers(config["distillation"]["teachers"])
         report = {**report, "teachers": identities}
     if distributed.world_size() > 1:
         report = {**report, "processes": distributed.world_size()}

@@ -1,4 +1,4 @@
-"""Keep the predictions of teachers on disk, so that later epochs and runs need no teacher.
+"""Keep the predictions of teachers on disk, so that later epochs and runs need not run them.
 
 With `distillation.cache: top_k` the teachers score every position of the training text once. A
 memory map then keeps the k likeliest tokens of their average. Averages are kept instead of each
@@ -10,7 +10,6 @@ lost.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -23,15 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from babyllama.distillation.teachers import DTYPES, Ensemble, SoftTargets, divergence
-from babyllama.files import (
-    atomic_write,
-    default_cache_dir,
-    is_model,
-    read_json,
-    weights_sha256,
-    write_json,
-)
-from babyllama.planning.checks import check_teacher_exists
+from babyllama.files import atomic_write, default_cache_dir, read_json, weights_sha256, write_json
 from babyllama.planning.kernels import pick_precision
 from babyllama.training.batches import collate_chunks
 
@@ -69,39 +60,9 @@ def cache_folder(facts: dict[str, Any]) -> Path:
     return default_cache_dir() / f"teachers-{digest}"
 
 
-def identify_teachers(config: dict, data_key: str) -> list[dict[str, str]]:
-    """Return {"path", "sha256"} for each teacher; sha256 is the hash of its weights.
-
-    Training from a cache needs no teachers, so one may have been deleted. Its hash then comes from
-    the cache that it left for this text. If there is no such cache, or more than one, raise
-    FileNotFoundError.
-    """
-    paths = config["distillation"]["teachers"]
-    hashes = {path: weights_sha256(path) for path in paths if is_model(path)}
-    missing = [path for path in paths if path not in hashes]
-    if missing:
-        # find the cache of these teachers; those that still exist must have the same weights
-        candidates = [
-            cached
-            for cached in _cached_teachers(cache_facts(config, data_key, []))
-            if list(cached) == paths and hashes.items() <= cached.items()
-        ]
-        if len(candidates) != 1:
-            check_teacher_exists(missing[0])
-        (hashes,) = candidates
-    return [{"path": path, "sha256": hashes[path]} for path in paths]
-
-
-def _cached_teachers(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return {path: sha256} of the teachers of each cache that differs in its teachers at most."""
-    cached = []
-    for file in default_cache_dir().glob(f"teachers-*/{ABOUT_FILE}"):
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # skip a damaged file
-            their_facts = read_json(file)["facts"]
-            teachers = {teacher["path"]: teacher["sha256"] for teacher in their_facts["teachers"]}
-            if {**their_facts, "teachers": []} == facts:
-                cached.append(teachers)
-    return cached
+def identify_teachers(paths: list[str]) -> list[dict[str, str]]:
+    """Return {"path", "sha256"} for each teacher; sha256 is the hash of its weights."""
+    return [{"path": path, "sha256": weights_sha256(path)} for path in paths]
 
 
 class CachedChunks(Dataset):

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 from babyllama.data.tokenizer import load_tokenizer, vocabulary_difference
 from babyllama.evaluation.loading import context_length, load_model
-from babyllama.files import is_model
 from babyllama.planning.checks import check_teacher_exists
 from babyllama.planning.kernels import eager_is_faster, pick_precision
 from babyllama.training.attention import attention_mask, prepare_for_chunks
@@ -134,19 +133,15 @@ def check_teachers(config: dict, tokenizer) -> None:
     """Raise an error that names the first teacher which does not fit the student.
 
     A token must mean the same to both, so this compares the content of the vocabularies, the
-    special tokens, the number of output rows and the context. It reads no weights. With a cache, a
-    missing teacher is no error yet: its predictions may be cached (identify_teachers).
+    special tokens, the number of output rows and the context. It reads no weights.
     """
     section = config["distillation"]
-    uses_cache = section["cache"] == "top_k"
     n_rows = config["model"]["vocab_size"] or len(tokenizer)
-    if uses_cache and section["top_k"] > n_rows:
+    if section["cache"] == "top_k" and section["top_k"] > n_rows:
         raise ValueError(
             f"distillation.top_k: {section['top_k']} is more than the vocabulary's {n_rows} tokens"
         )
     for path in section["teachers"]:
-        if uses_cache and not is_model(path):
-            continue
         check_teacher_exists(path)
         if not Path(path, "tokenizer.json").is_file():
             raise FileNotFoundError(

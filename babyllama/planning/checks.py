@@ -61,11 +61,8 @@ def check_inputs(config: dict) -> None:
         )
 
     # the teachers and the benchmark
-    distillation = config.get("distillation")
-    # with a cache the teachers may have been deleted after they filled it
-    if distillation and distillation["cache"] == "none":
-        for teacher in distillation["teachers"]:
-            check_teacher_exists(teacher)
+    for teacher in config.get("distillation", {}).get("teachers", ()):
+        check_teacher_exists(teacher)
     if config["training"]["benchmark"]:
         load_item_tasks(config["training"]["benchmark"])
 
