@@ -28,14 +28,9 @@ def _name_missing_package(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
         return
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = os.path.join(root, ".venv")
-    is_active = os.path.realpath(environment) == os.path.realpath(sys.prefix)
-    if os.path.exists(environment) and not is_active:
-        script = os.path.relpath(os.path.join(environment, "bin", "activate"))
-        advice = f"activate the project's environment: source {script}"
-    else:
-        requirements = os.path.relpath(os.path.join(root, "requirements.txt"))
-        advice = f"install the packages: {sys.executable} -m pip install -r {requirements}"
+    requirements = os.path.relpath(os.path.join(root, "requirements.txt"))
+    install = f"{sys.executable} -m pip install -r {requirements}"
+    advice = f"activate the project's environment, or install the packages: {install}"
     print(f"error: {sys.executable} has no package {name}; {advice}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -129,25 +129,18 @@ def test_a_python_without_our_packages_gets_one_line(script):
     assert done.stderr.startswith(f"error: {sys.executable} has no package ")
 
 
-@pytest.mark.parametrize(
-    ("environment", "advice"),
-    [
-        (True, "activate the project's environment: source {}/.venv/bin/activate"),
-        (False, f"install the packages: {sys.executable} -m pip install -r {{}}/requirements.txt"),
-    ],
-)
-def test_the_line_about_a_missing_package_fits_the_environment(environment, advice, tmp_path):
+def test_the_line_about_a_missing_package_says_how_to_install_it(tmp_path):
     project = tmp_path / "project"
     (project / "babyllama").mkdir(parents=True)
     shutil.copy(ROOT / "babyllama" / "__init__.py", project / "babyllama")
     (project / "script.py").write_text("import babyllama, not_installed")
-    if environment:
-        (project / ".venv").mkdir()
     command = [sys.executable, "project/script.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    advice = advice.format("project")
-    assert done.stderr == f"error: {sys.executable} has no package not_installed; {advice}\n"
+    assert done.stderr == (
+        f"error: {sys.executable} has no package not_installed; activate the project's environment,"
+        f" or install the packages: {sys.executable} -m pip install -r project/requirements.txt\n"
+    )
     # an import of ours that fails is a bug, so it keeps its traceback
     (project / "script.py").write_text("import babyllama.nowhere")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
