@@ -247,8 +247,7 @@ class Intervals(TrainerCallback):
         self.epoch_ends = set(steps.epoch_ends.tolist())
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if hasattr(state, "compute_steps"):  # older releases do this on their own
-            state.compute_steps(args, state.max_steps)
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         # Trainer would evaluate an epoch after it has saved the last step, and a run that was

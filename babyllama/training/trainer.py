@@ -113,9 +113,7 @@ class LMTrainer(Trainer):
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         if training["gradient_checkpointing"]:
-            enable = getattr(self.model, "activation_checkpointing_enable", None)
-            enable = enable or self.model.gradient_checkpointing_enable  # in older releases
-            enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.average = WeightAverage(self.model, training["ema"]) if training["ema"] else None
         self.graphs = None
         if cuda_graphs:
