@@ -112,10 +112,7 @@ def check_request(vocab_size: int, output: Path) -> None:
     if output.is_dir():
         example = output / "tokenizer.json"
         raise ValueError(f"{output} is a directory; name a file, such as {example}")
-    # a caller may have created the file, still empty, to reserve its name
-    is_ours = output.is_file() and (
-        output.stat().st_size == 0 or tokenizer_sources(output) is not None
-    )
+    is_ours = output.is_file() and tokenizer_sources(output) is not None
     check_replaceable(output, is_ours, "move it away or name another file")
 
 

@@ -368,7 +368,7 @@ def test_a_tokenizer_that_the_script_did_not_write_is_not_replaced(text_dir, tmp
     assert main([*argv, "300"]) == 2
     assert "exists and was not written by this script" in capsys.readouterr().err
     assert output.read_text() == changed
-    output.write_text("")  # as made for a temporary file
+    output.unlink()
     assert main([*argv, "300"]) == 0
     for damaged in ("{", "{}", "[]"):
         output.with_suffix(".source.json").write_text(damaged)

@@ -52,7 +52,6 @@ class Plan:
     decay_epochs: float | None
     optimizer_flops_per_step: int
     checkpoint_bytes: int
-    seed: int
     loss: str  # its formula
 
 
@@ -98,7 +97,6 @@ def make_plan(config: dict, model, report: dict, n_chunks: int) -> Plan:
         decay_epochs=decay_epochs,
         optimizer_flops_per_step=optimizers.flops_per_step(model, training),
         checkpoint_bytes=checkpoint_bytes(model, training),
-        seed=training["seed"],
         loss=describe_loss(config.get("distillation")),
     )
 
