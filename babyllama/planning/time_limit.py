@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 from babyllama import distributed
 from babyllama.planning.kernels import Execution
 from babyllama.planning.plan import Plan
-from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.trainer import LMTrainer
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,5 @@ def _evaluation_seconds(trainer: LMTrainer) -> float:
     batch_size = trainer.args.per_device_eval_batch_size
     sample = chunks.select(range(min(batch_size, len(chunks))))
     started = time.perf_counter()
-    evaluate_chunks(
-        trainer.model, sample, trainer.byte_lengths, batch_size, trainer.document_bos_id
-    )
+    trainer.score_held_out(trainer.model, sample)
     return (time.perf_counter() - started) * len(chunks) / len(sample)

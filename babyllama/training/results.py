@@ -30,7 +30,7 @@ from babyllama.runs.run_dir import (
     METRICS_FILE,
     RETRAIN,
 )
-from babyllama.training.held_out import TokenDomains, evaluate_chunks
+from babyllama.training.held_out import TokenDomains
 
 MAX_DOMAINS = 12  # that are listed; training_metrics.json has all of them
 
@@ -59,14 +59,7 @@ def measure_model(trainer, model, domains: TokenDomains) -> dict[str, float | di
 
     `domains` are those of the tokens of the held-out chunks.
     """
-    scores = evaluate_chunks(
-        model,
-        trainer.eval_dataset,
-        trainer.byte_lengths,
-        trainer.args.per_device_eval_batch_size,
-        trainer.document_bos_id,
-        domains=domains,
-    )
+    scores = trainer.score_held_out(model, domains=domains)
     return {f"eval_{name}": score for name, score in scores.items()}
 
 

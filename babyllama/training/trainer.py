@@ -261,16 +261,8 @@ class LMTrainer(Trainer):
     def evaluate(self, ignore_keys=None) -> dict[str, float]:
         # score the weights that would be kept
         started = time.perf_counter()
-        model = self.average.module if self.average else self.model
         with self.accelerator.autocast():
-            scores = evaluate_chunks(
-                model,
-                self.eval_dataset,
-                self.byte_lengths,
-                self.args.per_device_eval_batch_size,
-                self.document_bos_id,
-                across_ranks=True,
-            )
+            scores = self.score_held_out(self.evaluated_model, across_ranks=True)
         if not math.isfinite(scores["loss"]):
             raise TrainingError(
                 f"the held-out loss became NaN or infinite at step {self.state.global_step}; train "
@@ -281,7 +273,7 @@ class LMTrainer(Trainer):
         # log the scores, and tell the callbacks, of which early stopping is one
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         metrics["eval_seconds"] = time.perf_counter() - started
-        self.log(metrics | {"samples": self._samples(model)})
+        self.log(metrics | {"samples": self._samples(self.evaluated_model)})
         self.log_benchmark()
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -324,6 +316,22 @@ class LMTrainer(Trainer):
 
     # -- what train.py and callbacks call --
 
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """Return the average of the weights if we keep one, else the model."""
+        return self.average.module if self.average else self.model
+
+    def score_held_out(self, model, chunks=None, **options) -> dict[str, float | dict]:
+        """Score a model on all held-out chunks, or these; `options` are of evaluate_chunks."""
+        return evaluate_chunks(
+            model,
+            self.eval_dataset if chunks is None else chunks,
+            self.byte_lengths,
+            self.args.per_device_eval_batch_size,
+            self.document_bos_id,
+            **options,
+        )
+
     def release_graphs(self) -> None:
         """Free the memory of the CUDA graphs, which the final evaluation may need."""
         self.graphs = None
@@ -337,7 +345,7 @@ class LMTrainer(Trainer):
         with distributed.main_first():
             if self.benchmark is None or (self.benchmarked and self.benchmarked[0] == step):
                 return
-            scores = self.benchmark.scores(self.average.module if self.average else self.model)
+            scores = self.benchmark.scores(self.evaluated_model)
             self.benchmarked = (step, scores)
             self.log(dict(scores))
 
