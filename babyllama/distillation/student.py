@@ -180,7 +180,7 @@ class DistillationTrainer(LMTrainer):
         if ensemble is None:
             self.data_collator = collate_cached
         length = len(self.train_dataset[0]["input_ids"])
-        loss.set_slice_loss(make_slice_loss(distillation, length, cached=ensemble is None))
+        loss.slice_loss = make_slice_loss(distillation, length, cached=ensemble is None)
         self._parts = torch.zeros(2, device=self.args.device)  # sums of ce_loss and kd_loss
         self._parts_since = None  # the step of the last row
 

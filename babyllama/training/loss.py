@@ -9,7 +9,7 @@ configuration are not its business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -159,13 +159,18 @@ def _hidden_states(model, input_ids, mask):
     return outputs.last_hidden_state
 
 
+# returns the same compiled function each time, because that keeps what it has compiled
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
+
+
 class NextTokenLoss:
     """Sum -log p of tokens 1 to T - 1 of each chunk, in nats: loss(model, input_ids (B, T)).
 
     With `compile`, batches of `batch_size` chunks go through torch.compile. Other batches, such as
     the last one of an epoch, do not: torch would compile again for each new shape. With `chunked`,
-    HeadLoss computes the output layer in slices, with matrix products in `dtype`. `document_bos_id`
-    is the id of BOS if documents must not see each other.
+    HeadLoss computes the output layer in slices, with matrix products in `dtype`; its loss of a
+    slice is in the attribute `slice_loss`. `document_bos_id` is the id of BOS if documents must not
+    see each other.
     """
 
     def __init__(
@@ -181,35 +186,21 @@ class NextTokenLoss:
         self.batch_size = batch_size
         self.compile = compile
         self.document_bos_id = document_bos_id
-        self.as_written = (_hidden_states, _nll_from_logits)
-        self.compiled = tuple(map(self._compiled, self.as_written))
-        self.slice_loss = None
-        self.compiled_slice_loss = None
-        if chunked:
-            self.set_slice_loss(slice_nll)
-
-    def set_slice_loss(self, slice_loss: Callable) -> None:
-        """Compute the output layer in slices from now on, with `slice_loss` for each of them."""
-        self.slice_loss = slice_loss
-        self.compiled_slice_loss = self._compiled(slice_loss)
-
-    def _compiled(self, function: Callable) -> Callable:
-        """Wrap a function so that its first call compiles it, if compilation is on."""
-        return torch.compile(function, dynamic=False) if self.compile else function
+        self.slice_loss = slice_nll if chunked else None
 
     def __call__(self, model, input_ids: torch.Tensor, *slice_inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss as a scalar; with another slice loss, its vector of sums, loss first.
 
         `slice_inputs` are tensors (B, T, ...) for the slice loss.
         """
-        mask = attention_mask(model, input_ids, self.document_bos_id, self.dtype)
         use_compiled = self.compile and len(input_ids) == self.batch_size
-        hidden_states, nll_from_logits = self.compiled if use_compiled else self.as_written
+        fast = _compiled if use_compiled else lambda function: function
+        mask = attention_mask(model, input_ids, self.document_bos_id, self.dtype)
         if self.slice_loss is None:
-            return nll_from_logits(model, input_ids, mask)
-        states = hidden_states(model, input_ids, mask)  # (B, T, D)
+            return fast(_nll_from_logits)(model, input_ids, mask)
+        states = fast(_hidden_states)(model, input_ids, mask)  # (B, T, D)
         head = model.get_output_embeddings()
-        slice_loss = self.compiled_slice_loss if use_compiled else self.slice_loss
+        slice_loss = fast(self.slice_loss)
         return HeadLoss.apply(
             states, head.weight, head.bias, input_ids, self.dtype, slice_loss, *slice_inputs
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import build_tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from babyllama.training import loss
 from babyllama.training.attention import document_mask, prepare_for_chunks
 from babyllama.training.loss import NextTokenLoss
 
@@ -65,10 +68,9 @@ def compiled_graphs(model, ids) -> list:
         return graph
 
     torch._dynamo.reset()
-    next_token_loss = NextTokenLoss(batch_size=len(ids), compile=True)
-    as_written = next_token_loss.as_written
-    next_token_loss.compiled = tuple(torch.compile(part, backend=keep) for part in as_written)
-    next_token_loss(model, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_compiled", functools.partial(torch.compile, backend=keep))
+        NextTokenLoss(batch_size=len(ids), compile=True)(model, ids)
     torch._dynamo.reset()
     return graphs
 
