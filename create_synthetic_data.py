@@ -45,7 +45,6 @@ from functools import cached_property
 from itertools import accumulate, product
 from math import log, log2
 from pathlib import Path
-from typing import NamedTuple
 
 from babyllama.cli import Parser, add_flag, run_script
 from babyllama.data.text_files import find_files
@@ -201,7 +200,6 @@ class Grammar:
     newline. twins: word -> its form in the other number.
     """
 
-    complexity: str
     rules: dict[str, tuple[Rule, ...]]
     twins: dict[str, str]
 
@@ -290,7 +288,7 @@ def build_grammar(complexity: str) -> Grammar:
             for symbol in right:
                 if symbol in weighted and symbol not in reachable:
                     reachable.append(symbol)
-    return Grammar(complexity, rules, twins)
+    return Grammar(rules, twins)
 
 
 def grammar_facts(grammar: Grammar) -> dict[str, float]:
@@ -351,13 +349,6 @@ def grammar_floor(eval_path: str) -> float | None:
 # ---- sampling -----------------------------------------------------------------------------------
 
 
-class Document(NamedTuple):
-    """A sampled text and -log2 of its probability."""
-
-    text: str
-    bits: float
-
-
 def _derive(grammar: Grammar, symbols: list[str], rng: random.Random) -> tuple[list[str], float]:
     """Expand the symbols at random; return the words and -log2 of the probability."""
     tables = grammar.tables
@@ -382,11 +373,11 @@ def spell(words: list[str]) -> str:
     return text[0].upper() + text[1:]
 
 
-def sample_document(grammar: Grammar, rng: random.Random) -> Document:
-    """Return a random document: ASCII text, sentences joined by newlines."""
+def sample_document(grammar: Grammar, rng: random.Random) -> tuple[str, float]:
+    """Return a random text, sentences joined by newlines, and -log2 of its probability."""
     words, bits = _derive(grammar, ["DOCUMENT"], rng)
     sentences = " ".join(words).split(" \n ")
-    return Document("\n".join(spell(sentence.split()) + "." for sentence in sentences), bits)
+    return "\n".join(spell(sentence.split()) + "." for sentence in sentences), bits
 
 
 def sample_pairs(grammar: Grammar, uid: str, number: int, rng: random.Random) -> Iterator[dict]:
@@ -456,12 +447,6 @@ def write_corpus(grammar: Grammar, path: Path, num_words: int, rng: random.Rando
     return {**counts, "true_bits_per_byte": round(bits / counts["bytes"], 10)}
 
 
-def _text_of_the_definition() -> str:
-    """Return the definition of the entropy floor from the docstring of this module."""
-    start = __doc__.index("The entropy floor. ")
-    return " ".join(__doc__[start : __doc__.index("It does not")].split())
-
-
 def create_synthetic_data(
     output_dir: str | Path,
     num_tokens: int = 1_000_000,
@@ -529,7 +514,6 @@ def create_synthetic_data(
                 "pairs": len(pairs),
                 "good_sentences_in_train": len(in_train),
             },
-            "definition": _text_of_the_definition(),
             "rules": {
                 left: {" ".join(right): p for p, right in rules}
                 for left, rules in grammar.rules.items()
