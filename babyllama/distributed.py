@@ -168,20 +168,6 @@ def stop() -> None:
         _group.store = None
 
 
-def require_gpus() -> None:
-    """Check that training.fsdp has GPUs and processes to shard the model over.
-
-    Raise ValueError on CPUs: accelerate's FSDP shards nothing there, so every process would hold
-    the complete model. Warn if there is only one process.
-    """
-    if world_size() == 1:
-        logging.getLogger(__name__).warning(
-            "training.fsdp: true has no effect in one process (docs/scaling.md)"
-        )
-    elif not _torch().cuda.is_available():
-        raise ValueError("training.fsdp: true needs one GPU per process; omit it on CPUs")
-
-
 def seed_per_rank(seed: int) -> None:
     """Reseed all ranks except 0, so that each process draws its own dropout masks."""
     if not is_main():

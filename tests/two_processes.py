@@ -17,6 +17,7 @@ from conftest import build_tiny_model
 
 import train
 from babyllama import distributed
+from babyllama.planning import checks
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import RESULTS
 from babyllama.training import trainer
@@ -126,7 +127,7 @@ def check_fsdp(config: str, name: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialState, "_prepare_backend", backend)
-        patch.setattr(distributed, "require_gpus", lambda: None)
+        patch.setattr(checks, "require_gpus", lambda: None)
         patch.setattr(trainer, "LMTrainer", Spy)
         train_and_resume(config, name, "--set", "training.fsdp=true")
         half = ["--bf16", "--set", "training.fsdp=true", "--set", "training.max_steps=2"]

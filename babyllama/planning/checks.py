@@ -1,7 +1,7 @@
 """Find what would go wrong with a run before it starts: missing inputs, wrong flags, leaked text.
 
-The configuration itself has been checked before (babyllama/config.py). Nothing here imports torch,
-so that the user learns of a mistake within a second.
+The configuration itself has been checked before (babyllama/config.py). A single process imports no
+torch here, so that the user learns of a mistake within a second.
 """
 
 from __future__ import annotations
@@ -103,7 +103,22 @@ def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None
     check_output_dir(run_dir, config.get("distillation", {}).get("teachers", ()))
     check_trackers(config["logging"])
     if config["training"]["fsdp"]:
-        distributed.require_gpus()
+        require_gpus()
+
+
+def require_gpus() -> None:
+    """Check that training.fsdp has GPUs and processes to shard the model over.
+
+    Raise ValueError on CPUs: accelerate's FSDP shards nothing there, so every process would hold
+    the complete model. Warn if there is only one process.
+    """
+    if distributed.world_size() == 1:
+        log.warning("training.fsdp: true has no effect in one process (docs/scaling.md)")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("training.fsdp: true needs one GPU per process; omit it on CPUs")
 
 
 def check_allowed_changes(args: argparse.Namespace, config: dict) -> None:
