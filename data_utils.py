@@ -8,8 +8,8 @@ A corpus can be larger than memory, so prepare_dataset never holds a complete fi
 generator that takes a little from the step before it and hands it on:
 
     lines.read_lines           file      -> lines, with invalid bytes repaired
-    documents._number_lines    lines     -> (number of the document, line); counts words
-    documents.read_documents   lines     -> documents, each an iterator over parts
+    documents._number_lines    lines     -> (number of the document, line)
+    documents.read_documents   lines     -> documents, each an iterator over parts; counts words
     documents.text_parts       lines     -> parts of at most 32,768 characters
     documents.clean_parts      parts     -> cleaned parts
     DataProcessor._batches     documents -> lists of <s>, parts, </s>, about a million characters

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
-from babyllama.data.lines import LONG_LINE, read_lines, replace_surrogates
+from babyllama.data.lines import read_lines, replace_surrogates
 from babyllama.data.text_files import TABLES, domain_of
 
 # It is part of cache keys: increase it when documents start or texts are cut at other places.
@@ -73,29 +73,7 @@ def _starts_document(line: str, next_line: str, blank_lines: int, is_wiki: bool)
     return is_wiki and bool(_WIKI_TITLE.match(line))
 
 
-def _count(text: str, report: dict) -> str:
-    """Add the words and bytes of a piece of text to the report, and return the text."""
-    report["words"] += len(text.split())
-    report["bytes"] += len(text) if text.isascii() else len(text.encode())
-    return text
-
-
-def _counted_lines(text: str, report: dict) -> Iterator[str]:
-    """Yield the lines of a text, and add them to the report; a very long line comes in pieces."""
-    start = 0
-    while start < len(text):
-        limit = start + LONG_LINE
-        end = text.find("\n", start, limit) + 1
-        if not end and limit < len(text):
-            end = text.rfind(" ", start, limit) + 1 or limit
-        end = end or len(text)
-        if start and not (text[start - 1].isspace() or text[start].isspace()):
-            report["words"] -= 1  # the rest of a word that is counted already
-        yield _count(text[start:end], report)
-        start = end
-
-
-def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator[tuple[int, str]]:
+def _number_lines(lines: Iterable[str], is_wiki: bool) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not empty, each with the number of the document it belongs to.
 
     A line starts with the newlines that separate it from the previous line of its document. At most
@@ -103,7 +81,6 @@ def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator
     """
     number = 0
     newlines = "\n"  # before the next line; empty in the middle of a long line
-    splits_word = False  # the last string ended in the middle of a line, and of a word
     for line, next_line in itertools.pairwise(itertools.chain(lines, [""])):
         at_line_start = newlines != ""
         if at_line_start and line.strip(" \t") == "\n":
@@ -115,15 +92,12 @@ def _number_lines(lines: Iterable[str], is_wiki: bool, report: dict) -> Iterator
             number += 1
             newlines = ""
         text = line.removesuffix("\n")
-        if splits_word and text and not text[0].isspace():
-            report["words"] -= 1  # the rest of a word that is counted already
-        yield number, _count(newlines[:3] + text, report)
+        yield number, newlines[:3] + text
         newlines = line[len(text) :]
-        splits_word = newlines == "" and not text[-1:].isspace()
 
 
 def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterator[tuple[int, str]]:
-    """Yield the lines of the texts in a .jsonl file, each with the number of its document."""
+    """Yield the texts in a .jsonl file that are not empty, each with the number of its document."""
     record = ""
     number = 0
     for line in lines:
@@ -133,8 +107,8 @@ def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterat
         number += 1
         text = "" if record.isspace() else _record_text(record, path, number, report)
         record = ""  # a long one takes memory
-        for piece in _counted_lines(text, report):
-            yield number, piece
+        if text:
+            yield number, text
 
 
 def _record_text(record: str, path: Path, number: int, report: dict) -> str:
@@ -150,7 +124,7 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
 
 
 def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a table, with the number of their document.
+    """Yield the texts of a table that are not empty, with the number of their document.
 
     Each row is a document, unless the rows look like lines of a text, as in WikiText's tables, and
     `one_per_row` is False: then a document starts after a blank row, or, if there are titles
@@ -162,11 +136,11 @@ def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[
     if not one_per_row and _are_lines(first_texts):
         has_titles = any(_WIKI_TITLE.match(text + "\n") for text in first_texts)
         lines = _lines_of_rows(texts, "\n" if has_titles else "\n\n", report)
-        yield from _number_lines(lines, has_titles, report)
+        yield from _number_lines(lines, has_titles)
         return
     for number, text in enumerate(texts, 1):
-        for piece in _counted_lines(text, report):
-            yield number, piece
+        if text:
+            yield number, text
 
 
 def _are_lines(texts: list[str]) -> bool:
@@ -252,20 +226,20 @@ def read_documents(
     documents_before = report["documents"]
     report["files"] += 1
 
-    # the lines of the file, each with the number of its document
+    # the text of the file in pieces, each with the number of its document
     name = path.name.lower()
     if name.endswith(TABLES):
-        numbered_lines = _number_rows(path, report, one_per_row)
+        numbered_pieces = _number_rows(path, report, one_per_row)
     elif name.removesuffix(".gz").endswith(".jsonl"):
-        numbered_lines = _number_json_lines(read_lines(path, report), path, report)
+        numbered_pieces = _number_json_lines(read_lines(path, report), path, report)
     else:
         is_wiki = domain in WIKI_DOMAINS or domain_of(path) in WIKI_DOMAINS
-        numbered_lines = _number_lines(read_lines(path, report), is_wiki, report)
+        numbered_pieces = _number_lines(read_lines(path, report), is_wiki)
 
     # the documents; asking for the first part shows if cleaning left any text
-    for _, document in itertools.groupby(numbered_lines, key=itemgetter(0)):
+    for _, document in itertools.groupby(numbered_pieces, key=itemgetter(0)):
         report["documents"] += 1
-        parts = text_parts(map(itemgetter(1), document))
+        parts = _counted(text_parts(map(itemgetter(1), document)), report)
         if cleaner:
             parts = clean_parts(parts, cleaner)
         first_part = next(parts, None)
@@ -309,6 +283,16 @@ def text_parts(lines: Iterable[str]) -> Iterator[str]:
             text = text[start:]
     if text:
         yield text
+
+
+def _counted(parts: Iterable[str], report: dict) -> Iterator[str]:
+    """Yield the parts of a document, and add their words and bytes to the report."""
+    splits_word = False  # the last part ended in the middle of a word
+    for part in parts:
+        report["words"] += len(part.split()) - (splits_word and not part[0].isspace())
+        report["bytes"] += len(part.encode())
+        splits_word = not part[-1].isspace()
+        yield part
 
 
 def clean_parts(parts: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:

@@ -194,7 +194,6 @@ def test_documents_do_not_depend_on_the_sizes_of_blocks_and_parts(
 def test_a_long_line_is_read_in_parts_and_stays_one_line(tmp_path, monkeypatch, name):
     monkeypatch.setattr(lines, "BLOCK", 30)
     monkeypatch.setattr(lines, "LONG_LINE", 50)
-    monkeypatch.setattr(documents, "LONG_LINE", 50)
     words = " ".join(sentences(40))
     text = f"a\n{words}\n= = = not a title\n{words} = = = nor this = = =\n\n\n{'x' * 500} 1"
     is_json = name == "x.jsonl"
@@ -247,7 +246,7 @@ def test_real_files_have_the_expected_documents(name):
 def test_a_word_longer_than_a_long_line_counts_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK", 20)
     monkeypatch.setattr(lines, "LONG_LINE", 50)
-    monkeypatch.setattr(documents, "LONG_LINE", 50)
+    monkeypatch.setattr(documents, "PART", 40)
     text = f"a {'x' * 333} b\n{'y' * 120}\nz\n"
     path = tmp_path / "a.txt"
     path.write_text(text)

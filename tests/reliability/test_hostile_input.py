@@ -175,7 +175,7 @@ def test_well_compressed_text_is_read(tmp_path, monkeypatch):
 @pytest.mark.promise(11)
 @pytest.mark.parametrize("length", [10, 100, 1000, 1003])
 def test_a_long_json_text_in_pieces_is_the_same_text(length, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONG_LINE", 100)
+    monkeypatch.setattr(documents, "PART", 100)
     monkeypatch.setattr(lines, "LONG_LINE", 100)
     text = ("ab" * 73 + " " + "cat dog " * 20 + "\nx " + "y" * 99 + "\n" + "z" * 101)[:length]
     path = tmp_path / "a.jsonl"
