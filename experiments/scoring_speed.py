@@ -4,7 +4,7 @@
 
 Minimal pairs: `loop` is the usual way, written out here (files in order, 64 pairs at a time, the
 good sentences in one padded forward pass and the bad ones in another, log-softmax of everything);
-`choose` is candidates.score_choices, which benchmark.py uses. Each runs in its own process, one
+`choose` is candidates.score_task, which benchmark.py uses. Each runs in its own process, one
 after the other, --repeats times, on --device. The time is that of the complete process; the time
 without start-up is printed below it. Decisions are compared.
 
@@ -77,7 +77,7 @@ def score_by_ours(args: argparse.Namespace) -> tuple[list[int], list[float], dic
 
     model, tokenizer = load_model(args.model, args.device)
     items = tasks.read_items("blimp", args.data)[:: args.every]
-    scores, _, precision = candidates.score_choices(model, tokenizer, items)
+    scores, _, precision = candidates.score_task(model, tokenizer, "blimp", items)
     choices = grading.grade(items, scores).choice.tolist()
     return choices, (scores[::2] - scores[1::2]).tolist(), precision
 

@@ -4,8 +4,8 @@
     scores, baselines, precision = score_task(model, tokenizer, "blimp", items)
 
 `score_task` picks one of two ways. `score_candidates` returns exact log-probabilities.
-`score_choices` is several times as fast, and it is enough if only the best candidate matters. Both
-also score the candidates with trivial baselines, which a model should beat. grading.py turns the
+fast_choices.py is several times as fast, and it is enough if only the best candidate matters. The
+candidates are also scored with trivial baselines, which a model should beat. grading.py turns the
 scores into results.
 """
 
@@ -41,11 +41,15 @@ def score_task(
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Return (scores, baselines, precision) of all candidates of a task, for grading.py.
 
-    If only the best candidate matters, scores of different items cannot be compared.
+    If only the best candidate matters, scores of different items cannot be compared. See
+    fast_choices.relative_scores for the meaning of `precision`.
     """
     spec = TASKS[task]
-    if spec.metric == "accuracy" and spec.scoring == "sum":
-        return score_choices(model, tokenizer, items, bos, unigram)
+    if spec.metric == "accuracy" and spec.scoring == "sum":  # only the order in an item counts
+        ids, starts = scored_spans(tokenizer, items, bos)
+        counts = [len(item.completions) for item in items]
+        scores, precision = relative_scores(model, ids, starts, counts)
+        return scores, _baselines(ids, starts, np.arange(len(ids)), unigram), precision
     scores, baselines = score_candidates(model, tokenizer, items, bos, unigram, spec.scoring)
     return scores, baselines, {"items": len(items), "float32_items": len(items)}
 
@@ -81,19 +85,6 @@ def score_candidates(
         if unigram is not None:
             baselines["unigram"] = baselines["unigram"] / lengths
     return scores, baselines
-
-
-def score_choices(
-    model, tokenizer, items: Sequence[Item], bos: bool = True, unigram: np.ndarray | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """Return (scores to compare within an item, baselines, precision), several times as fast.
-
-    See fast_choices.relative_scores for the meaning of scores and precision.
-    """
-    ids, starts = scored_spans(tokenizer, items, bos)
-    counts = [len(item.completions) for item in items]
-    scores, precision = relative_scores(model, ids, starts, counts)
-    return scores, _baselines(ids, starts, np.arange(len(ids)), unigram), precision
 
 
 def _baselines(
