@@ -84,14 +84,13 @@ class BenchmarkSuite:
         tasks: dict[str, BenchmarkTask] | None = None,
         seed: int = 0,
     ):
-        from babyllama.evaluation.loading import context_length, has_start_token, load_model
+        from babyllama.evaluation.loading import context_length, load_model
 
         self.model_path = Path(model_path)
         self.seed = seed
         self.tasks = load_tasks() if tasks is None else tasks
         self.model, self.tokenizer = load_model(model_path, device)
         self.device = self.model.device
-        self.bos = has_start_token(self.tokenizer)
         self.context = context_length(self.model)
         self.scores: dict[str, np.ndarray] = {}
 
@@ -196,7 +195,7 @@ class BenchmarkSuite:
         from babyllama.evaluation.speed import time_generation
 
         task = task or self._first_task("speed")
-        batches = time_generation(self.model, self.tokenizer, self.bos, **task.options)
+        batches = time_generation(self.model, self.tokenizer, **task.options)
         n = task.options["repeats"]
         return {"metric": "tokens_per_second", **batches[0], "n": n, "batches": batches}
 
@@ -205,7 +204,7 @@ class BenchmarkSuite:
         from babyllama.evaluation.candidates import score_task
 
         scores, baselines, precision = score_task(
-            self.model, self.tokenizer, task.type, task.items, self.bos, self._unigram
+            self.model, self.tokenizer, task.type, task.items, self._unigram
         )
         self.scores[task.name] = scores
         result = grading.score_items(task.type, task.items, scores, self.seed)
@@ -387,13 +386,15 @@ def compare_with_first(
 
 def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
+    from babyllama.evaluation.loading import has_start_token
+
     return {
         "path": str(suite.model_path),
         "architecture": type(suite.model).__name__,
         "parameters": suite.model.num_parameters(),
         "vocab_size": len(suite.tokenizer),
         "context": suite.context,
-        "bos": suite.bos,
+        "bos": has_start_token(suite.tokenizer),
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
         "training": training_scores(suite.model_path),

@@ -90,9 +90,9 @@ def zero_shot_job(
     def run() -> None:
         from babyllama.evaluation.candidates import score_task
 
-        lm, tokenizer, bos = open_model(model, args.device)
+        lm, tokenizer = open_model(model, args.device)
         items = collate.read_task(name, data)
-        scores, _, _ = score_task(lm, tokenizer, name, items, bos)
+        scores, _, _ = score_task(lm, tokenizer, name, items)
         write_json(output, grading.official_predictions(name, items, scores, args.seed))
 
     return Job(
@@ -178,14 +178,13 @@ def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:
 
 @functools.lru_cache(maxsize=1)
 def open_model(path: Path, device: str):
-    """Return a model, its tokenizer, and True if a token can precede a text.
+    """Return a model and its tokenizer.
 
     The tasks of one model follow one another, so the last one is kept.
     """
-    from babyllama.evaluation.loading import has_start_token, load_model
+    from babyllama.evaluation.loading import load_model
 
-    model, tokenizer = load_model(path, device)
-    return model, tokenizer, has_start_token(tokenizer)
+    return load_model(path, device)
 
 
 # ---- results ------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Comparison:
 
         revision, task = job.name.split()
         model = self.run_dir if revision == "main" else self.run_dir / revision
-        lm, tokenizer, has_start_token = submit.open_model(model, "cpu")
+        lm, tokenizer = submit.open_model(model, "cpu")
         numbers: dict[str, int] = defaultdict(int)
         sample = []
         wanted: list[float] = []
@@ -276,7 +276,7 @@ class Comparison:
                 wanted += official_scores[key][numbers[key]]
             numbers[key] += 1
         scoring = TASKS[task].scoring
-        scores, _ = score_candidates(lm, tokenizer, sample, has_start_token, scoring=scoring)
+        scores, _ = score_candidates(lm, tokenizer, sample, scoring=scoring)
         return float(np.abs(scores - np.array(wanted)).max())
 
     def acquisition(self, job: submit.Job) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -103,7 +104,7 @@ def count_tokens(tokenizer, text: str) -> int:
 @pytest.mark.parametrize("name", ["completion", "pairs"])
 def test_scores_equal_a_naive_loop(suite, name):
     items = suite.tasks[name].items
-    scores, baselines = candidates.score_candidates(suite.model, suite.tokenizer, items, suite.bos)
+    scores, baselines = candidates.score_candidates(suite.model, suite.tokenizer, items)
     assert scores == pytest.approx(naive_item_scores(suite, items), rel=1e-5)
     completions = [completion for item in items for _, completion in item.candidates]
     lengths = [count_tokens(suite.tokenizer, completion) for completion in completions]
@@ -113,7 +114,7 @@ def test_scores_equal_a_naive_loop(suite, name):
 def test_means_are_sums_per_token_of_the_completion(suite):
     items = [tasks.Item("s", ("The cat", "The"), (" sees the old dog", " garden"))]
     scores, baselines = candidates.score_candidates(
-        suite.model, suite.tokenizer, items, suite.bos, scoring="mean"
+        suite.model, suite.tokenizer, items, scoring="mean"
     )
     lengths = [count_tokens(suite.tokenizer, text) for text in items[0].completions]
     assert lengths[0] > lengths[1]
@@ -145,7 +146,7 @@ def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
     assert any(count_tokens(suite.tokenizer, word) > 3 for word in words)
 
     scores, baselines, precision = candidates.score_task(
-        suite.model, suite.tokenizer, "reading", items, suite.bos
+        suite.model, suite.tokenizer, "reading", items
     )
     assert -scores == pytest.approx(surprisals, rel=1e-5)
     lengths = [count_tokens(suite.tokenizer, word) for word in words]
@@ -154,19 +155,19 @@ def test_a_word_of_reading_times_is_scored_as_in_babylms_script(suite):
 
     # with the space that text has, a word has other tokens
     spaced = [tasks.Item("reading", ("The old man",), (" sat",))]
-    (spaced_score,), _ = candidates.score_candidates(
-        suite.model, suite.tokenizer, spaced, suite.bos
-    )
+    (spaced_score,), _ = candidates.score_candidates(suite.model, suite.tokenizer, spaced)
     assert spaced_score == pytest.approx(naive_score(suite, "The old man", " sat"), rel=1e-5)
     assert abs(spaced_score - scores[0]) > 1e-3
 
 
 def test_without_bos_the_first_token_is_not_scored(suite):
     items = [tasks.Item("s", ("", "The cat"), ("The cat sees", " sees the dog"))]
-    ids, starts = candidates.scored_spans(suite.tokenizer, items, bos=False)
+    without_bos = copy.deepcopy(suite.tokenizer)
+    without_bos.bos_token = without_bos.eos_token = None
+    ids, starts = candidates.scored_spans(without_bos, items)
     assert starts[0] == 1
     assert ids[0][0] != suite.tokenizer.bos_token_id
-    ids_with_bos, starts_with_bos = candidates.scored_spans(suite.tokenizer, items, bos=True)
+    ids_with_bos, starts_with_bos = candidates.scored_spans(suite.tokenizer, items)
     assert [row[1:] for row in ids_with_bos] == ids
     assert starts_with_bos == [1, starts[1] + 1]
 
@@ -340,7 +341,7 @@ def test_the_unigram_baseline_counts_the_training_text(model_dirs, corpus_dir, t
     # a candidate's baseline score is the sum of its tokens' entries
     items = [tasks.Item("s", ("The", "The"), (" cat", " dog"))]
     model, _ = load_model(model_dirs["Llama"], "cpu")
-    _, baselines = candidates.score_candidates(model, tokenizer, items, True, table)
+    _, baselines = candidates.score_candidates(model, tokenizer, items, table)
     (cat,) = tokenizer(" cat", add_special_tokens=False)["input_ids"]
     (dog,) = tokenizer(" dog", add_special_tokens=False)["input_ids"]
     assert baselines["unigram"] == pytest.approx([table[cat], table[dog]])

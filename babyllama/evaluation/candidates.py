@@ -21,7 +21,7 @@ import numpy as np
 from babyllama.data.documents import read_parts
 from babyllama.data.text_files import find_files
 from babyllama.evaluation.fast_choices import relative_scores
-from babyllama.evaluation.loading import encode
+from babyllama.evaluation.loading import encode, has_start_token
 from babyllama.evaluation.scoring import ids_logprobs
 from babyllama.evaluation.tasks import TASKS, Item
 from babyllama.runs.finished_run import training_text_of
@@ -32,12 +32,7 @@ UNIGRAM_CHARS = 10_000_000  # characters of the training text, equally many from
 
 
 def score_task(
-    model,
-    tokenizer,
-    task: str,
-    items: Sequence[Item],
-    bos: bool = True,
-    unigram: np.ndarray | None = None,
+    model, tokenizer, task: str, items: Sequence[Item], unigram: np.ndarray | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Return (scores, baselines, precision) of all candidates of a task, for grading.py.
 
@@ -46,21 +41,16 @@ def score_task(
     """
     spec = TASKS[task]
     if spec.metric == "accuracy" and spec.scoring == "sum":  # only the order in an item counts
-        ids, starts = scored_spans(tokenizer, items, bos)
+        ids, starts = scored_spans(tokenizer, items)
         counts = [len(item.completions) for item in items]
         scores, precision = relative_scores(model, ids, starts, counts)
         return scores, _baselines(ids, starts, np.arange(len(ids)), unigram), precision
-    scores, baselines = score_candidates(model, tokenizer, items, bos, unigram, spec.scoring)
+    scores, baselines = score_candidates(model, tokenizer, items, unigram, spec.scoring)
     return scores, baselines, {"items": len(items), "float32_items": len(items)}
 
 
 def score_candidates(
-    model,
-    tokenizer,
-    items: Sequence[Item],
-    bos: bool = True,
-    unigram: np.ndarray | None = None,
-    scoring: str = "sum",
+    model, tokenizer, items: Sequence[Item], unigram: np.ndarray | None = None, scoring: str = "sum"
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return (log-probability in nats of each candidate of each item, in order; baselines).
 
@@ -72,9 +62,9 @@ def score_candidates(
     tokens, if there is a table of them (`unigram_table`), or takes their mean.
     """
     if scoring == "word":
-        ids, starts, owners = word_spans(tokenizer, items, bos)
+        ids, starts, owners = word_spans(tokenizer, items)
     else:
-        ids, starts = scored_spans(tokenizer, items, bos)
+        ids, starts = scored_spans(tokenizer, items)
         owners = np.arange(len(ids))
     sums = [text.logprobs.sum() for text in ids_logprobs(model, ids, starts=starts)]
     scores = np.bincount(owners, sums)
@@ -100,12 +90,13 @@ def _baselines(
     return baselines
 
 
-def scored_spans(tokenizer, items: Sequence[Item], bos: bool) -> tuple[list[list[int]], list[int]]:
+def scored_spans(tokenizer, items: Sequence[Item]) -> tuple[list[list[int]], list[int]]:
     """Return the token ids of every candidate of every item, and the first scored token of each.
 
     A token is scored if it ends after the start of the completion. Prefix and completion can share
     a token, so it takes the character offsets of the tokens to find the first one.
     """
+    bos = has_start_token(tokenizer)
     candidates = [pair for item in items for pair in item.candidates]
     texts: list[str | list[int]] = [prefix + completion for prefix, completion in candidates]
     starts = [0] * len(candidates)
@@ -130,9 +121,7 @@ def scored_spans(tokenizer, items: Sequence[Item], bos: bool) -> tuple[list[list
     return encode(tokenizer, texts, bos), [max(1, start + bos) for start in starts]
 
 
-def word_spans(
-    tokenizer, items: Sequence[Item], bos: bool
-) -> tuple[list[list[int]], list[int], np.ndarray]:
+def word_spans(tokenizer, items: Sequence[Item]) -> tuple[list[list[int]], list[int], np.ndarray]:
     """Return a text for each token of each completion, as BabyLM's script of reading times has it.
 
     The last token of a text is the one that is scored. The result is (token ids, index of the last
@@ -160,7 +149,7 @@ def word_spans(
             owners.append(owner)
             context += text
 
-    context_ids = encode(tokenizer, contexts, bos)
+    context_ids = encode(tokenizer, contexts, bos=None)
     texts = [[*ids, target] for ids, target in zip(context_ids, targets, strict=True)]
     return texts, [len(text) - 1 for text in texts], np.array(owners)
 

@@ -1,6 +1,6 @@
 """Measure how fast a model generates text.
 
-time_generation(model, tokenizer, True, batch_sizes=[1, 8], max_new_tokens=64, repeats=3)
+time_generation(model, tokenizer, batch_sizes=[1, 8], max_new_tokens=64, repeats=3)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PROMPT = "Once upon a time there was a little"
 
 
 def time_generation(
-    model, tokenizer, bos: bool, *, batch_sizes: Iterable[int], max_new_tokens: int, repeats: int
+    model, tokenizer, *, batch_sizes: Iterable[int], max_new_tokens: int, repeats: int
 ) -> list[dict[str, float]]:
     """Return the speed of greedy generation for each batch size, as the median of `repeats` runs.
 
     The keys of a row are explained in BenchmarkSuite.run_speed_benchmark.
     """
-    prompt = encode(tokenizer, [PROMPT], bos)[0][:8]
+    prompt = encode(tokenizer, [PROMPT], bos=None)[0][:8]
     steps = min(max_new_tokens, context_length(model) - len(prompt))
     return [_time_batch(model, [prompt] * size, steps, repeats) for size in batch_sizes]
 

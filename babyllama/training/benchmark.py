@@ -21,7 +21,6 @@ from babyllama import distributed
 from babyllama.evaluation import grading
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.candidates import score_task, scored_spans
-from babyllama.evaluation.loading import has_start_token
 from babyllama.runs.run_dir import BENCHMARK_PREFIX
 
 # tokenizing and Python; measured on BLiMP's pairs (docs/results.md, "Benchmarks while training")
@@ -46,11 +45,10 @@ class TrainingBenchmark:
     def __init__(self, tasks: dict[str, BenchmarkTask], model, tokenizer):
         self.tasks = tasks
         self.tokenizer = tokenizer
-        self.bos = has_start_token(tokenizer)
         self.tokens = 0
         for name, task in tasks.items():
             try:
-                ids, _ = scored_spans(tokenizer, task.items, self.bos)
+                ids, _ = scored_spans(tokenizer, task.items)
             except ValueError as error:
                 raise ValueError(f"training.benchmark: tasks.{name}: {error}") from None
             self.tokens += sum(map(len, ids))
@@ -64,9 +62,7 @@ class TrainingBenchmark:
         self.model.load_state_dict(model.state_dict(), assign=True)
         scores = {}
         for name, task in self.tasks.items():
-            task_scores, _, _ = score_task(
-                self.model, self.tokenizer, task.type, task.items, self.bos
-            )
+            task_scores, _, _ = score_task(self.model, self.tokenizer, task.type, task.items)
             result = grading.score_items(task.type, task.items, task_scores)
             scores[BENCHMARK_PREFIX + name] = result[result["metric"]]
         return {**scores, "benchmark_seconds": time.perf_counter() - started}
