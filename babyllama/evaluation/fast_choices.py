@@ -17,8 +17,6 @@ log-probabilities come from scoring.py.
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +26,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from babyllama.architectures import MODEL_TYPES
 from babyllama.device import fast_dtype
 from babyllama.evaluation.loading import check_ids, context_length
 from babyllama.evaluation.prefix_tree import PrefixTree, build_trees, shared_length, tree_inputs
@@ -38,8 +37,6 @@ from babyllama.evaluation.scoring import (
     float32_inference,
     ids_logprobs,
 )
-
-log = logging.getLogger(__name__)
 
 SAMPLE_ITEMS = 256  # scored both ways, to measure the error
 SAFETY_FACTOR = 2.0  # a clear margin is this many times the largest error per sqrt(tokens)
@@ -71,13 +68,9 @@ def relative_scores(
     dtype = fast_dtype(model.device)
     fast_scores = np.full(len(ids), np.nan)
     pending = np.arange(len(counts))  # items to score in float32
-    if len(counts) > 2 * SAMPLE_ITEMS and not _float32_is_cheaper(model, ids):
+    if len(counts) > 2 * SAMPLE_ITEMS and _fast_pass_pays(model, ids):
         pending = np.linspace(0, len(counts) - 1, SAMPLE_ITEMS).astype(int)
-        try:
-            fast_scores = fast_sums(model, ids, starts, dtype)
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            log.warning("scoring %s in float32 only: %s", type(model).__name__, reason)
+        fast_scores = fast_sums(model, ids, starts, dtype)
     margins = _margins(fast_scores, counts)
 
     # 2. score the sample in float32, then all close items; repeat, since their errors can show
@@ -126,10 +119,15 @@ def skip_shared_tokens(
     return starts
 
 
-def _float32_is_cheaper(model, ids: Sequence[list[int]]) -> bool:
-    """Return True if a GPU can score all texts in float32 before Python has built the trees."""
+def _fast_pass_pays(model, ids: Sequence[list[int]]) -> bool:
+    """Return False for a model that train.py cannot build, because it may not read prefix trees.
+
+    Also return False if a GPU can score all texts in float32 before Python has built the trees.
+    """
+    if model.config.model_type not in MODEL_TYPES:
+        return False
     flops = 2 * sum(map(len, ids)) * sum(p.numel() for p in model.parameters())
-    return model.device.type == "cuda" and flops < GPU_FLOPS_WORTH_A_TREE
+    return model.device.type != "cuda" or flops >= GPU_FLOPS_WORTH_A_TREE
 
 
 def _margins(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -153,15 +151,11 @@ def fast_sums(
 ) -> np.ndarray:
     """Return the sum of log p of ids[start:] of each text (N,), from prefix trees in `dtype`.
 
-    A text longer than the context gets NaN. All texts do if the model cannot read trees, because it
-    takes no positions or its head is not a linear layer.
+    The model must be one of MODEL_TYPES: its attention uses the mask and the positions that it is
+    given, and its head is a linear layer. A text longer than the context gets NaN.
     """
     sums = np.full(len(ids), np.nan)
     head = model.get_output_embeddings()
-    arguments = inspect.signature(model.base_model.forward).parameters
-    takes_trees = "attention_mask" in arguments and "position_ids" in arguments
-    if not takes_trees or not isinstance(head, torch.nn.Linear) or model.base_model is model:
-        return sums
     # convert the parameters only: buffers such as rotary frequencies need float32
     body_weights = {n: p.detach().to(dtype) for n, p in model.base_model.named_parameters()}
     head_weight = head.weight.detach().to(dtype)

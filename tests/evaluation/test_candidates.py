@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import build_tiny_model
 
 from babyllama.evaluation import fast_choices
@@ -158,3 +159,12 @@ def test_float32_decides_everything_if_the_fast_pass_is_wrong(monkeypatch):
     starts = skip_shared_tokens(texts, [1] * len(texts), np.array(counts), 64)
     expected = [text.logprobs.sum() for text in ids_logprobs(model, texts, starts=starts)]
     assert scores == pytest.approx(np.array(expected), rel=1e-6)
+
+
+def test_float32_decides_everything_for_an_architecture_that_we_do_not_train():
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **heads)).eval()
+    texts, counts = make_items(600, seed=2)
+    _, precision = relative_scores(model, texts, [1] * len(texts), counts)
+    assert precision == {"items": 600, "float32_items": 600}
