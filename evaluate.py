@@ -22,6 +22,7 @@ another directory.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import random
@@ -57,14 +58,8 @@ LOW_CONFIDENCE = 0.1  # a prediction is unsure if no token has this probability
 PASSAGE_CHARS = 2000
 SAMPLE_TOKENS = 40  # tokens of one text whose surprisal is plotted
 DEFAULT_PROMPTS = 10
-# flags of the report, which --surprisal does not write, and their values if they are not given
-REPORT_FLAGS = {
-    "num_samples": 500,
-    "temperature": 0.8,
-    "seed": 0,
-    "custom_prompts": None,
-    "eval_data": None,
-}
+# flags of the report, which --surprisal does not write
+REPORT_FLAGS = ("num_samples", "temperature", "seed", "custom_prompts", "eval_data")
 PROMPT_WORDS = 4
 MAX_DOMAINS = 12  # that are printed
 FEW_DOCUMENTS = 30  # with fewer of any of these, a note in the report warns about it
@@ -591,43 +586,43 @@ def _print_figure(label: str, figures: dict, key: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="evaluate.py", description="Measure one language model on held-out text.")
+    add = functools.partial(add_flag, parser)
     parser.add_argument("model", help="a model directory, e.g. models/quickstart")
-    add_flag(
-        parser, "num-samples", type=int, help="passages of held-out text to score (default 500)"
+    add(
+        "num-samples",
+        type=int,
+        default=500,
+        help="passages of held-out text to score (default 500)",
     )
-    add_flag(
-        parser,
+    add(
         "output-path",
         metavar="FILE",
         help="JSON file (default MODEL/evaluation_results.json), with the plots next to it; with "
         "--surprisal a CSV file (default MODEL/word_surprisal.csv)",
     )
-    add_flag(parser, "device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    add_flag(
-        parser,
+    add("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add(
         "custom-prompts",
         metavar="FILE",
         help="prompts, one per line (default: the first words of ten passages)",
     )
-    add_flag(
-        parser,
+    add(
         "surprisal",
         metavar="FILE",
         help="only write a CSV row for each word of these sentences: one per line, or the column "
         "text or sentence of a .csv or .tsv file",
     )
-    add_flag(
-        parser, "temperature", type=float, help="temperature of sampling; 0 is greedy (default 0.8)"
+    add(
+        "temperature",
+        type=float,
+        default=0.8,
+        help="temperature of sampling; 0 is greedy (default 0.8)",
     )
-    add_flag(
-        parser,
-        "eval-data",
-        metavar="FILE_OR_DIR",
-        help="held-out text (default: that of the training run)",
+    add(
+        "eval-data", metavar="FILE_OR_DIR", help="held-out text (default: that of the training run)"
     )
-    add_flag(parser, "seed", type=int, help="seed of passages, samples and intervals (default 0)")
-    add_flag(
-        parser,
+    add("seed", type=int, default=0, help="seed of passages, samples and intervals (default 0)")
+    add(
         "batch-size",
         type=int,
         default=8,
@@ -637,22 +632,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     log_to_stderr()
     return run_script(
-        lambda: run(args), memory_advice="use a smaller --batch-size, or another --device"
+        lambda: run(parser, args), memory_advice="use a smaller --batch-size, or another --device"
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Check the request, evaluate, write the JSON file and the plots, and print the report."""
-    # refuse flags of the report with --surprisal; without it, fill in their defaults
-    for name, default in REPORT_FLAGS.items():
-        if args.surprisal and getattr(args, name) is not None:
+    for name in REPORT_FLAGS:
+        if args.surprisal and getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} does not go with --surprisal, which scores only its FILE")
-        if getattr(args, name) is None:
-            setattr(args, name, default)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "temperature": 0, "seed": 0})
     check_model_exists(Path(args.model))
 

@@ -260,6 +260,6 @@ def test_only_an_earlier_table_is_replaced(tmp_path, run_dir, capsys):
 
 @pytest.mark.parametrize("flag", ["--eval-data", "--num-samples", "--temperature", "--seed"])
 def test_flags_of_the_report_do_not_go_with_surprisal(run_dir, capsys, flag):
-    assert evaluate.main([str(run_dir), "--surprisal", "a.txt", flag, "0"]) == 2
+    assert evaluate.main([str(run_dir), "--surprisal", "a.txt", flag, "1"]) == 2
     (error,) = errors_of(capsys)
     assert f"{flag} does not go with --surprisal" in error
