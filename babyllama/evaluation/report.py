@@ -102,10 +102,8 @@ def overall_text(results: dict) -> str:
     """Format an overall score with its interval and its parts."""
     if results["overall_score"] is None:
         return "none: no task measures quality"
-    score = number(results["overall_score"])
-    interval = results.get("overall_score_ci95")  # older files have none
-    if interval:
-        score += f" [{number(interval[0])}, {number(interval[1])}]"
+    low, high = results["overall_score_ci95"]
+    score = f"{number(results['overall_score'])} [{number(low)}, {number(high)}]"
     parts = dict(results["overall_parts"])
     factor = parts.pop("one_minus_repetition", None)
     mean = ", ".join(f"{task} {number(value)}" for task, value in parts.items())
@@ -174,7 +172,7 @@ def run_text(run: dict) -> str:
 
 def run_texts(document: dict) -> list[str]:
     """Return run_text of each run that the models are from."""
-    runs = [facts.get("trained") for facts in document["models"].values()]  # older files have none
+    runs = [facts["trained"] for facts in document["models"].values()]
     return list(dict.fromkeys(run_text(run) for run in runs if run))
 
 
@@ -274,7 +272,7 @@ def text_report(document: dict) -> str:
 
 def seed_lines(document: dict) -> list[str]:
     """Return a line for each figure of each group of runs that differ only in the seed."""
-    groups = document.get("seed_groups", [])  # older files have none
+    groups = document["seed_groups"]
     lines = []
     for group in groups:
         for figure, score in group["scores"].items():
@@ -310,9 +308,9 @@ def domain_bits(document: dict) -> dict[str, dict[str, float | None]]:
     """
     scores = {}  # model -> domain -> scores
     for model, facts in document["models"].items():
-        by_domain = (facts.get("training") or {}).get("eval_by_domain")  # older files have none
-        if by_domain:
-            scores[model] = by_domain
+        training = facts["training"]
+        if training and training["eval_by_domain"]:
+            scores[model] = training["eval_by_domain"]
     return {
         domain: {model: scores[model].get(domain, {}).get("bits_per_byte") for model in scores}
         for domain in sorted(set().union(*scores.values()))
