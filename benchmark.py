@@ -61,7 +61,13 @@ from babyllama.files import (
     weights_sha256,
     write_json,
 )
-from babyllama.runs.finished_run import facts_of_run, seed_and_config, training_scores
+from babyllama.runs.finished_run import (
+    facts_of,
+    read_metrics,
+    run_of_checkpoint,
+    scores_of,
+    seed_and_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -388,6 +394,9 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import has_start_token
 
+    metrics = read_metrics(suite.model_path)
+    run_dir = run_of_checkpoint(suite.model_path)
+    run_metrics = read_metrics(run_dir) if run_dir else metrics
     return {
         "path": str(suite.model_path),
         "architecture": type(suite.model).__name__,
@@ -397,9 +406,9 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "bos": has_start_token(suite.tokenizer),
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
-        "training": training_scores(suite.model_path),
-        "trained": facts_of_run(suite.model_path),
-        "run": seed_and_config(suite.model_path),
+        "training": scores_of(metrics) if metrics else None,
+        "trained": facts_of(run_metrics) if run_metrics else None,
+        "run": seed_and_config(metrics) if metrics else None,
     }
 
 

@@ -50,7 +50,7 @@ from babyllama.files import (
     weights_sha256,
     write_json,
 )
-from babyllama.runs.finished_run import training_scores, training_text_of
+from babyllama.runs.finished_run import read_metrics, scores_of, training_text_of
 
 log = logging.getLogger(__name__)
 
@@ -453,7 +453,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     # the run's own scores, if they are of the same text
-    in_training = None if args.eval_data else training_scores(model_path)
+    metrics = None if args.eval_data else read_metrics(model_path)
+    in_training = scores_of(metrics) if metrics else None
 
     undefined: list[str] = []  # the figures that are NaN
     environment = describe_environment(args.device)

@@ -149,7 +149,7 @@ def enumeration(names: list[str]) -> str:
 
 
 def run_text(run: dict) -> str:
-    """Describe in two sentences what was trained and on what; `run` is from facts_of_run."""
+    """Describe in two sentences what was trained and on what; `run` is from facts_of."""
     words = f"{run['words']:,} words"
     if run["epochs"] < 1:
         amount = f"{run['epochs']:.0%} of {words}"

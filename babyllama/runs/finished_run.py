@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,39 +15,49 @@ from babyllama.config import read_yaml_file
 from babyllama.files import ROOT, read_json
 from babyllama.runs.run_dir import CONFIG_FILE, METRICS_FILE
 
-
-def training_scores(folder: str | Path) -> dict[str, Any] | None:
-    """Return the held-out scores of a run and the words it has seen; None if it is not finished."""
-    try:
-        results = read_json(Path(folder, METRICS_FILE))["results"]
-        return {
-            "eval_loss": float(results["eval_loss"]),
-            "eval_perplexity": float(results["eval_perplexity"]),
-            "eval_bits_per_byte": float(results["eval_bits_per_byte"]),
-            "eval_by_domain": results.get("eval_by_domain", {}),
-            "floor_bits_per_byte": results.get("floor_bits_per_byte"),
-            "words_trained": results.get("words_trained"),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+log = logging.getLogger(__name__)
 
 
-def facts_of_run(folder: str | Path) -> dict[str, Any] | None:
-    """Return what was trained in a run, and on what text, for a report; None if it is unknown.
+def read_metrics(folder: str | Path) -> dict[str, Any] | None:
+    """Return the content of training_metrics.json; None if the folder has none.
 
-    `folder` is the directory of a finished run, or of one of its checkpoints.
+    If the file is damaged or of an older version, warn and return None: it says how the model was
+    trained, and the model can be measured without that.
     """
-    folder = Path(folder).resolve()
-    if re.fullmatch(r"checkpoint-\d+|chck_\d+M", folder.name):
-        folder = folder.parent
-    try:
-        return facts_of_metrics(read_json(folder / METRICS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    file = Path(folder, METRICS_FILE)
+    if not file.is_file():
         return None
+    try:
+        metrics = read_json(file)
+        for read in (scores_of, facts_of, seed_and_config):
+            read(metrics)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged or of an older version, so it is ignored: %r", file, error)
+        return None
+    return metrics
 
 
-def facts_of_metrics(metrics: dict) -> dict[str, Any]:
-    """Return the facts of facts_of_run from the content of training_metrics.json."""
+def run_of_checkpoint(folder: str | Path) -> Path | None:
+    """Return the directory of the run that a checkpoint is from; None if it is no checkpoint."""
+    folder = Path(folder).resolve()
+    return folder.parent if re.fullmatch(r"checkpoint-\d+|chck_\d+M", folder.name) else None
+
+
+def scores_of(metrics: dict) -> dict[str, Any]:
+    """Return the held-out scores of a run and the words it has seen."""
+    results = metrics["results"]
+    return {
+        "eval_loss": float(results["eval_loss"]),
+        "eval_perplexity": float(results["eval_perplexity"]),
+        "eval_bits_per_byte": float(results["eval_bits_per_byte"]),
+        "eval_by_domain": results.get("eval_by_domain", {}),  # none if there is only one
+        "floor_bits_per_byte": results["floor_bits_per_byte"],
+        "words_trained": results["words_trained"],
+    }
+
+
+def facts_of(metrics: dict) -> dict[str, Any]:
+    """Return what was trained in a run, and on what text, for a report."""
     words = Counter()  # by domain
     for source in metrics["data"]["train"]["sources"]:
         words[source["domain"]] += source["words"]
@@ -61,24 +73,20 @@ def facts_of_metrics(metrics: dict) -> dict[str, Any]:
     }
 
 
-def seed_and_config(folder: str | Path) -> dict[str, int | str] | None:
-    """Return the `seed` of a finished run and a hash of the rest of its `config` and text.
+def seed_and_config(metrics: dict) -> dict[str, int | str]:
+    """Return the `seed` of a run and a hash of the rest of its `config` and text.
 
     Two runs with the same hash differ only in the seed: the name of the model and the logging
-    section do not count. Return None if the run is not finished or was written by an older version.
+    section do not count.
     """
-    try:
-        metrics = read_json(Path(folder, METRICS_FILE))
-        config = metrics["config"]
-        del config["logging"], config["model"]["name"]
-        seed = int(config["training"].pop("seed"))
-        if config["training"].get("max_minutes"):
-            del config["training"]["max_steps"]  # seeds that had the same time
-        facts = [config, metrics["data"]["train"]["key"]]
-        if "history" in metrics["data"]:
-            facts.append(metrics["data"]["history"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    config = copy.deepcopy(metrics["config"])
+    del config["logging"], config["model"]["name"]
+    seed = int(config["training"].pop("seed"))
+    if config["training"].get("max_minutes"):
+        del config["training"]["max_steps"]  # seeds that had the same time
+    facts = [config, metrics["data"]["train"]["key"]]
+    if "history" in metrics["data"]:
+        facts.append(metrics["data"]["history"])
     text = json.dumps(facts, sort_keys=True).encode()
     return {"seed": seed, "config": hashlib.sha256(text).hexdigest()}
 

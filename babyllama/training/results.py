@@ -21,7 +21,7 @@ from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
 from babyllama.files import make_weights_readable, write_json, write_text
 from babyllama.plots import plot_training
-from babyllama.runs.finished_run import facts_of_metrics
+from babyllama.runs.finished_run import facts_of
 from babyllama.runs.resume import changes_at
 from babyllama.runs.run_dir import (
     BENCHMARK_PREFIX,
@@ -199,7 +199,7 @@ def domain_lines(results: dict) -> list[str]:
 def model_card(metrics: dict) -> str:
     """Return the README.md of a run: metadata for model hubs, the scores, and the training."""
     config = metrics["config"]
-    facts = facts_of_metrics(metrics)
+    facts = facts_of(metrics)
     held_out = metrics["results"].get("eval_by_domain", {})  # none if there is only one
     held_out_domains = dict.fromkeys(
         source["domain"] for source in metrics["data"]["validation"]["sources"]

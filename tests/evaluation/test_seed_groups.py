@@ -12,7 +12,7 @@ import pytest
 import benchmark
 from babyllama.evaluation import report
 from babyllama.evaluation.seed_groups import seed_groups
-from babyllama.runs.finished_run import seed_and_config
+from babyllama.runs.finished_run import read_metrics, seed_and_config
 from babyllama.runs.run_dir import METRICS_FILE
 
 
@@ -76,7 +76,7 @@ def test_benchmark_groups_runs_and_shows_the_spread(finished, tmp_path, capsys):
         metrics["results"]["eval_bits_per_byte"] = 1.0 + seed
         (folder / METRICS_FILE).write_text(json.dumps(metrics))
         paths.append(str(folder))
-    first, second, third = map(seed_and_config, paths)
+    first, second, third = (seed_and_config(read_metrics(path)) for path in paths)
     assert first["config"] == second["config"] != third["config"]
     assert [first["seed"], second["seed"]] == [1, 2]
 

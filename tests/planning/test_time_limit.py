@@ -71,14 +71,13 @@ def test_timing_leaves_no_trace_and_happens_once(
     assert "training.max_minutes: was 100.0, is 90.0" in capsys.readouterr().err
 
 
-def test_seeds_with_the_same_time_are_seeds_of_one_run(finished, tmp_path):
+def test_seeds_with_the_same_time_are_seeds_of_one_run(finished):
     metrics = json.loads((finished[1] / METRICS_FILE).read_text())
 
     def facts(seed, minutes, steps):
         section = {"seed": seed, "max_minutes": minutes, "max_steps": steps}
         metrics["config"]["training"] |= section
-        (tmp_path / METRICS_FILE).write_text(json.dumps(metrics))
-        return seed_and_config(tmp_path)
+        return seed_and_config(metrics)
 
     assert facts(1, 0.3, 10) | {"seed": 2} == facts(2, 0.3, 11)
     assert facts(1, 0.3, 10) != facts(1, 0.4, 10)

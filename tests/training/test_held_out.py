@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from babyllama.data.tokenizer import byte_lengths
-from babyllama.runs.finished_run import training_scores
+from babyllama.runs.finished_run import scores_of
 from babyllama.training.held_out import TokenDomains, choose_chunks, evaluate_chunks
 from babyllama.training.results import MAX_DOMAINS, domain_lines, model_card
 from data_utils import DataProcessor
@@ -159,7 +159,7 @@ def test_a_run_reports_its_domains(dev, config_file, tokenizer, tmp_path, capsys
     metrics = json.loads((run_dir / "training_metrics.json").read_text())
     results = metrics["results"]
     by_domain = results["eval_by_domain"]
-    assert training_scores(run_dir)["eval_by_domain"] == by_domain  # for the page of benchmark.py
+    assert scores_of(metrics)["eval_by_domain"] == by_domain  # for the page of benchmark.py
     _, rows = train.prepare_datasets_modern(metrics["config"], tokenizer)
     model = AutoModelForCausalLM.from_pretrained(run_dir)
     check_against_naive(by_domain, naive_scores(model, dev, tokenizer, rows))
