@@ -298,14 +298,9 @@ def run(
     for path, name in zip(args.models, short_names(args.models), strict=True):
         log.info("%s", name)
         try:
-            suite = BenchmarkSuite(path, args.device, tasks, args.seed)
-            results = suite.run_all_benchmarks()
-            facts = model_facts(suite)
             prediction_folder = output.parent / "results" / folders[path]
-            if write_predictions(suite, prediction_folder):
-                log.info("  predictions: %s", prediction_folder)
             # only models that succeeded have scores; the first of them is the reference
-            scores[name] = suite.scores
+            results, facts, scores[name] = measure_model(path, args, tasks, prediction_folder)
             add_model(document, name, results, facts, compare_with_first(tasks, scores, args.seed))
         except Exception as error:  # whatever is wrong with this model, keep the other results
             log.debug("%s", path, exc_info=True)
@@ -314,20 +309,23 @@ def run(
                 message = f"{type(error).__name__}: {message}"
             document["failed"][name] = message
             cli.print_error(ValueError(f"{name}: {message}"))
-        # free the memory of this model before the next one is loaded
-        suite = None
-        gc.collect()
+        gc.collect()  # free the memory of this model before the next one is loaded
 
         if document["results"]:
-            try:
-                written = report.write_files(document, output)
-            except OSError:  # the folder is not writable, so no model's results could be kept
-                raise
-            except Exception as error:  # a failing plot must not stop the other models
-                log.debug("report", exc_info=True)
-                document["notes"].append(f"the report after {name} is incomplete: {error}")
-                written = []
+            written = report.write_files(document, output)
     return document, written
+
+
+def measure_model(
+    path: str, args: argparse.Namespace, tasks: dict[str, BenchmarkTask], prediction_folder: Path
+) -> tuple[dict, dict, dict]:
+    """Run all tasks on a model; return its results, its facts, and its scores by task."""
+    suite = BenchmarkSuite(path, args.device, tasks, args.seed)
+    results = suite.run_all_benchmarks()
+    facts = model_facts(suite)
+    if write_predictions(suite, prediction_folder):
+        log.info("  predictions: %s", prediction_folder)
+    return results, facts, suite.scores
 
 
 def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> dict[str, Any]:
@@ -530,12 +528,11 @@ def main(argv: list[str] | None = None) -> int:
         document, written = run(args, tasks, output)
         if document["results"]:
             print(text_report(document))
-            files = ", ".join(map(str, written))
-            print(f"\nresults: {files}" if written else "\nthe report is incomplete; see the note")
+            print(f"\nresults: {', '.join(map(str, written))}")
             last = list(document["models"].values())[-1]["path"]
             command = ["python", "generate.py", last, "--prompt", "Once upon a time"]
             print(f"next  {shlex.join(command)}")
-        return cli.EXIT_BAD_INPUT if document["failed"] or not written else 0
+        return cli.EXIT_BAD_INPUT if document["failed"] else 0
 
     return cli.run_script(
         body, interrupted=f"interrupted; {output} holds the models that were finished, if any"

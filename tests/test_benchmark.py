@@ -466,21 +466,6 @@ def test_an_interrupted_benchmark_keeps_the_models_that_were_finished(
     assert capsys.readouterr().err.endswith(message)
 
 
-def test_a_chart_that_cannot_be_drawn_fails_the_command_but_keeps_the_results(
-    model_dirs, blimp_flags, tmp_path, capsys, monkeypatch
-):
-    def fail(rows, path):
-        raise RuntimeError("no font")
-
-    monkeypatch.setattr("babyllama.plots.plot_comparison", fail)
-    output = tmp_path / "b.json"
-    assert benchmark.main([str(model_dirs["GPT2"]), *blimp_flags, "--output", str(output)]) == 2
-    out = capsys.readouterr().out
-    assert "the report after GPT2 is incomplete: no font" in out
-    assert "results:" not in out
-    assert list(json.loads(output.read_text())["results"]) == ["GPT2"]
-
-
 def test_a_single_model_gets_its_results_in_its_directory(
     model_dirs, blimp_flags, tmp_path, caplog
 ):
