@@ -1,7 +1,6 @@
 """Draw the pictures of a page: how its models were trained and evaluated, and learning curves.
 
-The first two read the files in the directories of the models. A file that is older than the weights
-is about earlier ones, so it is ignored.
+The first two read the files in the directories of the models.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from babyllama import plots
-from babyllama.evaluation.model_names import RunCheckpoints, checkpoints_by_run, short_names
+from babyllama.evaluation.model_names import checkpoints_by_run, short_names
 from babyllama.files import read_json
 
 log = logging.getLogger(__name__)
@@ -33,22 +31,18 @@ ON_UNIT_SCALE = {  # metrics with values up to 1, which the charts show
 # ---- learning curves ----------------------------------------------------------------------------
 
 
-def _runs_with_curves(document: dict) -> Iterator[tuple[RunCheckpoints, list[dict]]]:
-    """Yield each run with two or more checkpoints, and the results of these by task."""
-    results = [document["results"][model] for model in document["models"]]
-    paths = [facts["path"] for facts in document["models"].values()]
-    for run in checkpoints_by_run(paths):
-        if len(run.counts) > 1:
-            yield run, [results[index] for index in run.indices]
-
-
 def learning_curves(document: dict) -> list[dict[str, Any]]:
     """Return a curve for plots.draw_learning_curve for each run and each task scored up to 1.
 
     If the task has phenomena, `lines` has the accuracy of each: the mean over its subsets.
     """
     curves = []
-    for run, results in _runs_with_curves(document):
+    models = list(document["models"])
+    paths = [facts["path"] for facts in document["models"].values()]
+    for run in checkpoints_by_run(paths):
+        if len(run.counts) == 1:
+            continue
+        results = [document["results"][models[index]] for index in run.indices]
         for task, config in document["configs"].items():
             task_results = [checkpoint[task] for checkpoint in results]
             metric = task_results[0]["metric"]
@@ -112,17 +106,9 @@ def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
     return groups
 
 
-def _newer_than_weights(folder: str, name: str) -> bool:
-    """Return True if a model's directory has a file of this name that is about its weights."""
-    file = Path(folder, name)
-    weights = file.with_name("model.safetensors")
-    is_there = file.is_file() and weights.is_file()
-    return is_there and file.stat().st_mtime >= weights.stat().st_mtime
-
-
 def _training_panels(facts: dict) -> list[plots.Panel]:
     scores = facts.get("training")
-    if not scores or not _newer_than_weights(facts["path"], "training_metrics.json"):
+    if not scores:
         return []
     lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     floor_nats = None
@@ -136,6 +122,11 @@ def _training_panels(facts: dict) -> list[plots.Panel]:
 
 
 def _evaluation_panels(facts: dict) -> list[plots.Panel]:
-    if not _newer_than_weights(facts["path"], "evaluation_results.json"):
+    """Return the panels of what evaluate.py wrote; none if it measured other weights."""
+    file = Path(facts["path"], "evaluation_results.json")
+    if not file.is_file():
         return []
-    return plots.evaluation_panels(read_json(Path(facts["path"], "evaluation_results.json")))
+    report = read_json(file)
+    if report["config"]["weights_sha256"] != facts["weights_sha256"]:
+        return []
+    return plots.evaluation_panels(report)

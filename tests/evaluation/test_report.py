@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from html.parser import HTMLParser
 
@@ -229,17 +228,10 @@ def test_failed_models_are_at_the_top_of_the_page():
 
 @pytest.fixture
 def trained_document(tmp_path):
-    """Return results whose first model is a run in tmp_path with scores and a log.
-
-    Its evaluation is older than the weights.
-    """
+    """Return results whose first model is a run in tmp_path with scores and a log."""
     row = {"tokens": 9, "loss": 3.0, "learning_rate": 0.1, "tokens_per_second": 5.0, "step": 1}
     last = {"tokens": 9, "eval_loss": 2.2151}
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(last)}\n")
-    ages = {"evaluation_results.json": 100, "model.safetensors": 50, "training_metrics.json": 0}
-    for name, seconds in ages.items():
-        (tmp_path / name).write_text("{}")
-        os.utime(tmp_path / name, (1e9 - seconds, 1e9 - seconds))
     document = make_document()
     facts = next(iter(document["models"].values()))
     facts["path"] = str(tmp_path)
@@ -254,7 +246,7 @@ def trained_document(tmp_path):
     return document
 
 
-def test_the_page_has_pictures_of_what_is_newer_than_the_weights(trained_document, tmp_path):
+def test_the_page_has_a_picture_of_the_training(trained_document):
     alone = trained_document["models"]["run/checkpoint-100"]
     loss, gap, *_ = svg_pictures(
         page({**trained_document, "models": {"run/checkpoint-100": alone}})
@@ -262,9 +254,18 @@ def test_the_page_has_pictures_of_what_is_newer_than_the_weights(trained_documen
     # the entropy in nats per token follows from the ratio of the two held-out losses
     assert f"entropy of the grammar, {0.8241 * 2.2151 / 0.8425:.3f}" in loss
     assert f">held-out, {2.2151 - 0.8241 * 2.2151 / 0.8425:.3f}<" in gap
-    assert "Held-out text of" not in page(trained_document)
-    os.utime(tmp_path / "training_metrics.json", (0, 0))
-    assert "Training of" not in page(trained_document)
+
+
+@pytest.mark.parametrize(("weights", "is_drawn"), [("these", True), ("others", False)])
+def test_an_evaluation_of_other_weights_is_not_drawn(
+    weights, is_drawn, trained_document, tmp_path, caplog
+):
+    trained_document["models"]["run/checkpoint-100"]["weights_sha256"] = "these"
+    results = {"surprisal_histogram_bits": {"edges": [0, 1, 2], "counts": [3, 4]}}
+    evaluation = {"config": {"weights_sha256": weights}, "results": results}
+    (tmp_path / "evaluation_results.json").write_text(json.dumps(evaluation))
+    assert ("Held-out text of" in page(trained_document)) == is_drawn
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("log", ["", '{"tokens": 9, "lo', "[1]", '{"tokens": 9}', None])
