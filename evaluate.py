@@ -292,10 +292,9 @@ class ModelEvaluator:
         self, metrics: dict[str, Any], save_path: str | Path = "evaluation_plots.png"
     ) -> None:
         """Plot the result of one method, several results merged, or a dict of results."""
-        from babyllama.plots import plot_evaluation
+        from babyllama.plots import evaluation_panels, save_panels
 
-        Path(save_path).parent.mkdir(parents=True, exist_ok=True)
-        plot_evaluation(metrics, Path(save_path))
+        save_panels(evaluation_panels(metrics), Path(save_path), title="")
 
     def _score(self, texts: Sequence[str], batch_size: int) -> list:
         """Return TokenScores with statistics of each text.
@@ -661,11 +660,11 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     report = evaluate(args)
 
-    from babyllama.plots import plot_evaluation
+    from babyllama.plots import evaluation_panels, save_panels
 
     plots = output.with_name("evaluation_plots.png")
     write_json(output, report)
-    plot_evaluation(report["results"], plots, Path(args.model).resolve().name)
+    save_panels(evaluation_panels(report["results"]), plots, Path(args.model).resolve().name)
     print_report(report)
     print(f"\nresults in {output}, plots in {plots}")
     print(f"next  {shlex.join(['python', 'benchmark.py', args.model])}")

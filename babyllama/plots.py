@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -47,17 +46,11 @@ Panel = Callable[[Any], None]  # draws on an axis
 
 def new_figure(rows: int, columns: int, width: float, height: float):
     """Return (figure, axes) that need no display."""
-    figure = _empty_figure(width, height)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         _style(axis)
     return figure, axes
-
-
-def _empty_figure(width: float, height: float):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _style(axis) -> None:
@@ -77,7 +70,7 @@ def save_panels(panels: list[Panel], path: Path, title: str) -> None:
     """Draw panels in two columns into a PNG file; the first of an odd number spans both."""
     cells = [0] * (len(panels) % 2) + list(range(len(panels)))
     grid = [cells[i : i + 2] for i in range(0, len(cells), 2)]
-    figure = _empty_figure(9, 4 * len(grid))
+    figure = Figure(figsize=(9, 4 * len(grid)), layout="constrained")
     axes = figure.subplot_mosaic(grid)
     for number, draw in enumerate(panels):
         _style(axes[number])
@@ -115,13 +108,6 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 # ---- training -----------------------------------------------------------------------------------
-
-
-def plot_training(
-    rows: list[dict], path: Path, title: str, floor_nats: float | None = None
-) -> None:
-    """Draw the panels of training_panels into a PNG file."""
-    save_panels(training_panels(rows, floor_nats), path, title)
 
 
 def training_panels(rows: list[dict], floor_nats: float | None = None) -> list[Panel]:
@@ -246,11 +232,6 @@ def _rows_with_reliable_speed(rows: list[dict]) -> list[dict]:
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
-
-
-def plot_evaluation(metrics: dict[str, Any], path: Path, title: str = "") -> None:
-    """Draw the panels of evaluation_panels into a PNG file."""
-    save_panels(evaluation_panels(metrics), path, title)
 
 
 def evaluation_panels(metrics: dict[str, Any]) -> list[Panel]:

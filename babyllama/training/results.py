@@ -20,7 +20,7 @@ from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
 from babyllama.files import make_weights_readable, write_json, write_text
-from babyllama.plots import plot_training
+from babyllama.plots import save_panels, training_panels
 from babyllama.runs.finished_run import facts_of
 from babyllama.runs.resume import changes_at
 from babyllama.runs.run_dir import (
@@ -115,7 +115,8 @@ def write_documents(run_dir: Path, metrics: dict, rows: list[dict]) -> None:
     `metrics` is the content of training_metrics.json, `rows` the training log.
     """
     title = metrics["config"]["model"]["name"]
-    plot_training(rows, run_dir / CURVES_FILE, title, _floor_loss(metrics["results"]))
+    panels = training_panels(rows, _floor_loss(metrics["results"]))
+    save_panels(panels, run_dir / CURVES_FILE, title)
     write_text(run_dir / "README.md", model_card(metrics))
     if metrics["babylm"]:
         write_json(run_dir / COMPLIANCE_FILE, metrics["babylm"])

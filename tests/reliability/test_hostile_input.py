@@ -32,7 +32,7 @@ from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import part_backend
 from babyllama.evaluation.loading import load_model
-from babyllama.plots import plot_training
+from babyllama.plots import save_panels, training_panels
 from babyllama.training.results import model_card
 from data_utils import DataProcessor
 
@@ -447,7 +447,7 @@ def test_a_model_card_and_its_plot_show_evil_text_as_text(finished, tmp_path, fi
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["trained-from-scratch", "llama"]
     rows = [json.loads(line) for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
-    plot_training(rows, tmp_path / "a.png", EVIL)
+    save_panels(training_panels(rows), tmp_path / "a.png", EVIL)
     assert (tmp_path / "a.png").stat().st_size > 1000
     figures.count("reports without injection", 2, 2)
 

@@ -172,7 +172,7 @@ def test_the_curves_have_a_panel_for_the_benchmark(tmp_path):
     for rows, expected in (([row, held_out], 3), ([row, held_out, scores], 4)):
         panels = plots.training_panels(rows)
         assert len(panels) == expected
-        plots.plot_training(rows, tmp_path / "curves.png", "title")
+        plots.save_panels(plots.training_panels(rows), tmp_path / "curves.png", "title")
     _, ((axis,),) = plots.new_figure(1, 1, 5, 4)
     panels[-1](axis)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a_b", "c"]
