@@ -105,37 +105,32 @@ class ModelEvaluator:
         """
         from babyllama.evaluation.generation import decode
 
-        # count nats, tokens, bytes and words of each text that has a scored token
-        documents = range(len(texts)) if documents is None else documents
-        domains = [""] * len(texts) if domains is None else domains
+        # count nats, tokens, bytes and words of each text
         rows = []
-        row_documents = []
-        row_domains = []
-        scores_of_texts = self._score(texts, batch_size)
-        for text, scores, document, domain in zip(
-            texts, scores_of_texts, documents, domains, strict=True
-        ):
-            if len(scores.ids):
-                if not self.bos:  # the first token has no score, so do not count its bytes
-                    text = decode(self.tokenizer, scores.ids)
-                nats = -scores.logprobs.sum()
-                rows.append([nats, len(scores.ids), len(text.encode()), len(text.split())])
-                row_documents.append(document)
-                row_domains.append(domain)
+        for text, scores in zip(texts, self._score(texts, batch_size), strict=True):
+            if not self.bos:  # the first token has no score, so do not count its bytes
+                text = decode(self.tokenizer, scores.ids)
+            nats = -scores.logprobs.sum()
+            rows.append([nats, len(scores.ids), len(text.encode()), len(text.split())])
         rows = np.array(rows).reshape(-1, 4)
 
+        # keep the texts that have a scored token
+        is_scored = rows[:, 1] > 0
+        rows = rows[is_scored]
+        documents = np.array(range(len(texts)) if documents is None else documents)[is_scored]
+        domains = np.array([""] * len(texts) if domains is None else domains)[is_scored]
+
         # the figures of all texts together, and of each domain
-        figures = metrics.perplexity_metrics(rows, row_documents, self.seed)
+        figures = metrics.perplexity_metrics(rows, documents, self.seed)
         by_domain = {}
-        for domain in sorted(set(row_domains)):
-            inside = [number for number, name in enumerate(row_domains) if name == domain]
-            domain_documents = [row_documents[number] for number in inside]
+        for domain in sorted(set(domains.tolist())):
+            inside = domains == domain
             by_domain[domain] = metrics.perplexity_metrics(
-                rows[inside], domain_documents, self.seed
+                rows[inside], documents[inside], self.seed
             )
 
         losses = rows[:, 0] / rows[:, 1]  # nats per token of each text
-        dominating = metrics.dominating_document(rows, row_documents)
+        dominating = metrics.dominating_document(rows, documents)
         return {
             **figures,
             "average_loss": figures["nats_per_token"],

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # scipy.special is loaded at its first use
 
 from babyllama.evaluation import metrics
 from babyllama.evaluation.tasks import EYE_TRACKING, TASKS, Item, Task
@@ -81,11 +82,6 @@ def grade(items: Sequence[Item], scores: np.ndarray, seed: int = 0) -> Grades:
     )
 
 
-def first_form_probability(margin: np.ndarray) -> np.ndarray:
-    """Return softmax([a, b])[0] from the margin a - b of two scores."""
-    return 1 / (1 + np.exp(np.clip(-margin, -700, 700)))
-
-
 def official_predictions(
     task: str, items: Sequence[Item], scores: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
@@ -112,7 +108,7 @@ def official_predictions(
         rows = predictions.setdefault(key, {"predictions": []})["predictions"]
         row = {"id": f"{key}_{len(rows)}", "pred": item.answer(choice)}
         if spec.metric == "spearman":
-            row["prob"] = float(first_form_probability(candidates[0] - candidates[1]))
+            row["prob"] = float(scipy.special.expit(candidates[0] - candidates[1]))  # of the first
         rows.append(row)
     return predictions
 
@@ -233,7 +229,8 @@ def _statistic(
     counts = np.array([len(item.completions) for item in items])
     starts = np.cumsum(counts) - counts
     if spec.metric == "spearman":
-        probability = first_form_probability(scores[starts] - scores[starts + 1])
+        # of the first form: the softmax of two scores
+        probability = scipy.special.expit(scores[starts] - scores[starts + 1])
 
         def correlation(drawn: np.ndarray) -> np.ndarray:
             return np.array([metrics.spearman(probability[drawn], columns["ratio"][drawn])])
