@@ -70,6 +70,7 @@ def plan_jobs(
                         )
         elif stage == "aoa":
             if checkpoints:
+                jobs += [surprisal_job(args, results, path) for path in checkpoints]
                 jobs.append(acquisition_job(args, results, checkpoints))
         else:
             jobs += [glue_job(args, results, name) for name in needed.glue_sizes]
@@ -107,46 +108,68 @@ def zero_shot_job(
     )
 
 
+def acquisition_data(args: argparse.Namespace) -> list[Path]:
+    """Return the files of contexts and of the ages at which children learn words."""
+    folder = Path(args.eval_data, "full_eval")
+    return [folder / official.AOA_CONTEXTS, folder / official.AOA_AGES]
+
+
+def surprisal_job(args: argparse.Namespace, results: Path, checkpoint: Path) -> Job:
+    """Return the job that measures the surprisals of all words at one checkpoint."""
+    data = acquisition_data(args)
+    output = official.surprisals_file(results, checkpoint.name)
+
+    def run() -> None:
+        from babyllama.submission.age_of_acquisition import measure_surprisals, read_contexts
+
+        output.unlink(missing_ok=True)  # if this fails, those of other weights must not be used
+        contexts = read_contexts(data[0])
+        write_json(output, measure_surprisals(checkpoint, contexts, checkpoint.name, args.device))
+
+    return Job(
+        stage="aoa",
+        name=checkpoint.name,
+        outputs=[output],
+        data=data,
+        download_command=DOWNLOAD,
+        weights_hash=weights_hash(checkpoint),
+        cost=size_of(data[0]),
+        run=run,
+    )
+
+
 def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[Path]) -> Job:
-    contexts_file = Path(args.eval_data, "full_eval", official.AOA_CONTEXTS)
-    ages_file = Path(args.eval_data, "full_eval", official.AOA_AGES)
+    """Return the job that joins the surprisals of all checkpoints and scores them."""
+    data = acquisition_data(args)
     folder = official.acquisition_folder(results)
     outputs = [folder / "surprisal.json", folder / "aoa_score.json", folder / "acquisition.json"]
+    files = {path.name: official.surprisals_file(results, path.name) for path in checkpoints}
 
     def run() -> None:
         from transformers import AutoTokenizer
 
-        from babyllama.submission.age_of_acquisition import (
-            acquisition_score,
-            measure_surprisals,
-            read_contexts,
-        )
+        from babyllama.submission.age_of_acquisition import acquisition_score, surprisal_file
 
-        surprisals = measure_surprisals(
-            [(path.name, path, millions_of_words(path)) for path in checkpoints],
-            read_contexts(contexts_file),
-            outputs[0],
-            model_name=results.name,
-            device=args.device,
-        )
+        missing = [name for name, file in files.items() if not file.is_file()]
+        if missing:
+            raise ValueError(f"the surprisals of {', '.join(missing)} are missing")
+        rows_of = {name: read_json(file) for name, file in files.items()}
+        hashes = {path.name: weights_hash(path) for path in checkpoints}
+        surprisals = surprisal_file(rows_of, hashes, results.name)
+        write_json(outputs[0], surprisals)
         tokenizer = AutoTokenizer.from_pretrained(args.run, local_files_only=True)
-        write_json(outputs[2], acquisition_score(surprisals, ages_file, tokenizer, outputs[1]))
+        write_json(outputs[2], acquisition_score(surprisals, data[1], tokenizer, outputs[1]))
 
     return Job(
         stage="aoa",
         name="age of acquisition",
         outputs=outputs,
-        data=[contexts_file, ages_file],
+        data=data,
         download_command=DOWNLOAD,
         weights_hash=joint_hash(map(weights_hash, checkpoints)),
-        cost=size_of(contexts_file) * len(checkpoints),
+        cost=0,  # next to the surprisals
         run=run,
     )
-
-
-def millions_of_words(checkpoint: Path) -> float:
-    """Return the words that a checkpoint had seen, from its name chck_<N>M."""
-    return float(checkpoint.name.removeprefix("chck_").removesuffix("M"))
 
 
 def glue_job(args: argparse.Namespace, results: Path, name: str) -> Job:

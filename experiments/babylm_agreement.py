@@ -211,15 +211,25 @@ class Comparison:
         return time.perf_counter() - started, child.stdout
 
     def jobs(self) -> Iterator[submit.Job]:
-        """Yield the jobs of submit.py whose data exist."""
+        """Yield the jobs of submit.py whose data exist, and all of age of acquisition as one."""
         flags = ["--eval-data", str(self.data), "--output", str(self.output)]
         if self.args.only:
             flags += ["--only", *self.args.only]
         args = submit.make_parser().parse_args([str(self.run_dir), *flags, "--device", "cpu"])
         args.stages = submit.select_stages(args)
-        for job in submit.plan_jobs(args, self.ours, self.checkpoints, self.needed):
-            if all(path.exists() for path in job.data):
+        planned = submit.plan_jobs(args, self.ours, self.checkpoints, self.needed)
+        ready = [job for job in planned if all(path.exists() for path in job.data)]
+        acquisition = [job for job in ready if job.stage == "aoa"]
+
+        def acquire() -> None:
+            for job in acquisition:
+                job.run()
+
+        for job in ready:
+            if job.stage != "aoa":
                 yield job
+            elif job is acquisition[-1]:
+                yield dataclasses.replace(job, run=acquire)
 
     def compare(self, job: submit.Job) -> Row:
         """Do one job with both programs."""

@@ -149,6 +149,38 @@ def test_a_second_run_remakes_nothing_but_what_has_changed(
     assert ", 1 to do" in caplog.text
 
 
+def test_a_checkpoint_without_surprisals_gives_no_age_of_acquisition(
+    babylm_run, eval_data, needed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(official, "requirements", lambda track: needed)
+    output = tmp_path / "out"
+    command = arguments(babylm_run, eval_data, output, "--only", "aoa")
+    assert submit.main(command) == 0
+    folder = official.acquisition_folder(output / "results" / "baby")
+    content = (folder / "surprisal.json").read_text()
+    names = [f"chck_{n}M.json" for n in (1, 2, 3)]
+    assert {path.name for path in folder.iterdir()} == {
+        *names, "surprisal.json", "aoa_score.json", "acquisition.json"
+    }  # fmt: skip
+    rows = [row for name in names for row in json.loads((folder / name).read_text())]
+    assert json.loads(content)["results"] == rows
+
+    def fail(*args):
+        raise ValueError("nan")
+
+    for name in (names[1], "surprisal.json"):
+        (folder / name).write_text("[]")
+    with monkeypatch.context() as patch:
+        patch.setattr("babyllama.submission.age_of_acquisition.measure_surprisals", fail)
+        assert submit.main(command) == 2
+    assert errors_of(capsys) == [
+        "error: aoa: chck_2M: nan",
+        "error: aoa: age of acquisition: the surprisals of chck_2M are missing",
+    ]
+    assert submit.main(command) == 0
+    assert (folder / "surprisal.json").read_text() == content
+
+
 def test_missing_data_are_listed_with_their_command(
     babylm_run, eval_data, needed, tmp_path, monkeypatch, caplog
 ):

@@ -1,7 +1,8 @@
 """Compare the order in which a model and children learn words (BabyLM's age of acquisition).
 
     contexts = read_contexts("cdi_childes.json")
-    surprisals = measure_surprisals(checkpoints, contexts, Path("surprisal.json"), model_name="my")
+    rows = {path.name: measure_surprisals(path, contexts, path.name) for path in checkpoints}
+    surprisals = surprisal_file(rows, hashes_of_the_weights, "my-model")
     result = acquisition_score(surprisals, "cdi_human.csv", tokenizer, Path("aoa_score.json"))
 
 A model learns a word when its surprisal has fallen half of the way from chance to its minimum
@@ -12,26 +13,22 @@ from __future__ import annotations
 
 import csv
 import itertools
-import logging
 import math
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import pearsonr
 from tqdm import tqdm
 
-from babyllama.cli import time_left
 from babyllama.evaluation.loading import load_model
 from babyllama.evaluation.scoring import ids_logprobs
-from babyllama.files import check_replaceable, holds_results, model_sha256, read_json, write_json
+from babyllama.files import read_json, write_json
 from babyllama.runs.checkpoints import MILLION
-
-log = logging.getLogger(__name__)
 
 AGES = range(16, 31)  # months; the columns of cdi_human.csv
 CHILDREN = 0.5  # of the children know a word at its age of acquisition
@@ -64,50 +61,46 @@ def read_contexts(path: str | Path) -> dict[str, list[str]]:
 
 
 def measure_surprisals(
-    checkpoints: Sequence[tuple[str, Path, float]],
-    contexts: dict[str, list[str]],
-    output: Path,
-    *,
-    model_name: str,
-    device: str | None = "auto",
-) -> dict:
-    """Measure the surprisal of every word in each of its contexts, at every checkpoint.
+    model_dir: Path, contexts: dict[str, list[str]], step: str, device: str | None = "auto"
+) -> list[dict]:
+    """Return the rows of a checkpoint in surprisal.json: each word in each of its contexts.
 
-    `checkpoints` holds (name, model directory, words seen in millions). The surprisals, in nats,
-    are returned and written to `output` in the format of BabyLM's pipeline, after every checkpoint.
-    Checkpoints that the file already holds, of the same weights and contexts, are not measured
-    again. A line is logged before each checkpoint. Raise ValueError if a surprisal is not a number.
+    `step` is the checkpoint's name, chck_<N>M, of N million words seen. Surprisals are in nats.
+    Raise ValueError if one is not a number.
     """
-    # find the checkpoints that an earlier call has not measured
-    check_replaceable(output, holds_results(output), "name another folder")
-    hashes = {name: model_sha256(folder) for name, folder, _ in checkpoints}
-    rows_of = _finished_rows(output, contexts, hashes)
-    n_contexts = sum(map(len, contexts.values()))
-    missing = [checkpoint for checkpoint in checkpoints if checkpoint[0] not in rows_of]
-    if len(missing) < len(checkpoints):
-        log.info("  %d checkpoints are in %s already", len(checkpoints) - len(missing), output)
+    millions = float(step.removeprefix("chck_").removesuffix("M"))
+    requests = _requests(contexts)
+    surprisals = _surprisals(model_dir, requests, device)
+    return [
+        {
+            "step": step,
+            "word_count": round(millions * MILLION),
+            "target_word": word,
+            "context_id": index,
+            "context": context,
+            "surprisal": surprisal,
+        }
+        for (word, index, context), surprisal in zip(requests, surprisals, strict=True)
+    ]
 
-    # measure the others, and write the file after each
-    started = time.monotonic()
-    for done, (name, folder, millions) in enumerate(missing):
-        left = time_left(time.monotonic() - started, done / len(missing))
-        log.info(
-            "  %s: %s contexts (%d of %d%s)", name, f"{n_contexts:,}", done + 1, len(missing), left
-        )
-        surprisals = iter(_surprisals(Path(folder), contexts, device))
-        rows_of[name] = [
-            {
-                "step": name,
-                "word_count": round(millions * MILLION),
-                "target_word": word,
-                "context_id": index,
-                "context": context,
-                "surprisal": next(surprisals),
-            }
-            for word, index, context in _requests(contexts)
-        ]
-        write_json(output, _surprisal_file(checkpoints, rows_of, hashes, model_name))
-    return _surprisal_file(checkpoints, rows_of, hashes, model_name)
+
+def surprisal_file(
+    rows_of: dict[str, list[dict]], hashes: dict[str, str], model_name: str
+) -> dict[str, Any]:
+    """Return surprisal.json, in the format of BabyLM's pipeline, from the rows of each checkpoint.
+
+    `hashes` are those of the weights, which we add to the format.
+    """
+    return {
+        "metadata": {
+            "model_name": model_name,
+            "use_bos_only": False,
+            "total_steps": len(rows_of),
+            "completed_steps": len(rows_of),
+            "weights_sha256": hashes,
+        },
+        "results": list(itertools.chain(*rows_of.values())),
+    }
 
 
 def _requests(contexts: dict[str, list[str]]) -> list[tuple[str, int, str]]:
@@ -118,54 +111,13 @@ def _requests(contexts: dict[str, list[str]]) -> list[tuple[str, int, str]]:
     return requests
 
 
-def _surprisal_file(
-    checkpoints: Sequence[tuple], rows_of: dict[str, list], hashes: dict[str, str], model_name: str
-) -> dict:
-    """Return the content of surprisal.json; `weights_sha256` is our addition to its format."""
-    finished = [name for name, *_ in checkpoints if name in rows_of]
-    rows = []
-    for name in finished:
-        rows += rows_of[name]
-    return {
-        "metadata": {
-            "model_name": model_name,
-            "use_bos_only": False,
-            "total_steps": len(checkpoints),
-            "completed_steps": len(finished),
-            "weights_sha256": {name: hashes[name] for name in finished},
-        },
-        "results": rows,
-    }
-
-
-def _finished_rows(
-    output: Path, contexts: dict[str, list[str]], hashes: dict[str, str]
-) -> dict[str, list[dict]]:
-    """Return the rows of the checkpoints that `output` holds completely, {name: rows}."""
-    try:
-        content = read_json(output)
-        measured = content["metadata"]["weights_sha256"]
-        rows_of = defaultdict(list)
-        for row in content["results"]:
-            rows_of[row["step"]].append(row)
-        requests = _requests(contexts)
-        return {
-            name: rows_of[name]
-            for name in hashes.keys() & rows_of.keys()
-            if measured.get(name) == hashes[name]
-            and requests
-            == [(row["target_word"], row["context_id"], row["context"]) for row in rows_of[name]]
-        }
-    except (OSError, ValueError, KeyError, TypeError):  # no file yet, or that of another program
-        return {}
-
-
-def _surprisals(folder: Path, contexts: dict[str, list[str]], device: str | None) -> list[float]:
+def _surprisals(
+    folder: Path, requests: list[tuple[str, int, str]], device: str | None
+) -> list[float]:
     """Return the surprisal, in nats, of every request under one checkpoint."""
     model, tokenizer = load_model(folder, device)
     sequences = []
     starts = []
-    requests = _requests(contexts)
     for ids, start in _encode(tokenizer, [(context, word) for word, _, context in requests]):
         sequences.append(ids)
         starts.append(start)

@@ -185,6 +185,11 @@ def acquisition_folder(results: Path) -> Path:
     return results / "main" / "zero_shot" / "causal" / "AoA_word"
 
 
+def surprisals_file(results: Path, checkpoint: str) -> Path:
+    """Return our file with a checkpoint's part of surprisal.json."""
+    return acquisition_folder(results) / f"{checkpoint}.json"
+
+
 # ---- the leaderboard ----------------------------------------------------------------------------
 
 _README = "README of babylm-eval, July 2026"

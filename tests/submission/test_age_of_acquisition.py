@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 
 import numpy as np
@@ -14,6 +13,7 @@ from babyllama.submission.age_of_acquisition import (
     measure_surprisals,
     read_contexts,
     read_human_ages,
+    surprisal_file,
 )
 
 AGES = np.arange(16, 31)
@@ -41,29 +41,23 @@ def naive_surprisal(model, tokenizer, context, word):
     return surprisal
 
 
-def rows(*, model_dir, output, contexts=CONTEXTS, names=("chck_1M",), **options):
-    checkpoints = [(name, model_dir, float(name[5:-1])) for name in names]
-    content = measure_surprisals(
-        checkpoints, contexts, output, model_name="me/tiny", device="cpu", **options
-    )
-    assert json.loads(output.read_text()) == content
-    return content["results"]
+def surprisals(model_dir, contexts=CONTEXTS):
+    return [row["surprisal"] for row in measure_surprisals(model_dir, contexts, "chck_1M", "cpu")]
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
-def test_surprisals_equal_a_naive_pass_over_the_whole_text(model_dirs, kind, tmp_path):
+def test_surprisals_equal_a_naive_pass_over_the_whole_text(model_dirs, kind):
     model, tokenizer = load_model(model_dirs[kind], "cpu")
-    measured = rows(model_dir=model_dirs[kind], output=tmp_path / "surprisal.json")
     expected = [
         naive_surprisal(model, tokenizer, context, word)
         for word, texts in CONTEXTS.items()
         for context in texts
     ]
-    assert [row["surprisal"] for row in measured] == pytest.approx(expected, abs=1e-5)
+    assert surprisals(model_dirs[kind]) == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == len(expected)
 
 
-def test_a_context_longer_than_the_models_is_cut_on_the_left(model_dirs, tmp_path):
+def test_a_context_longer_than_the_models_is_cut_on_the_left(model_dirs):
     model, tokenizer = load_model(model_dirs["GPT2"], "cpu")
     context = " ".join(sentences(20))
     word = tokenizer.decode(tokenizer(context)["input_ids"][5]).strip()
@@ -73,33 +67,31 @@ def test_a_context_longer_than_the_models_is_cut_on_the_left(model_dirs, tmp_pat
     with torch.no_grad():
         logits = model(torch.tensor([ids[-65:-1]])).logits[0, -1]
     expected = -logits.log_softmax(-1)[ids[-1]].item()
-    [row] = rows(
-        model_dir=model_dirs["GPT2"], output=tmp_path / "surprisal.json", contexts={word: [context]}
-    )
-    assert row["surprisal"] == pytest.approx(expected, abs=1e-5)
+    assert surprisals(model_dirs["GPT2"], {word: [context]}) == pytest.approx([expected], abs=1e-5)
 
 
-def test_without_bos_the_first_token_has_no_surprisal(bare_model_dir, tmp_path):
+def test_without_bos_the_first_token_has_no_surprisal(bare_model_dir):
     first, second = NOUNS[:2]
-    alone, after = rows(
-        model_dir=bare_model_dir, output=tmp_path / "surprisal.json", contexts={first: ["", second]}
-    )
-    assert alone["surprisal"] == 0
-    assert after["surprisal"] > 0
+    alone, after = surprisals(bare_model_dir, {first: ["", second]})
+    assert alone == 0
+    assert after > 0
 
 
-def test_the_file_has_the_form_of_the_official_pipeline(model_dirs, tmp_path):
-    output = tmp_path / "surprisal.json"
-    rows(model_dir=model_dirs["Llama"], output=output, names=("chck_1M", "chck_20M"))
-    content = json.loads(output.read_text())
-    metadata = content["metadata"]
-    assert list(metadata.pop("weights_sha256")) == ["chck_1M", "chck_20M"]  # ours, for resuming
-    assert metadata == {
+def test_the_file_has_the_form_of_the_official_pipeline(model_dirs):
+    rows_of = {
+        name: measure_surprisals(model_dirs["Llama"], CONTEXTS, name, "cpu")
+        for name in ("chck_1M", "chck_20M")
+    }
+    hashes = {"chck_1M": "a", "chck_20M": "b"}
+    content = surprisal_file(rows_of, hashes, "me/tiny")
+    assert content["metadata"] == {
         "model_name": "me/tiny",
         "use_bos_only": False,
         "total_steps": 2,
         "completed_steps": 2,
+        "weights_sha256": hashes,  # ours
     }
+    assert len(content["results"]) == 12
     second = content["results"][7]
     assert second.pop("surprisal") > 0
     assert second == {
@@ -111,38 +103,6 @@ def test_the_file_has_the_form_of_the_official_pipeline(model_dirs, tmp_path):
     }
 
 
-def test_a_finished_checkpoint_is_not_measured_again(model_dirs, tmp_path, caplog):
-    output = tmp_path / "surprisal.json"
-    first = rows(model_dir=model_dirs["Llama"], output=output)
-    content = json.loads(output.read_text())
-    content["results"][0]["surprisal"] = 77.0
-    output.write_text(json.dumps(content))
-    caplog.set_level(logging.INFO, "babyllama.submission")
-    caplog.clear()
-    both = rows(model_dir=model_dirs["Llama"], output=output, names=("chck_1M", "chck_2M"))
-    assert [row["surprisal"] for row in both[:6]] == [77.0, *[r["surprisal"] for r in first[1:]]]
-    assert [row["surprisal"] for row in both[6:]] == [row["surprisal"] for row in first]
-    assert caplog.messages == [
-        f"  1 checkpoints are in {output} already",
-        "  chck_2M: 6 contexts (1 of 1)",
-    ]
-
-
-@pytest.mark.parametrize("change", ["weights", "contexts", "file"])
-def test_a_checkpoint_is_measured_again_if_something_has_changed(model_dirs, tmp_path, change):
-    output = tmp_path / "surprisal.json"
-    rows(model_dir=model_dirs["Llama"], output=output)
-    contexts = dict(CONTEXTS)
-    if change == "contexts":
-        contexts["garden"] = ["The cat sees the dog in the", "another"]
-    if change == "file":
-        output.write_text('{"results": []}')
-    kind = "GPT2" if change == "weights" else "Llama"
-    again = rows(model_dir=model_dirs[kind], output=output, contexts=contexts)
-    fresh = rows(model_dir=model_dirs[kind], output=tmp_path / "fresh.json", contexts=contexts)
-    assert again == fresh
-
-
 def test_a_surprisal_that_is_not_a_number_is_an_error(model_dirs, tmp_path):
     model, tokenizer = load_model(model_dirs["Llama"], "cpu")
     with torch.no_grad():
@@ -150,8 +110,7 @@ def test_a_surprisal_that_is_not_a_number_is_an_error(model_dirs, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model: the surprisal of 'garden' after 'The cat .* nan"):
-        rows(model_dir=tmp_path / "model", output=tmp_path / "surprisal.json")
-    assert not (tmp_path / "surprisal.json").exists()
+        surprisals(tmp_path / "model")
 
 
 def test_words_of_one_letter_are_not_read(tmp_path):
