@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +32,32 @@ SETTINGS = {
 }
 
 
-def isolate_wandb(patch, folder: Path) -> None:
-    """Make W&B find no login of the user, and print nothing."""
+class SpiedRun:
+    """Keep what a run of W&B is sent, and pass it on."""
+
+    def __init__(self, run):
+        self.run = run
+        self.rows = []  # (step, values)
+        self._log = run.log
+        self._finish = run.finish
+        run.log = self.log
+        run.finish = self.finish
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        self.rows.append((step, values))
+        self._log(values, step=step)
+
+    def finish(self, exit_code: int) -> None:
+        self.config = dict(self.run.config)
+        self.summary = dict(self.run.summary)
+        self.exit_code = exit_code
+        self._finish(exit_code=exit_code)
+
+
+def spy_on_wandb(patch, folder: Path) -> list[SpiedRun]:
+    """Return the list that will hold every run of W&B; none finds a login of the user or prints."""
+    import wandb
+
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
         patch.delenv(name, raising=False)
     patch.setenv("NETRC", str(folder / "netrc"))
@@ -42,11 +65,22 @@ def isolate_wandb(patch, folder: Path) -> None:
     patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
     patch.setenv("WANDB_CONSOLE", "off")
     patch.setenv("WANDB_SILENT", "true")
+    runs = []
+    init = wandb.init
+
+    def start(**options):
+        assert options["mode"] == "offline"
+        run = init(**options)
+        runs.append(SpiedRun(run))
+        return run
+
+    patch.setattr(wandb, "init", start)
+    return runs
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
-    """Return the directory of a finished run with both trackers and a benchmark."""
+def tracked_runs(tmp_path_factory, tokenizer_file, corpus_dir) -> tuple[Path, list[SpiedRun]]:
+    """Return a finished run with both trackers and a benchmark, and its runs of W&B."""
     root = tmp_path_factory.mktemp("tracked")
     pairs = [
         {"sentence_good": good, "sentence_bad": bad, "UID": "any"}
@@ -67,109 +101,37 @@ def tracked(tmp_path_factory, tokenizer_file, corpus_dir) -> Path:
     )
     (root / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
-        isolate_wandb(patch, root)
+        wandb_runs = spy_on_wandb(patch, root)
         patch.setenv("BABYLLAMA_CACHE", str(root / "cache"))
         assert train.main(["--config", str(root / "tiny.yaml")]) == 0
-    return root / "models" / "tracked"
+    return root / "models" / "tracked", wandb_runs
+
+
+@pytest.fixture
+def tracked(tracked_runs) -> Path:
+    return tracked_runs[0]
+
+
+@pytest.fixture
+def wandb_run(tracked_runs) -> SpiedRun:
+    (run,) = tracked_runs[1]
+    return run
 
 
 # ---- Weights & Biases ---------------------------------------------------------------------------
-
-
-def wandb_records(file: Path) -> list:
-    """Return the records of an offline file of W&B.
-
-    After 7 bytes of its own, it is a log of LevelDB: blocks of 32 KiB, in which each piece has a
-    checksum of 4 bytes, a length of 2 and a type of 1: a whole record, or its first, middle or
-    last part.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content = file.read_bytes()
-    records = []
-    parts = b""
-    position = 7
-    while position + 7 <= len(content):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
-        if position + 7 + length > len(content):
-            break
-        parts += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def finished_records(file: Path) -> list:
-    """Return the records once the file is complete: W&B writes its end a moment after finish()."""
-    deadline = time.monotonic() + 60
-    records = wandb_records(file)
-    while not records or records[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < deadline, "W&B did not finish its file"
-        time.sleep(0.1)
-        records = wandb_records(file)
-    return records
-
-
-def add_values(values: dict, items) -> None:
-    """Add the keys and values of the items of a record, which may be nested, to a dict."""
-    for item in items:
-        *parents, key = [item.key] if item.key else item.nested_key
-        inner = values
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[key] = json.loads(item.value_json)
-
-
-class OfflineRun:
-    """What W&B has recorded of one run."""
-
-    def __init__(self, file: Path):
-        self.config = {}
-        self.summary = {}
-        self.history = []
-        for record in finished_records(file):
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                self.run = record.run
-                add_values(self.config, record.run.config.update)
-            elif kind == "config":
-                add_values(self.config, record.config.update)
-            elif kind == "summary":
-                add_values(self.summary, record.summary.update)
-            elif kind == "history":
-                self.history.append({})
-                add_values(self.history[-1], record.history.item)
-            elif kind == "exit":
-                self.exit_code = record.exit.exit_code
-
-
-def offline_files(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
-
-
-@pytest.fixture(scope="module")
-def wandb_run(tracked) -> OfflineRun:
-    (file,) = offline_files(tracked)
-    return OfflineRun(file)
 
 
 def test_wandb_gets_the_configuration_of_the_run(wandb_run, tracked):
     config = yaml.safe_load((tracked / "training_config.yaml").read_text())
     metrics = json.loads((tracked / "training_metrics.json").read_text())
     assert {section: wandb_run.config[section] for section in config} == config
-    assert set(wandb_run.config) - {"_wandb"} == {*config, "plan", "data_report", "environment"}
+    assert set(wandb_run.config) == {*config, "plan", "data_report", "environment"}
     assert wandb_run.config["training"]["optimizer"] == "muon"
     assert wandb_run.config["plan"]["warmup_steps"] == 2  # 0.3 x 4 steps, rounded up
     assert wandb_run.config["environment"] == metrics["environment"]
     (source,) = wandb_run.config["data_report"]["train"]["sources"]
     assert source["sha256"] == metrics["data"]["train"]["sources"][0]["sha256"]
-    assert (wandb_run.run.project, wandb_run.run.display_name) == ("babies", "tracked")
+    assert (wandb_run.run.project, wandb_run.run.name) == ("babies", "tracked")
     assert wandb_run.exit_code == 0
 
 
@@ -182,10 +144,9 @@ def test_wandb_gets_every_row_of_the_log(wandb_run, tracked):
             name = key if key.startswith("benchmark/") else name
             expected.setdefault(row["step"], {})[name] = value
     history = {}
-    for row in wandb_run.history:
-        step = row["_step"]
-        kept = {k: v for k, v in row.items() if not k.startswith("_") and not isinstance(v, dict)}
-        history.setdefault(step, {}).update(kept)
+    for step, values in wandb_run.rows[:-1]:  # the last one has the results
+        numbers = {key: value for key, value in values.items() if key != "samples"}
+        history.setdefault(step, {}).update(numbers)
     assert history == expected
     assert list(history) == [1, 2, 3, 4]
     assert {"train/tokens_per_second", "train/words_per_second", "train/memory_gb"} <= set(
@@ -195,15 +156,13 @@ def test_wandb_gets_every_row_of_the_log(wandb_run, tracked):
 
 
 def test_wandb_gets_samples_as_tables_and_the_results_in_the_summary(wandb_run, tracked):
-    def table(entry: dict) -> dict:
-        (folder,) = tracked.glob("wandb/offline-run-*/files")
-        return json.loads((folder / entry["path"]).read_text())
-
     metrics = json.loads((tracked / "training_metrics.json").read_text())
     samples = [(row["step"], text) for row in rows_of(tracked) for text in row.get("samples", ())]
-    assert table(wandb_run.summary["samples"])["data"] == [list(sample) for sample in samples]
-    final_samples = [[text] for text in metrics["samples"]]
-    assert table(wandb_run.summary["final/samples"])["data"] == final_samples
+    *rows, (_, results_row) = wandb_run.rows
+    tables = [values["samples"] for _, values in rows if "samples" in values]
+    assert tables[-1].data == [list(sample) for sample in samples]
+    assert results_row["final/samples"].data == [[text] for text in metrics["samples"]]
+    assert results_row.keys() == {"final/samples", "training_curves"}
     final = {
         key.removeprefix("final/"): value
         for key, value in wandb_run.summary.items()
@@ -214,13 +173,12 @@ def test_wandb_gets_samples_as_tables_and_the_results_in_the_summary(wandb_run, 
         results |= {f"eval_by_domain/{domain}/{key}": score for key, score in scores.items()}
     assert final == {key: value for key, value in results.items() if value is not None}
     assert {"eval_loss", "eval_by_domain/toy/bits_per_byte", "benchmark/pairs"} <= set(final)
-    assert wandb_run.summary["training_curves"]["path"].endswith(".png")
 
 
 def test_a_resumed_run_continues_its_wandb_run_and_a_failed_one_is_marked(
     tmp_path, monkeypatch, caplog
 ):
-    isolate_wandb(monkeypatch, tmp_path)
+    runs = spy_on_wandb(monkeypatch, tmp_path)
     config = {
         "model": {"name": "mine"},
         "logging": {"wandb": True, "tensorboard": False, "project": "p"},
@@ -228,16 +186,15 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_failed_one_is_marked(
     with pytest.raises(KeyboardInterrupt), open_trackers(config, tmp_path, {}) as (tracker,):
         tracker.log_row({"step": 1, "loss": 3.0})
         raise KeyboardInterrupt
-    first = OfflineRun(*offline_files(tmp_path))
     shutil.rmtree(tmp_path / "wandb")  # W&B names folders by the second
     with open_trackers(config, tmp_path, {}) as (tracker,):
         # RunLog sends the rows before the checkpoint once more
         for step in (1, 2):
             tracker.log_row({"step": step, "loss": 3.0 / step})
-    second = OfflineRun(*offline_files(tmp_path))
+    first, second = runs
     assert (first.exit_code, second.exit_code) == (1, 0)
-    assert first.run.run_id == second.run.run_id
-    assert [row["train/loss"] for row in second.history] == [3.0, 1.5]
+    assert first.run.id == second.run.id
+    assert [values["train/loss"] for _, values in second.rows] == [3.0, 1.5]
     assert "wandb: not logged in (wandb login); logging to files in" in caplog.text
 
 
