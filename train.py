@@ -473,13 +473,15 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
 
     The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
     """
-    from babyllama.training import babylm, callbacks, results
+    from babyllama.training import babylm, results
+    from babyllama.training.callbacks import SaveWhenInterrupted
+    from babyllama.training.run_log import RunLog
 
     config = run.config
     counts = run.data.report["train"]
 
     # create the log and the trainer
-    run_log = callbacks.RunLog(
+    run_log = RunLog(
         run.run_dir / LOG_FILE,
         counts["words"] / counts["tokens"],
         run.plan.flops_per_token,
@@ -487,7 +489,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
         run.data.report.get("history", ()),
         trackers,
     )
-    watchers = [callbacks.SaveWhenInterrupted(status)]
+    watchers = [SaveWhenInterrupted(status)]
     if distributed.is_main():
         watchers.insert(0, run_log)
     trainer = make_trainer(run, config, run.run_dir, watchers, facts)

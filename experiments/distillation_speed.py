@@ -57,7 +57,7 @@ def take_turn(
     from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
     from babyllama.planning.plan import make_plan
     from babyllama.training.arguments import training_arguments
-    from babyllama.training.callbacks import RunLog
+    from babyllama.training.run_log import RunLog
     from babyllama.training.trainer import LMTrainer
     from train import create_model
 

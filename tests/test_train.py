@@ -27,9 +27,9 @@ from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training.arguments import training_arguments
 from babyllama.training.batches import collate_chunks
-from babyllama.training.callbacks import RunLog
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
+from babyllama.training.run_log import RunLog
 from babyllama.training.trainer import LMTrainer
 from data_utils import DataProcessor
 

@@ -20,9 +20,9 @@ from babyllama.distillation.teacher_cache import CachedChunks, cache_folder, wri
 from babyllama.distillation.teachers import Ensemble, SoftTargets, average_teachers, divergence
 from babyllama.planning.checks import check_teacher_exists
 from babyllama.training.arguments import training_arguments
-from babyllama.training.callbacks import RunLog
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
+from babyllama.training.run_log import RunLog
 
 LN2 = math.log(2)
 LN3 = math.log(3)

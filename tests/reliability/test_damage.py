@@ -27,7 +27,7 @@ from babyllama.runs.checkpoints import (
 )
 from babyllama.runs.run_dir import CONFIG_FILE, DATA_REPORT_FILE, LOG_FILE, METRICS_FILE
 from babyllama.training.budget import teacher_sources
-from babyllama.training.callbacks import RunLog
+from babyllama.training.run_log import RunLog
 from babyllama.training.trainer import named_if_unreadable
 from data_utils import DataProcessor
 
