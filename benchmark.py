@@ -53,14 +53,8 @@ from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.model_names import in_training_order, prediction_folders, short_names
 from babyllama.evaluation.seed_groups import seed_groups
 from babyllama.evaluation.tasks import TASKS
-from babyllama.files import (
-    check_results_file,
-    describe_environment,
-    read_json,
-    utc_now,
-    weights_sha256,
-    write_json,
-)
+from babyllama.files import check_results_file, describe_environment, read_json, utc_now, write_json
+from babyllama.model_dir import weights_sha256
 from babyllama.runs.finished_run import (
     facts_of,
     read_metrics,

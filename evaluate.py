@@ -42,14 +42,13 @@ from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import domain_of, find_files
 from babyllama.evaluation import metrics, word_surprisal
 from babyllama.files import (
-    check_model_exists,
     check_results_file,
     describe_environment,
     nan_to_null,
     read_utf8,
-    weights_sha256,
     write_json,
 )
+from babyllama.model_dir import check_model_exists, weights_sha256
 from babyllama.runs.finished_run import read_metrics, scores_of, training_text_of
 
 log = logging.getLogger(__name__)

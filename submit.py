@@ -30,16 +30,8 @@ from pathlib import Path
 from babyllama import cli
 from babyllama.evaluation import grading
 from babyllama.evaluation.tasks import DOWNLOAD, download_command
-from babyllama.files import (
-    exclusive_folder,
-    git_commit,
-    is_model,
-    read_json,
-    utc_now,
-    weights_sha256,
-    write_json,
-    write_text,
-)
+from babyllama.files import exclusive_folder, git_commit, read_json, utc_now, write_json, write_text
+from babyllama.model_dir import is_model, weights_sha256
 from babyllama.submission import collate, form, hub, official
 from babyllama.submission.glue_tasks import GLUE_TASKS
 from babyllama.submission.jobs import Job, joint_hash, run_jobs, size_of, weights_hash

@@ -39,7 +39,8 @@ from babyllama.config import (
     unusual_values,
     with_defaults,
 )
-from babyllama.files import describe_environment, exclusive_folder, weights_sha256
+from babyllama.files import describe_environment, exclusive_folder
+from babyllama.model_dir import weights_sha256
 from babyllama.planning.checks import check_inputs, check_request, warn_about_leaks
 from babyllama.runs import ending
 from babyllama.runs.checkpoints import checkpoint_step, checkpoints, find_checkpoint

@@ -20,7 +20,8 @@ LAYERS = [
     "script",
 ]  # fmt: skip
 FOUNDATION = {
-    "architectures", "schema", "files", "device", "distributed", "plots", "problems", "data", "cli",
+    "architectures", "schema", "files", "model_dir", "device", "distributed", "plots", "problems",
+    "data", "cli",
 }  # fmt: skip
 SOURCES = [*sorted((ROOT / "babyllama").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from babyllama.distillation.teachers import DTYPES, Ensemble, SoftTargets, divergence
-from babyllama.files import atomic_write, default_cache_dir, read_json, weights_sha256, write_json
+from babyllama.files import atomic_write, default_cache_dir, read_json, write_json
+from babyllama.model_dir import weights_sha256
 from babyllama.planning.kernels import pick_precision
 from babyllama.training.batches import collate_chunks
 

@@ -21,7 +21,8 @@ from transformers.utils import logging as hf_logging
 
 from babyllama.data.tokenizer import tokenizer_class
 from babyllama.device import keep_freed_memory, pick_device
-from babyllama.files import check_model_exists, check_utf8, check_weights
+from babyllama.files import check_utf8
+from babyllama.model_dir import check_model_exists, check_weights
 
 log = logging.getLogger(__name__)
 

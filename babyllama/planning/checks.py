@@ -14,7 +14,8 @@ from pathlib import Path
 from babyllama import distributed
 from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
 from babyllama.evaluation.tasks import TASKS
-from babyllama.files import ROOT, is_model
+from babyllama.files import ROOT
+from babyllama.model_dir import is_model
 from babyllama.problems import ConfigError, did_you_mean_path, seen_from
 from babyllama.runs.resume import CHANGEABLE
 from babyllama.runs.run_dir import check_output_dir

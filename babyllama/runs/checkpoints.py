@@ -12,7 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
-from babyllama.files import make_weights_readable, read_json, sha256, write_json
+from babyllama.files import read_json, sha256, write_json
+from babyllama.model_dir import make_weights_readable
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from babyllama.config import flatten, read_yaml_file, with_defaults
-from babyllama.files import check_weights, read_json
+from babyllama.files import read_json
+from babyllama.model_dir import check_weights
 from babyllama.runs.checkpoints import (
     checkpoint_step,
     find_checkpoint,

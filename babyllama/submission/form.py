@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from babyllama.files import read_json, weights_sha256
+from babyllama.files import read_json
+from babyllama.model_dir import weights_sha256
 from babyllama.runs.run_dir import METRICS_FILE
 
 

@@ -18,7 +18,8 @@ import huggingface_hub  # its parts are loaded at their first use
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from babyllama.files import atomic_write, check_replaceable, is_model, sha256
+from babyllama.files import atomic_write, check_replaceable, sha256
+from babyllama.model_dir import is_model
 from babyllama.runs.checkpoints import milestones
 from babyllama.runs.run_dir import (
     COMPLIANCE_FILE,

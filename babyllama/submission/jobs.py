@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama import cli
-from babyllama.files import model_sha256, read_json, sha256, write_json
+from babyllama.files import read_json, sha256, write_json
+from babyllama.model_dir import model_sha256
 
 log = logging.getLogger(__name__)
 MADE_FILE = "made_from.json"

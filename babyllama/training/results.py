@@ -19,7 +19,8 @@ from babyllama.cli import printable
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
-from babyllama.files import make_weights_readable, write_json, write_text
+from babyllama.files import write_json, write_text
+from babyllama.model_dir import make_weights_readable
 from babyllama.plots import save_panels, training_panels
 from babyllama.runs.finished_run import facts_of
 from babyllama.runs.resume import changes_at

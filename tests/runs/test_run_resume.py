@@ -7,7 +7,7 @@ import yaml
 from conftest import back_to_checkpoint, errors_of, rows_of, timeless
 
 import train
-from babyllama.files import is_model
+from babyllama.model_dir import is_model
 from babyllama.runs.checkpoints import checkpoint_error, checkpoint_step, checkpoints
 from babyllama.runs.resume import resolve_checkpoint
 from babyllama.runs.run_dir import (
