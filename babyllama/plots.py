@@ -1,4 +1,4 @@
-"""Draw figures, as PNG files and for pages. The only module that imports matplotlib.
+"""Draw figures with matplotlib, which no other module imports.
 
 A panel is a function that draws on one axis. A PNG file has the panels side by side. A page has a
 picture of each, so that they fit on a phone; their text follows the browser's light or dark mode.

@@ -1,4 +1,4 @@
-"""Compute statistics of scores and of words.
+"""Compute the statistics that evaluations report.
 
     from babyllama.evaluation.metrics import ngram_repetition
     ngram_repetition("the cat and the cat and the cat".split())  # 0.4: 2 of 5 4-grams are repeats

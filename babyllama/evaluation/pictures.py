@@ -1,6 +1,7 @@
-"""Draw the pictures of a page: how its models were trained and evaluated, and learning curves.
+"""Draw the pictures of a page about models.
 
-The first two read the files in the directories of the models.
+They show the training of each model and what evaluate.py found, from the files in its directory.
+Learning curves come from the results of the checkpoints.
 """
 
 from __future__ import annotations

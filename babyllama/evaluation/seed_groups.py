@@ -1,7 +1,8 @@
-"""Average the results of runs that differ only in the seed, and compare such groups.
+"""Compare groups of runs that differ only in the seed.
 
-The spread of two groups is their pooled standard deviation over seeds: the square root of the mean
-of their variances, weighted by n - 1. A difference of means below twice the spread may be noise.
+The results of a group are averaged. The spread of two groups is their pooled standard deviation
+over seeds: the square root of the mean of their variances, weighted by n - 1. A difference of means
+below twice the spread may be noise.
 """
 
 from __future__ import annotations

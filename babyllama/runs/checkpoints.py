@@ -1,4 +1,4 @@
-"""Save, find and check the checkpoints of a run.
+"""Keep the checkpoints of a run on disk.
 
 A checkpoint-<step> holds what a run needs to resume. BabyLM's milestones, chck_<N>M, are models.
 Both end with a manifest of their files.

@@ -1,4 +1,4 @@
-"""Run the jobs of a submission that are not done yet, and show how much time is left.
+"""Run the jobs of a submission that are not done yet.
 
     job = Job("zero_shot", "main blimp", [predictions], [data], command, weights, cost, run)
     failed = run_jobs([job], output_folder, seed=42)

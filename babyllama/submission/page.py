@@ -1,4 +1,7 @@
-"""Present a submission as one page: nine columns beside published ones, and learning curves."""
+"""Present a submission as one page.
+
+It has the nine columns of the leaderboard beside published ones, and learning curves.
+"""
 
 from __future__ import annotations
 

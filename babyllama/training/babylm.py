@@ -1,4 +1,4 @@
-"""Count the words that a model has seen, and save BabyLM's checkpoints by them.
+"""Save BabyLM's checkpoints by the number of words that a model has seen.
 
 With a `babylm:` section in the configuration, a run saves a model directory chck_<N>M as soon as it
 has seen N million words, and writes its budget (budget.py), the checkpoints and a verdict into

@@ -1,4 +1,6 @@
-"""Act at the steps of a run: evaluate and save when it is time or on a signal, average the weights.
+"""Act at the steps of a run.
+
+The callbacks evaluate and save when it is time or on a signal, and average the weights.
 
 trainer = LMTrainer(..., callbacks=[SaveWhenInterrupted(status)])  # adds the other callbacks itself
 with ending.deferred_signals():

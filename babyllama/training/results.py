@@ -1,4 +1,4 @@
-"""Measure and document a trained model at the end of its run.
+"""Write the results of a run at its end.
 
 train.py calls these functions one after the other: save the model, score it, describe the training,
 draw samples, and write the metrics, the curves and the model card. Nothing here trains.
