@@ -153,13 +153,13 @@ def _print_last_words(line: str) -> None:
 
 
 def run_script(
-    body: Callable[[], int],
+    body: Callable[[], int | None],
     *,
     interrupted: str = "interrupted; nothing was written",
     memory_advice: str | Callable[[], str] = "use a smaller batch, or another --device",
     print_error: Callable[[BaseException], None] = print_error,
 ) -> int:
-    """Run the body of a script and return its exit code.
+    """Run the body of a script and return its exit code, 0 if the body returns None.
 
     A ValueError or OSError is a mistake of the user's. It is printed without a traceback, and the
     exit code is 2; running out of memory is reported the same way, with `memory_advice`. Ctrl-C
@@ -170,7 +170,7 @@ def run_script(
     """
     try:
         with contextlib.redirect_stdout(SafeOutput(sys.stdout)):
-            code = body()
+            code = body() or 0
         sys.stdout.flush()  # so that a full disk is an error, and not only an exit code of Python's
         return code
     except BrokenPipeError:

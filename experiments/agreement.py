@@ -105,14 +105,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         model, tokenizer = load_model(args.model, "cpu")
         documents = ["".join(parts).strip() for parts in read_documents(args.text)]
         texts = [text for text in documents if text]
         ids = encode(tokenizer, ["\n\n".join(texts)])[0]
         compare_strided(model, ids[: 40 * context_length(model) + 7])
         compare_rolling(args.model, model, tokenizer, texts)
-        return 0
 
     return run_script(body)
 

@@ -422,14 +422,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         import torch
 
         comparison = Comparison(args)
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.collate:
             comparison.collate()
-            return 0
+            return
         comparison.start_official()
         rows: dict[tuple[str, str], Row] = {}
         for job in comparison.jobs():
@@ -437,7 +437,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{job.stage} {job.name}: {row}", flush=True)
             rows.setdefault((job.stage, job.name.split()[-1]), Row()).add(row)
         print_table(rows)
-        return 0
 
     return run_script(body)
 

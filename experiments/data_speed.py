@@ -105,18 +105,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         check_at_least(args, {"repeats": 1})
         if args.measure:
             print(json.dumps(measure(args.measure, args.data_dir, args.tokenizer)))
-            return 0
+            return
         with tempfile.TemporaryDirectory() as folder:
             tokenizer_file = args.tokenizer
             if tokenizer_file is None:
                 tokenizer_file = str(Path(folder, "tokenizer.json"))
                 train_stand_in(args.data_dir, Path(tokenizer_file))
             compare(args.data_dir, tokenizer_file, args.repeats)
-        return 0
 
     return run_script(body)
 

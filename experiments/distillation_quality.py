@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         check_at_least(args, {"words": 5, "teacher_epochs": 1, "epochs": 1, "top_k": 1})
         prepare(args)
         for name, model in TEACHERS.items():
@@ -181,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{columns}   bits per byte after the last epoch (the best epoch)")
         for title, run_dirs in rows.items():
             print_row(title, run_dirs)
-        return 0
 
     return run_script(body, interrupted="interrupted; run the same command again to resume")
 

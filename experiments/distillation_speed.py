@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         import transformers
 
         from train import load_config
@@ -161,7 +161,6 @@ def main(argv: list[str] | None = None) -> int:
         teacher = load_config(args.teacher)
         student["training"]["compile"] = args.compile
         measure(student, teacher, args.top_k, args.steps, args.repeats)
-        return 0
 
     return run_script(body)
 

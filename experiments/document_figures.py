@@ -81,13 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         models = Path(args.models_dir)
         draw_quickstart(models / "quickstart", Path(args.output_dir) / "quickstart_curve.png")
         draw_learning_rates(
             models / "learning-rates-sweep", Path(args.output_dir) / "learning_rates.png"
         )
-        return 0
 
     return run_script(body)
 

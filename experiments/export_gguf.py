@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="FILE", help="the .gguf file")
     args = parser.parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         check_replaceable(args.output, is_gguf(args.output), "name another file")
         try:
             import gguf  # noqa: F401
@@ -156,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
         export(args.model, args.output)
         size = args.output.stat().st_size / 1e6
         print(f"{args.output}: {size:.1f} MB; try it: llama-cli -m {args.output} -no-cnv")
-        return 0
 
     return cli.run_script(body)
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         from train import load_config
 
         check_at_least(args, {"repeats": 1})
@@ -93,7 +93,6 @@ def main(argv: list[str] | None = None) -> int:
         for name, title in TITLES.items():
             ratio = torch_median / statistics.median(seconds[name])
             print(f"{title:20}{spread(milliseconds[name], '.1f')} ms, ratio {ratio:.2f}")
-        return 0
 
     return run_script(body)
 

@@ -96,9 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         train(load_config(args.config, args))
-        return 0
 
     return run_script(body)
 

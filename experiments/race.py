@@ -56,16 +56,15 @@ def prepare_text(args: argparse.Namespace) -> tuple[Path, float]:
     folder = args.output / "data"
     if not record.is_file():
         started = time.perf_counter()
-        run_ours(
-            *("prepare_data.py", "--babylm-10m", args.raw / "train", "--babylm-dev"),
-            *(args.raw / "dev", "--output-dir", folder, "--skip-tokenizer"),
-            *("--tokenizer-output", args.output / "none.json"),
-        )
+        arguments = ["--babylm-10m", args.raw / "train", "--babylm-dev", args.raw / "dev"]
+        arguments += ["--output-dir", folder, "--skip-tokenizer"]
+        arguments += ["--tokenizer-output", args.output / "none.json"]
+        run_ours("prepare_data.py", arguments)
         write_json(record, {"seconds": time.perf_counter() - started})
     return folder, read_json(record)["seconds"]
 
 
-def run_ours(script: str, *arguments: object, **environment: object) -> None:
+def run_ours(script: str, arguments: list, **environment: object) -> None:
     """Run one of the scripts; raise ValueError if it fails. Its output goes to stderr."""
     variables = {name: str(value) for name, value in environment.items()}
     code = subprocess.run(
@@ -90,25 +89,28 @@ def race_ours(args: argparse.Namespace, data: Path, seconds: float) -> dict:
     run_dir = args.output / "ours"
     with tempfile.TemporaryDirectory() as caches:
         began = time.time() - seconds
-        run_ours(
-            *("train_tokenizer.py", "--data-dir", data / "train", "--output", tokenizer),
-            *("--vocab-size", config["model"].get("vocab_size") or VOCABULARY, "--prefix-space"),
-        )
+        vocab_size = config["model"].get("vocab_size") or VOCABULARY
+        arguments = ["--data-dir", data / "train", "--output", tokenizer]
+        arguments += ["--vocab-size", vocab_size, "--prefix-space"]
+        run_ours("train_tokenizer.py", arguments)
         minutes = args.minutes - (time.time() - began) / 60
         if minutes <= 0:
             raise ValueError(f"--minutes {args.minutes:g}: cleaning and the tokenizer take longer")
-        keys = {
-            "data.tokenizer_path": tokenizer,
-            "data.train_path": data / "train",
-            "data.eval_path": data / "dev",
-            "logging.output_dir": args.output,
-            "training.max_minutes": round(minutes, 3),
-        }
+        assignments = [
+            *(args.set or ()),
+            f"data.tokenizer_path={tokenizer}",
+            f"data.train_path={data / 'train'}",
+            f"data.eval_path={data / 'dev'}",
+            f"logging.output_dir={args.output}",
+            f"training.max_minutes={round(minutes, 3)}",
+        ]
+        arguments = ["--config", args.config, "--model-name", "ours", "--overwrite"]
+        arguments += ["--seed", args.seed]
+        for assignment in assignments:
+            arguments += ["--set", assignment]
         run_ours(
-            *("train.py", "--config", args.config, "--model-name", "ours", "--overwrite"),
-            *("--seed", args.seed),
-            *(word for assignment in args.set or () for word in ("--set", assignment)),
-            *(word for key, value in keys.items() for word in ("--set", f"{key}={value}")),
+            "train.py",
+            arguments,
             BABYLLAMA_CACHE=Path(caches, "tokens"),
             TORCHINDUCTOR_CACHE_DIR=Path(caches, "compiled"),
         )
@@ -194,7 +196,7 @@ def blimp_score(model: Path, blimp: Path) -> dict:
         config = Path(folder, "blimp.yaml")
         config.write_text(format_yaml({"tasks": {"blimp": {"path": str(blimp.absolute())}}}))
         report = Path(folder, "report.json")
-        run_ours("benchmark.py", model, "--benchmark-config", config, "--output", report)
+        run_ours("benchmark.py", [model, "--benchmark-config", config, "--output", report])
         (results,) = read_json(report)["results"].values()
     return {key: results["blimp"][key] for key in ("accuracy", "accuracy_ci95", "n")}
 
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the race and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         check_at_least(args, {"minutes": 0, "seed": 0, "passages": 1})
         folder = args.raw or args.data
         for path in (folder / "train", folder / "dev", *([args.blimp] if args.blimp else [])):
@@ -289,7 +291,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"curves {picture}, figures {args.output / 'race.json'}")
         if not args.blimp:
             print(BLIMP_ADVICE)
-        return 0
 
     return run_script(body, interrupted="interrupted; the same command continues")
 

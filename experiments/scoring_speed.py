@@ -206,13 +206,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the measurement and return the exit code."""
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         check_at_least(args, {"repeats": 1, "every": 1})
         if args.measure:
             print(json.dumps(measure(args)))
         else:
             compare(args)
-        return 0
 
     return run_script(body)
 

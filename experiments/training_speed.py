@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
 
-    def body() -> int:
+    def body() -> None:
         if args.turn and args.turn.startswith("plain"):
             use_default_threads()
         from train import load_config
@@ -322,7 +322,6 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(take_turn(config, variants[args.turn], tokenizer, args.steps)))
         else:
             report(config, tokenizer, measure(config, variants, tokenizer, args, argv))
-        return 0
 
     return run_script(body)
 
