@@ -445,28 +445,28 @@ def check_nothing_is_lost(output: Path, models: list[str], tasks: dict[str, Benc
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="benchmark.py", description="Benchmark models and compare them.")
-    add_flag = functools.partial(cli.add_flag, parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "models",
         nargs="+",
         metavar="MODEL",
         help="model directories; the others are compared with the first",
     )
-    add_flag(
-        "output",
+    add(
+        "--output",
         metavar="FILE",
         help="the JSON file (default: MODEL/benchmark.json; several models: ./benchmark.json)",
     )
-    add_flag(
-        "benchmark-config",
+    add(
+        "--benchmark-config",
         metavar="FILE",
         help="a YAML file of tasks (default: config/benchmark.yaml)",
     )
-    add_flag("tasks", nargs="+", metavar="TASK", help="run only these of the declared tasks")
-    add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    add_flag("seed", type=int, default=0, help="seed of samples and intervals (default 0)")
-    add_flag(
-        "overwrite",
+    add("--tasks", nargs="+", metavar="TASK", help="run only these of the declared tasks")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--seed", type=int, default=0, help="seed of samples and intervals (default 0)")
+    add(
+        "--overwrite",
         action="store_true",
         help="replace a file that has results of other tasks or models",
     )

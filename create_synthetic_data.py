@@ -46,7 +46,7 @@ from itertools import accumulate, product
 from math import log, log2
 from pathlib import Path
 
-from babyllama.cli import Parser, add_flag, run_script
+from babyllama.cli import Parser, run_script
 from babyllama.data.text_files import find_files
 from babyllama.files import atomic_write, check_replaceable, read_json
 
@@ -531,11 +531,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_flag(parser, "num-tokens", type=int, default=1_000_000, help="words of the training text")
-    add_flag(parser, "output-dir", default="./data/synthetic", help="directory of the files")
-    add_flag(parser, "complexity", default="medium", help=" or ".join(COMPLEXITIES))
-    add_flag(parser, "seed", type=int, default=42, help="the same seed gives the same files")
-    add_flag(parser, "num-pairs", type=int, default=200, help="minimal pairs of each kind")
+    add = parser.add_argument
+    add("--num-tokens", type=int, default=1_000_000, help="words of the training text")
+    add("--output-dir", default="./data/synthetic", help="directory of the files")
+    add("--complexity", default="medium", help=" or ".join(COMPLEXITIES))
+    add("--seed", type=int, default=42, help="the same seed gives the same files")
+    add("--num-pairs", type=int, default=200, help="minimal pairs of each kind")
     return parser
 
 

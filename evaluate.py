@@ -22,7 +22,6 @@ another directory.
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import math
 import random
@@ -37,7 +36,7 @@ import babyllama  # noqa: F401  before numpy, because it names a package that is
 # isort: split
 import numpy as np
 
-from babyllama.cli import Parser, add_flag, check_at_least, log_to_stderr, run_script, significant
+from babyllama.cli import Parser, check_at_least, log_to_stderr, run_script, significant
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import domain_of, find_files
 from babyllama.evaluation import metrics, word_surprisal
@@ -580,44 +579,46 @@ def _print_figure(label: str, figures: dict, key: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="evaluate.py", description="Measure one language model on held-out text.")
-    add = functools.partial(add_flag, parser)
-    parser.add_argument("model", help="a model directory, e.g. models/quickstart")
+    add = parser.add_argument
+    add("model", help="a model directory, e.g. models/quickstart")
     add(
-        "num-samples",
+        "--num-samples",
         type=int,
         default=500,
         help="passages of held-out text to score (default 500)",
     )
     add(
-        "output-path",
+        "--output-path",
         metavar="FILE",
         help="JSON file (default MODEL/evaluation_results.json), with the plots next to it; with "
         "--surprisal a CSV file (default MODEL/word_surprisal.csv)",
     )
-    add("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add(
-        "custom-prompts",
+        "--custom-prompts",
         metavar="FILE",
         help="prompts, one per line (default: the first words of ten passages)",
     )
     add(
-        "surprisal",
+        "--surprisal",
         metavar="FILE",
         help="only write a CSV row for each word of these sentences: one per line, or the column "
         "text or sentence of a .csv or .tsv file",
     )
     add(
-        "temperature",
+        "--temperature",
         type=float,
         default=0.8,
         help="temperature of sampling; 0 is greedy (default 0.8)",
     )
     add(
-        "eval-data", metavar="FILE_OR_DIR", help="held-out text (default: that of the training run)"
+        "--eval-data",
+        metavar="FILE_OR_DIR",
+        help="held-out text (default: that of the training run)",
     )
-    add("seed", type=int, default=0, help="seed of passages, samples and intervals (default 0)")
+    add("--seed", type=int, default=0, help="seed of passages, samples and intervals (default 0)")
     add(
-        "batch-size",
+        "--batch-size",
         type=int,
         default=8,
         help="full contexts in a forward pass (default 8); fewer take less memory",

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from babyllama.cli import Parser, add_flag, check_at_least, log_to_stderr, run_script
+from babyllama.cli import Parser, check_at_least, log_to_stderr, run_script
 
 
 def stream(model, tokenizer, prompt: str, *, stream_number: int = 0, **options) -> Iterator[str]:
@@ -54,30 +54,20 @@ def read_prompts() -> Iterator[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="generate.py", description="Continue a prompt with a language model.")
-    parser.add_argument("model", help="a model directory, e.g. models/quickstart")
-    add_flag(
-        parser, "prompt", help='text to continue; "" starts from BOS (default: ask for prompts)'
-    )
-    add_flag(parser, "num-samples", type=int, default=1, help="texts for each prompt (default 1)")
-    add_flag(
-        parser,
-        "max-new-tokens",
-        type=int,
-        default=100,
-        help="maximum length of a text (default 100)",
-    )
-    add_flag(parser, "temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    add_flag(
-        parser,
-        "top-p",
+    add = parser.add_argument
+    add("model", help="a model directory, e.g. models/quickstart")
+    add("--prompt", help='text to continue; "" starts from BOS (default: ask for prompts)')
+    add("--num-samples", type=int, default=1, help="texts for each prompt (default 1)")
+    add("--max-new-tokens", type=int, default=100, help="maximum length of a text (default 100)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add(
+        "--top-p",
         type=float,
         default=0.95,
         help="share of the probability to sample from (default 0.95)",
     )
-    add_flag(
-        parser, "seed", type=int, default=0, help="the same seed gives the same texts (default 0)"
-    )
-    add_flag(parser, "device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--seed", type=int, default=0, help="the same seed gives the same texts (default 0)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     return parser
 
 

@@ -38,7 +38,7 @@ import babyllama  # noqa: F401  before tokenizers, because it names a package th
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from babyllama.cli import Parser, add_flag, printable, run_script
+from babyllama.cli import Parser, printable, run_script
 from babyllama.config import training_command
 from babyllama.data.cleaners import CLEANER_VERSION, clean_text, create_cleaner_registry
 from babyllama.data.documents import new_report, read_documents, read_parts, rows_joined_text
@@ -68,66 +68,49 @@ ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(description="Clean BabyLM data and train the tokenizer.")
+    add = parser.add_argument
     train = parser.add_mutually_exclusive_group()
-    add_flag(train, "babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track")
-    add_flag(train, "babylm-100m", type=Path, metavar="DIR", help="train text, strict track")
-    add_flag(parser, "babylm-dev", type=Path, metavar="DIR", help="held-out text")
-    add_flag(
-        parser,
-        "output-dir",
-        type=Path,
-        default=Path("./data"),
-        metavar="DIR",
-        help="default ./data",
+    train.add_argument(
+        "--babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track"
     )
-    add_flag(
-        parser,
-        "tokenizer-vocab",
-        type=int,
-        default=16000,
-        metavar="N",
-        help="tokens; default 16000",
-    )
-    add_flag(
-        parser,
-        "tokenizer-output",
+    train.add_argument("--babylm-100m", type=Path, metavar="DIR", help="train text, strict track")
+    add("--babylm-dev", type=Path, metavar="DIR", help="held-out text")
+    add("--output-dir", type=Path, default=Path("./data"), metavar="DIR", help="default ./data")
+    add("--tokenizer-vocab", type=int, default=16000, metavar="N", help="tokens; default 16000")
+    add(
+        "--tokenizer-output",
         type=Path,
         default=Path("./models/tokenizer.json"),
         metavar="FILE",
         help="default ./models/tokenizer.json",
     )
-    add_flag(
-        parser,
-        "tokenizer-prefix-space",
+    add(
+        "--tokenizer-prefix-space",
         action="store_true",
         help="put a space before the first word of a text",
     )
-    add_flag(
-        parser,
-        "domain",
+    add(
+        "--domain",
         action="append",
         default=[],
         metavar="DOMAIN=CLEANER",
         help="use the cleaner of another domain, such as novels=gutenberg; may be repeated",
     )
-    add_flag(
-        parser,
-        "one-document-per-row",
+    add(
+        "--one-document-per-row",
         action="store_true",
         help="never join the rows of a table, however short; for tweets and the like",
     )
     cleaning = parser.add_mutually_exclusive_group()
-    add_flag(
-        cleaning,
-        "clean-domains",
+    cleaning.add_argument(
+        "--clean-domains",
         nargs="+",
         metavar="DOMAIN",
         help="use only the cleaners of these domains (separated by commas or spaces); default all",
     )
-    add_flag(cleaning, "skip-cleaning", action="store_true", help="copy the text as it is")
-    add_flag(
-        parser,
-        "skip-tokenizer",
+    cleaning.add_argument("--skip-cleaning", action="store_true", help="copy the text as it is")
+    add(
+        "--skip-tokenizer",
         action="store_true",
         help="train no tokenizer; count tokens with the existing one",
     )

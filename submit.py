@@ -265,23 +265,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="submit.py", description="Turn a finished BabyLM run into a submission."
     )
-    add_flag = functools.partial(cli.add_flag, parser)
+    add = parser.add_argument
     stages = ", ".join(STAGES)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="the run directory")
-    add_flag("eval-data", metavar="DIR", help="BabyLM's folder evaluation_data")
-    add_flag("output", metavar="DIR", help="the folder of the submission")
+    add("run", nargs="?", metavar="RUN", help="the run directory")
+    add("--eval-data", metavar="DIR", help="BabyLM's folder evaluation_data")
+    add("--output", metavar="DIR", help="the folder of the submission")
     choice = {"nargs": "+", "choices": STAGES, "metavar": "STAGE", "default": []}
-    add_flag("only", **choice, help=f"run only these stages ({stages})")
-    add_flag("skip", **choice, help="run all stages but these")
-    add_flag("dry-run", action="store_true", help="list what would be done")
-    add_flag("push", metavar="USER/NAME", help="upload the model and its checkpoints to the Hub")
-    add_flag("private", action="store_true", help="with --push, make the repository private")
-    add_flag("license", metavar="NAME", help="with --push, the licence on the model card")
-    add_flag("language", metavar="CODE", help="with --push, the language on the model card")
-    add_flag("hub-cache", metavar="DIR", help="lay the model out as an offline cache of the Hub")
-    add_flag("check", metavar="FILE", help="check a collated file; needs no RUN")
-    add_flag("device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    add_flag("seed", type=int, default=42, help="seed of fine-tuning and ties (default 42)")
+    add("--only", **choice, help=f"run only these stages ({stages})")
+    add("--skip", **choice, help="run all stages but these")
+    add("--dry-run", action="store_true", help="list what would be done")
+    add("--push", metavar="USER/NAME", help="upload the model and its checkpoints to the Hub")
+    add("--private", action="store_true", help="with --push, make the repository private")
+    add("--license", metavar="NAME", help="with --push, the licence on the model card")
+    add("--language", metavar="CODE", help="with --push, the language on the model card")
+    add("--hub-cache", metavar="DIR", help="lay the model out as an offline cache of the Hub")
+    add("--check", metavar="FILE", help="check a collated file; needs no RUN")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--seed", type=int, default=42, help="seed of fine-tuning and ties (default 42)")
     return parser
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from babyllama import distributed
 from babyllama.architectures import ARCHITECTURES
-from babyllama.cli import Parser, add_flag, log_to_stderr, run_script
+from babyllama.cli import Parser, log_to_stderr, run_script
 from babyllama.config import (
     check_config,
     check_model_section,
@@ -583,10 +583,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a language model from scratch, as a YAML file describes it.",
         epilog="Flags beat the YAML file. They may be written with hyphens or with underscores.",
     )
-    add = functools.partial(add_flag, parser)
+    add = parser.add_argument
 
     # the configuration, and flags for single keys of it
-    add("config", required=True, metavar="FILE", help="YAML file, e.g. config/quickstart.yaml")
+    add("--config", required=True, metavar="FILE", help="YAML file, e.g. config/quickstart.yaml")
     for name, dotted in FLAGS.items():
         section, key = dotted.split(".")
         field = SECTIONS[section].model_fields[key]
@@ -594,28 +594,28 @@ def make_parser() -> argparse.ArgumentParser:
         options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
         if field.annotation in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction, "default": None}
-        add(name.replace("_", "-"), help=f"{dotted}: {field.description}", **options)
+        add(f"--{name.replace('_', '-')}", help=f"{dotted}: {field.description}", **options)
 
     # what to do with it: resume, sweep, overwrite
     resume_help = (
         "continue from a checkpoint directory of this run, or from the latest one; auto starts the "
         "run if there is nothing to resume"
     )
-    add("resume-from-checkpoint", metavar="PATH|latest|auto", help=resume_help)
+    add("--resume-from-checkpoint", metavar="PATH|latest|auto", help=resume_help)
     allow_help = (
         "let a resumed run continue with another value of this key, such as training.batch_size; "
         "may be repeated"
     )
-    add("allow-change", action="append", metavar="KEY", help=allow_help)
+    add("--allow-change", action="append", metavar="KEY", help=allow_help)
     set_help = "change any key of the configuration, listed in API_REFERENCE.md; may be repeated"
-    add("set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
+    add("--set", action="append", metavar="SECTION.KEY=VALUE", help=set_help)
     sweep_help = "train every combination of the values in this YAML file (section.key: [values])"
-    add("sweep", metavar="FILE", help=sweep_help)
+    add("--sweep", metavar="FILE", help=sweep_help)
     seeds_help = "train once with each of these seeds; report mean and standard deviation"
-    add("seeds", nargs="+", type=int, metavar="N", help=seeds_help)
-    add("overwrite", action="store_true", help="replace an earlier run of the same name")
+    add("--seeds", nargs="+", type=int, metavar="N", help=seeds_help)
+    add("--overwrite", action="store_true", help="replace an earlier run of the same name")
     dry_run_help = "prepare everything and print the plan of the run, but do not train"
-    add("dry-run", action="store_true", help=dry_run_help)
+    add("--dry-run", action="store_true", help=dry_run_help)
     return parser
 
 

@@ -35,7 +35,7 @@ import babyllama  # noqa: F401  before tokenizers, because it names a package th
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from babyllama.cli import Parser, add_flag, run_script
+from babyllama.cli import Parser, run_script
 from babyllama.config import training_command
 from babyllama.data.documents import new_report, read_parts
 from babyllama.data.text_files import find_files, source_of
@@ -58,29 +58,18 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a byte-level BPE tokenizer on the training files of a directory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_flag(
-        parser,
-        "data-dir",
+    add = parser.add_argument
+    add(
+        "--data-dir",
         type=Path,
         default=Path("./data/train"),
         help="directory with the training text",
     )
-    add_flag(
-        parser,
-        "vocab-size",
-        type=int,
-        default=16000,
-        help=f"number of tokens, at least {MIN_VOCAB_SIZE}",
+    add(
+        "--vocab-size", type=int, default=16000, help=f"number of tokens, at least {MIN_VOCAB_SIZE}"
     )
-    add_flag(
-        parser, "output", type=Path, default=Path("./models/tokenizer.json"), help="file to write"
-    )
-    add_flag(
-        parser,
-        "prefix-space",
-        action="store_true",
-        help="put a space before the first word of a text",
-    )
+    add("--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write")
+    add("--prefix-space", action="store_true", help="put a space before the first word of a text")
     return parser
 
 

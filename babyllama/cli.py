@@ -72,11 +72,6 @@ class Parser(argparse.ArgumentParser):
         sys.exit(EXIT_BAD_INPUT)
 
 
-def add_flag(parser: Any, name: str, **options) -> argparse.Action:
-    """Add --some-flag to a parser or a group of flags."""
-    return parser.add_argument(f"--{name}", **options)
-
-
 def check_at_least(args: argparse.Namespace, minimum: dict[str, float]) -> None:
     """Raise ValueError if a numeric flag is below its minimum, infinite or not a number (NaN)."""
     for name, least in minimum.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import VOCABULARY, run_child, spread
 
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 
 WAYS = {"bare": "tokenizer alone", "raw": "prepare_dataset", "clean": "prepare_dataset, clean=True"}
 BATCH = 48  # texts that the tokenizer encodes at a time
@@ -94,10 +94,11 @@ def compare(data_dir: str, tokenizer_file: str, repeats: int) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    add_flag(parser, "data-dir", default="data/train", help="directory of training text")
-    add_flag(parser, "tokenizer", help="tokenizer.json (default: trained on the data)")
-    add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
-    add_flag(parser, "measure", choices=WAYS, help="measure one way here and print JSON")
+    add = parser.add_argument
+    add("--data-dir", default="data/train", help="directory of training text")
+    add("--tokenizer", help="tokenizer.json (default: trained on the data)")
+    add("--repeats", type=int, default=3, help="turns of each way (default 3)")
+    add("--measure", choices=WAYS, help="measure one way here and print JSON")
     return parser
 
 

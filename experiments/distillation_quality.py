@@ -23,7 +23,7 @@ import common  # noqa: F401  puts the repository on sys.path
 
 import train as train_script
 import train_tokenizer
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 from babyllama.runs.checkpoints import checkpoint_error, checkpoints
 from babyllama.runs.run_dir import LOG_FILE, METRICS_FILE
 
@@ -149,16 +149,17 @@ def print_row(title: str, run_dirs: list[Path]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
     output = Path("models/distillation-quality")
-    add_flag(parser, "data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
-    add_flag(parser, "words", type=int, default=20_000, help="of each training file")
-    add_flag(parser, "output", type=Path, default=output, help="directory of the runs")
-    add_flag(parser, "seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
-    add_flag(parser, "teacher-epochs", type=int, default=6, help="default 6")
-    add_flag(parser, "epochs", type=int, default=10, help="of the students (default 10)")
-    add_flag(parser, "lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    add_flag(parser, "top-k", type=int, default=128, help="tokens kept per position (default 128)")
-    add_flag(parser, "ways", nargs="+", choices=WAYS, default=list(WAYS), help="which students")
+    add("--data-dir", type=Path, default=Path("data"), help="holds train/ and dev/")
+    add("--words", type=int, default=20_000, help="of each training file")
+    add("--output", type=Path, default=output, help="directory of the runs")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
+    add("--teacher-epochs", type=int, default=6, help="default 6")
+    add("--epochs", type=int, default=10, help="of the students (default 10)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    add("--top-k", type=int, default=128, help="tokens kept per position (default 128)")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which students")
     return parser
 
 

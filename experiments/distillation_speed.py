@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import ROOT, VOCABULARY, chunks_per_step, random_chunks, spread, tokenizer_or_stand_in
 
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 
 WARM_UP = 1
 TITLES = {"run": "two teachers, run", "cached": "two teachers, cached", "alone": "no teacher"}
@@ -135,13 +135,14 @@ def measure(student: dict, teacher: dict, top_k: int, steps: int, repeats: int) 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
     configs = ROOT / "config"
-    add_flag(parser, "config", default=str(configs / "llama-10M.yaml"), help="the student")
-    add_flag(parser, "teacher", default=str(configs / "llama-16M.yaml"), help="both teachers")
-    add_flag(parser, "top-k", type=int, default=64, help="tokens kept per position (default 64)")
-    add_flag(parser, "compile", action="store_true", help="compile the student, as in long runs")
-    add_flag(parser, "steps", type=int, default=4, help="counted steps of a turn (default 4)")
-    add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
+    add("--config", default=str(configs / "llama-10M.yaml"), help="the student")
+    add("--teacher", default=str(configs / "llama-16M.yaml"), help="both teachers")
+    add("--top-k", type=int, default=64, help="tokens kept per position (default 64)")
+    add("--compile", action="store_true", help="compile the student, as in long runs")
+    add("--steps", type=int, default=4, help="counted steps of a turn (default 4)")
+    add("--repeats", type=int, default=3, help="turns of each way (default 3)")
     return parser
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import ROOT
 
-from babyllama.cli import Parser, add_flag, run_script
+from babyllama.cli import Parser, run_script
 from babyllama.plots import BLUE, GREEN, GREY, ORANGE, draw_gap, draw_loss, new_figure
 
 
@@ -72,8 +72,8 @@ def draw_learning_rates(sweep_dir: Path, file: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    add_flag(parser, "output-dir", default=str(ROOT / "docs"), help="where the PNG files go")
-    add_flag(parser, "models-dir", default=str(ROOT / "models"), help="where the runs are")
+    parser.add_argument("--output-dir", default=str(ROOT / "docs"), help="where the PNG files go")
+    parser.add_argument("--models-dir", default=str(ROOT / "models"), help="where the runs are")
     return parser
 
 

@@ -20,7 +20,7 @@ import common  # noqa: F401  (puts the repository on sys.path)
 import torch
 import torch.nn.functional as F
 
-from babyllama.cli import Parser, add_flag, run_script
+from babyllama.cli import Parser, run_script
 from babyllama.data.documents import read_documents
 from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import load_tokenizer
@@ -87,8 +87,10 @@ def train(config: dict) -> list[float]:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    add_flag(parser, "config", required=True, help="YAML file, e.g. config/quickstart.yaml")
-    add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="as for train.py")
+    parser.add_argument("--config", required=True, help="YAML file, e.g. config/quickstart.yaml")
+    parser.add_argument(
+        "--set", action="append", metavar="SECTION.KEY=VALUE", help="as for train.py"
+    )
     return parser
 
 

@@ -34,7 +34,7 @@ from common import ROOT, USER_ENVIRONMENT, VOCABULARY, run_child
 
 sys.path.insert(0, str(ROOT))  # before an installed package with the name of evaluate.py
 
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 from babyllama.config import format_yaml, read_yaml_file, set_key
 from babyllama.files import read_json, write_json
 
@@ -240,25 +240,28 @@ def print_table(runs: dict[str, dict]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
     text = parser.add_mutually_exclusive_group()
-    add_flag(text, "raw", type=Path, help="folder with raw train/ and dev/")
+    text.add_argument("--raw", type=Path, help="folder with raw train/ and dev/")
     default = Path("data")
-    add_flag(text, "data", type=Path, default=default, help="folder with prepared train/ and dev/")
-    add_flag(parser, "blimp", type=Path, help="folder of BLiMP's .jsonl files")
+    text.add_argument(
+        "--data", type=Path, default=default, help="folder with prepared train/ and dev/"
+    )
+    add("--blimp", type=Path, help="folder of BLiMP's .jsonl files")
     default = ROOT / "config" / "race-30min.yaml"
-    add_flag(parser, "config", type=Path, default=default, help="YAML file of ours")
-    add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="any key of ours")
-    add_flag(parser, "minutes", type=float, default=30.0, help="of each contestant (default 30)")
+    add("--config", type=Path, default=default, help="YAML file of ours")
+    add("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key of ours")
+    add("--minutes", type=float, default=30.0, help="of each contestant (default 30)")
     default = Path("models", "race")
-    add_flag(parser, "output", type=Path, default=default, help=f"folder (default {default})")
-    add_flag(parser, "picture", type=Path, help="PNG file (default OUTPUT/race.png)")
+    add("--output", type=Path, default=default, help=f"folder (default {default})")
+    add("--picture", type=Path, help="PNG file (default OUTPUT/race.png)")
     default = ["ours", "plain"]
-    add_flag(parser, "contestants", nargs="+", choices=CONTESTANTS, default=default, help="who")
+    add("--contestants", nargs="+", choices=CONTESTANTS, default=default, help="who")
     default = [3e-4, 1e-3, 2e-3, 4e-3]
-    add_flag(parser, "lrs", type=float, nargs="+", default=default, help="that tuned tries")
-    add_flag(parser, "seed", type=int, default=42, help="of the models (default 42)")
+    add("--lrs", type=float, nargs="+", default=default, help="that tuned tries")
+    add("--seed", type=int, default=42, help="of the models (default 42)")
     default = sys.maxsize
-    add_flag(parser, "passages", type=int, default=default, help="of held-out text (default all)")
+    add("--passages", type=int, default=default, help="of held-out text (default all)")
     return parser
 
 

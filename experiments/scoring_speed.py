@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common import run_child, seconds_of, spread, use_default_threads
 
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 
 WAYS = ("loop", "choose")
 BATCH = 64  # pairs
@@ -192,13 +192,14 @@ def compare(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="model directory")
-    parser.add_argument("data", help="directory of BLiMP's .jsonl files")
-    add_flag(parser, "repeats", type=int, default=3, help="turns of each way (default 3)")
-    add_flag(parser, "every", type=int, default=1, help="only every n-th pair")
-    add_flag(parser, "device", default="cpu", help="cpu (default) or cuda")
+    add = parser.add_argument
+    add("model", help="model directory")
+    add("data", help="directory of BLiMP's .jsonl files")
+    add("--repeats", type=int, default=3, help="turns of each way (default 3)")
+    add("--every", type=int, default=1, help="only every n-th pair")
+    add("--device", default="cpu", help="cpu (default) or cuda")
     ways = [*WAYS, "generation"]
-    add_flag(parser, "measure", choices=ways, help="measure one thing here and print JSON")
+    add("--measure", choices=ways, help="measure one thing here and print JSON")
     return parser
 
 

@@ -39,7 +39,7 @@ from common import (
     use_default_threads,
 )
 
-from babyllama.cli import Parser, add_flag, check_at_least, run_script
+from babyllama.cli import Parser, check_at_least, run_script
 
 BLOCK = 10  # steps between two synchronisations with a GPU
 OURS = ["as it is", "compiled"]
@@ -282,23 +282,23 @@ def make_variants(config: dict, args: argparse.Namespace) -> dict[str, dict]:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    add_flag(parser, "config", default=str(ROOT / "config" / "llama-10M.yaml"), help="YAML file")
-    add_flag(parser, "steps", type=int, default=6, help="counted steps of a turn (default 6)")
-    add_flag(parser, "repeats", type=int, default=3, help="turns of each variant (default 3)")
-    add_flag(
-        parser,
-        "micro",
+    add = parser.add_argument
+    add("--config", default=str(ROOT / "config" / "llama-10M.yaml"), help="YAML file")
+    add("--steps", type=int, default=6, help="counted steps of a turn (default 6)")
+    add("--repeats", type=int, default=3, help="turns of each variant (default 3)")
+    add(
+        "--micro",
         type=int,
         nargs="+",
         default=[8, 16, 32],
         help="micro-batches of the plain script",
     )
     formats = ["fp32", "bf16"]
-    add_flag(parser, "formats", nargs="+", default=formats, help="number formats of ours")
-    add_flag(parser, "ours", nargs="+", choices=OURS, default=OURS, help="variants (default: both)")
-    add_flag(parser, "busy", action="store_true", help="beside one other busy process")
-    add_flag(parser, "set", action="append", metavar="SECTION.KEY=VALUE", help="any key")
-    add_flag(parser, "turn", metavar="VARIANT", help="take one turn here and print JSON")
+    add("--formats", nargs="+", default=formats, help="number formats of ours")
+    add("--ours", nargs="+", choices=OURS, default=OURS, help="variants (default: both)")
+    add("--busy", action="store_true", help="beside one other busy process")
+    add("--set", action="append", metavar="SECTION.KEY=VALUE", help="any key")
+    add("--turn", metavar="VARIANT", help="take one turn here and print JSON")
     return parser
 
 

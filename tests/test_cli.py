@@ -12,15 +12,7 @@ from conftest import ROOT
 
 import train
 from babyllama import cli
-from babyllama.cli import (
-    Parser,
-    add_flag,
-    check_at_least,
-    duration,
-    run_script,
-    significant,
-    time_left,
-)
+from babyllama.cli import Parser, check_at_least, duration, run_script, significant, time_left
 
 
 def raising(error):
@@ -103,7 +95,7 @@ def test_a_bug_keeps_its_traceback():
 
 def test_flags_have_two_spellings_and_a_minimum():
     parser = Parser()
-    add_flag(parser, "batch-size", type=float)
+    parser.add_argument("--batch-size", type=float)
     for flag in ("--batch-size", "--batch_size"):
         check_at_least(parser.parse_args([flag, "2"]), {"batch_size": 2})
         for value, requirement in [
@@ -124,7 +116,7 @@ def test_scripts_accept_flags_with_underscores(path):
 
 def test_only_flags_are_respelled():
     parser = Parser()
-    add_flag(parser, "prompt")
+    parser.add_argument("--prompt")
     parser.add_argument("models", nargs="*")
     args = parser.parse_args(["--prompt", "-- snake_case name", "--", "--my_dir", "a_b"])
     assert args.prompt == "-- snake_case name"
