@@ -7,7 +7,7 @@
 A corpus can be larger than memory, so prepare_dataset never holds a complete file. Each step is a
 generator that takes a little from the step before it and hands it on:
 
-    lines.read_lines           file      -> lines, with invalid bytes repaired
+    documents.read_lines       file      -> lines, with invalid bytes repaired
     documents._number_lines    lines     -> (number of the document, line)
     documents.read_documents   lines     -> documents, each an iterator over parts; counts words
     documents.text_parts       lines     -> parts of at most 32,768 characters
@@ -50,10 +50,10 @@ from babyllama.data.documents import (
     READER_VERSION,
     new_report,
     read_documents,
+    replace_surrogates,
     rows_joined_text,
     text_parts,
 )
-from babyllama.data.lines import replace_surrogates
 from babyllama.data.text_files import find_files, source_of
 from babyllama.data.tokenizer import (
     adds_prefix_space,

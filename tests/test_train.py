@@ -26,11 +26,10 @@ from babyllama.planning.memory import memory_advice
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import METRICS_FILE
 from babyllama.training.arguments import training_arguments
-from babyllama.training.batches import collate_chunks
 from babyllama.training.held_out import evaluate_chunks
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.run_log import RunLog
-from babyllama.training.trainer import LMTrainer
+from babyllama.training.trainer import LMTrainer, collate_chunks
 from data_utils import DataProcessor
 
 

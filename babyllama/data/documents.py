@@ -12,20 +12,25 @@ pass a function from cleaners.py.
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from babyllama.data.lines import read_lines, replace_surrogates
+from babyllama.data.text_check import SURROGATE, check_is_text, check_ratio
 from babyllama.data.text_files import TABLES, domain_of
 
 # It is part of cache keys: increase it when documents start or texts are cut at other places.
 READER_VERSION = 3
+BLOCK = 1 << 18  # characters that are read at a time
+LONG_LINE = 1 << 20  # characters; a longer line is read in pieces
 TABLE_ROWS = 256  # rows of a table that are read at a time
 LINE_CHARS = 200  # rows whose median is at most as long can be lines of a text
 PART = 1 << 15  # characters of a document that are cleaned or tokenized at a time
@@ -51,6 +56,71 @@ def rows_joined_text(report: dict) -> str:
         "joined, and a document starts after a blank row or at a title; prepare_data.py "
         "--one-document-per-row keeps them apart"
     )
+
+
+# ---- from bytes to lines ------------------------------------------------------------------------
+
+
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """Return (text with U+FFFD for lone surrogates, their number); UTF-8 cannot encode them."""
+    if text.isascii():  # encoding a long text would take memory
+        return text, 0
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATE.subn("\ufffd", text)
+    return text, 0
+
+
+def _repair(block: str, path: Path, lines_before: int, report: dict) -> str:
+    """Return a block of text without NUL, with U+FFFD for each invalid byte; count both."""
+    text, invalid_bytes = replace_surrogates(block)
+    if invalid_bytes and not report["first_invalid"]:
+        line_number = 1 + lines_before + block.count("\n", 0, SURROGATE.search(block).start())
+        report["first_invalid"] = f"{path}: line {line_number}"
+    report["invalid_bytes"] += invalid_bytes
+    report["nul_removed"] += text.count("\0")
+    return text.replace("\0", "")
+
+
+def read_lines(path: Path, report: dict) -> Iterator[str]:
+    """Yield the repaired lines of a file, each with a newline at its end.
+
+    Some corpora keep a whole book on one line. A line that long comes in several strings, cut after
+    a space if there is one, and only the last of them ends in a newline.
+    """
+    bytes_before = report["bytes_on_disk"]
+    lines_before = 0
+    n_characters = 0
+    line_start = ""  # of the line that the next block continues
+    with path.open("rb") as raw:
+        data = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        # this error handler turns each invalid byte into one surrogate, so that they can be counted
+        file = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline=None)
+        try:
+            head = file.read(2)
+            blocks = iter(partial(file.read, BLOCK), "")
+            first_block = next(blocks, "")
+            check_is_text(path, head + first_block)
+            report["bom_removed"] += head.startswith("\ufeff")
+            blocks = itertools.chain([first_block], blocks)
+            for block in itertools.chain([head.removeprefix("\ufeff")], blocks):
+                report["bytes_on_disk"] = bytes_before + raw.tell()
+                n_characters += len(block)
+                check_ratio(path, n_characters, raw.tell())
+                text = _repair(block, path, lines_before, report)
+                lines_before += block.count("\n")
+                *lines, line_start = (line_start + text).split("\n")
+                for line in lines:
+                    yield line + "\n"
+                if len(line_start) >= LONG_LINE:
+                    end = line_start.rfind(" ") + 1 or len(line_start)
+                    yield line_start[:end]
+                    line_start = line_start[end:]
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: broken gzip file ({error})") from None
+    if line_start:
+        yield line_start + "\n"
 
 
 # ---- from lines to documents --------------------------------------------------------------------

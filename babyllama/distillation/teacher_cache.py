@@ -25,7 +25,7 @@ from babyllama.distillation.teachers import DTYPES, Ensemble, SoftTargets, diver
 from babyllama.files import atomic_write, default_cache_dir, read_json, write_json
 from babyllama.model_dir import weights_sha256
 from babyllama.planning.kernels import pick_precision
-from babyllama.training.batches import collate_chunks
+from babyllama.training.trainer import collate_chunks
 
 ABOUT_FILE = "about.json"
 IDS_FILE = "top_ids.npy"

@@ -1,4 +1,4 @@
-"""Turn chunks of token ids into the batches of each process.
+"""Choose the chunks of each batch of each process.
 
 A chunk is a row of a prepared dataset: `input_ids`, exactly T tokens of text and no padding.
 
@@ -19,20 +19,6 @@ from babyllama.distributed import rank, world_size
 from babyllama.training.steps import Steps
 
 # ---- rows ---------------------------------------------------------------------------------------
-
-
-def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Return input_ids and labels (B, T) int64 of a batch of chunks.
-
-    There is no attention mask because chunks have no padding. Our loss does not read the labels,
-    but Trainer counts them to weigh accumulated batches, so the first one is -100: no token comes
-    before it that could predict it.
-    """
-    ids = np.stack([np.asarray(row["input_ids"]) for row in rows])
-    input_ids = torch.from_numpy(ids.astype(np.int64))
-    labels = input_ids.clone()
-    labels[:, 0] = -100
-    return {"input_ids": input_ids, "labels": labels}
 
 
 class ShiftedChunks:

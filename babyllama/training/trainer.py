@@ -46,7 +46,7 @@ from babyllama.runs.checkpoints import (
 )
 from babyllama.runs.run_dir import RETRAIN
 from babyllama.training.attention import prepare_for_chunks
-from babyllama.training.batches import collate_chunks, train_loader
+from babyllama.training.batches import train_loader
 from babyllama.training.benchmark import TrainingBenchmark
 from babyllama.training.callbacks import Intervals, UpdateAverage
 from babyllama.training.cuda_graphs import CudaGraphStep
@@ -67,6 +67,20 @@ class TrainingError(ValueError):
     """The run cannot continue; the message says what to change."""
 
     on_all_ranks = True
+
+
+def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return input_ids and labels (B, T) int64 of a batch of chunks.
+
+    There is no attention mask because chunks have no padding. Our loss does not read the labels,
+    but Trainer counts them to weigh accumulated batches, so the first one is -100: no token comes
+    before it that could predict it.
+    """
+    ids = np.stack([np.asarray(row["input_ids"]) for row in rows])
+    input_ids = torch.from_numpy(ids.astype(np.int64))
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
 
 
 class LMTrainer(Trainer):

@@ -13,7 +13,7 @@ from datasets import Dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from babyllama.data import documents, lines
+from babyllama.data import documents
 from babyllama.data.cleaners import create_cleaner_registry
 from babyllama.data.documents import new_report, read_documents, read_parts
 from babyllama.data.text_files import find_files
@@ -181,7 +181,7 @@ def test_documents_do_not_depend_on_the_sizes_of_blocks_and_parts(
         "\n".join("" if line.isspace() else line for line in text_lines)
     )
     path = write_file(tmp_path, "x.txt", text)
-    monkeypatch.setattr(lines, "BLOCK", block)
+    monkeypatch.setattr(documents, "BLOCK", block)
     monkeypatch.setattr(documents, "PART", part)
     assert all(len(text) <= part for text in read_parts(path))
     assert "".join(read_parts(path)) == "".join(read_texts(path))
@@ -192,8 +192,8 @@ def test_documents_do_not_depend_on_the_sizes_of_blocks_and_parts(
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 def test_a_long_line_is_read_in_parts_and_stays_one_line(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(lines, "BLOCK", 30)
-    monkeypatch.setattr(lines, "LONG_LINE", 50)
+    monkeypatch.setattr(documents, "BLOCK", 30)
+    monkeypatch.setattr(documents, "LONG_LINE", 50)
     words = " ".join(sentences(40))
     text = f"a\n{words}\n= = = not a title\n{words} = = = nor this = = =\n\n\n{'x' * 500} 1"
     is_json = name == "x.jsonl"
@@ -205,7 +205,7 @@ def test_a_long_line_is_read_in_parts_and_stays_one_line(tmp_path, monkeypatch, 
     assert report["bytes"] == sum(map(len, texts))
     if is_json:
         assert report["words"] == len(text.split())
-    assert max(map(len, lines.read_lines(path, new_report()))) <= 80
+    assert max(map(len, documents.read_lines(path, new_report()))) <= 80
 
 
 def test_cleaning_in_parts_gives_the_same_text_as_cleaning_at_once(tmp_path, monkeypatch):
@@ -244,8 +244,8 @@ def test_real_files_have_the_expected_documents(name):
 
 
 def test_a_word_longer_than_a_long_line_counts_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "BLOCK", 20)
-    monkeypatch.setattr(lines, "LONG_LINE", 50)
+    monkeypatch.setattr(documents, "BLOCK", 20)
+    monkeypatch.setattr(documents, "LONG_LINE", 50)
     monkeypatch.setattr(documents, "PART", 40)
     text = f"a {'x' * 333} b\n{'y' * 120}\nz\n"
     path = tmp_path / "a.txt"

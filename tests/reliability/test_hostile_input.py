@@ -27,7 +27,7 @@ import benchmark
 import generate
 import train
 from babyllama.cli import SafeOutput, log_to_stderr, printable, run_script
-from babyllama.data import documents, lines
+from babyllama.data import documents, text_check
 from babyllama.data.documents import new_report, read_documents
 from babyllama.data.text_files import find_files
 from babyllama.data.tokenizer import part_backend
@@ -145,8 +145,8 @@ def test_no_hostile_file_hangs_or_ends_in_a_traceback(tmp_path, figures):
 @pytest.mark.parametrize("threshold", [10**6, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["bomb.train.gz", "bomb.jsonl.gz"])
 def test_a_compressed_bomb_is_refused(name, threshold, tmp_path, monkeypatch, figures):
-    threshold = threshold or lines.SAFE_CHARS
-    monkeypatch.setattr(lines, "SAFE_CHARS", threshold)
+    threshold = threshold or text_check.SAFE_CHARS
+    monkeypatch.setattr(text_check, "SAFE_CHARS", threshold)
     block = b"the cat sees the dog\n" if ".train" in name else b"the cat sees the dog "
     member = gzip.compress(block * 50_000)
     path = tmp_path / name
@@ -162,7 +162,7 @@ def test_a_compressed_bomb_is_refused(name, threshold, tmp_path, monkeypatch, fi
 
 @pytest.mark.promise(11)
 def test_well_compressed_text_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "SAFE_CHARS", 10**5)
+    monkeypatch.setattr(text_check, "SAFE_CHARS", 10**5)
     path = tmp_path / "a.train.gz"
     path.write_bytes(gzip.compress("\n".join(sentences(20_000)).encode()))
     report = new_report()
@@ -176,7 +176,7 @@ def test_well_compressed_text_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("length", [10, 100, 1000, 1003])
 def test_a_long_json_text_in_pieces_is_the_same_text(length, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PART", 100)
-    monkeypatch.setattr(lines, "LONG_LINE", 100)
+    monkeypatch.setattr(documents, "LONG_LINE", 100)
     text = ("ab" * 73 + " " + "cat dog " * 20 + "\nx " + "y" * 99 + "\n" + "z" * 101)[:length]
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(text * 3) + "\n")
