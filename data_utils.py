@@ -9,10 +9,10 @@ generator that takes a little from the step before it and hands it on:
 
     documents.read_lines       file      -> lines, with invalid bytes repaired
     documents._number_lines    lines     -> (number of the document, line)
-    documents.read_documents   lines     -> documents, each an iterator over parts; counts words
     documents.text_parts       lines     -> parts of at most 32,768 characters
-    documents.clean_parts      parts     -> cleaned parts
-    DataProcessor._batches     documents -> lists of <s>, parts, </s>, about a million characters
+    documents.clean_parts      parts     -> cleaned parts, if there is a cleaner
+    documents.read_documents   file      -> documents, each an iterator over parts, by these four
+    DataProcessor._batches     documents -> lists of <s>, parts, </s>, half a million characters
     DataProcessor._tokenize    documents -> arrays of token ids, by way of these lists
 
 DataProcessor._write_chunks joins the arrays, cuts them into chunks, and writes them to the cache.
@@ -107,31 +107,6 @@ class DataProcessor:
 
         self._backend = part_backend(tokenizer)
         self._prefix_space = adds_prefix_space(tokenizer.backend_tokenizer)
-
-    def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
-        """Return the documents of a split as they are, with columns text and source (file name)."""
-        rows: dict[str, list[str]] = {"text": [], "source": []}
-        for path in find_files(data_dir, split):
-            for document in read_documents(path):
-                rows["text"].append("".join(document))
-                rows["source"].append(path.name)
-        return Dataset.from_dict(rows)
-
-    def clean_text(self, example: dict[str, str]) -> dict[str, str]:
-        """Return the example with the spacing of its text repaired; newlines stay."""
-        return {**example, "text": clean_text(example["text"])}
-
-    def tokenize_and_chunk(
-        self, example: dict[str, str], max_length: int = 128
-    ) -> dict[str, list[list[int]]]:
-        """Return BOS, text, EOS as chunks of max_length ids, dropping the last partial chunk."""
-        _check_max_length(max_length)
-        text, _ = replace_surrogates(example["text"])
-        token_ids: list[int] = []
-        for batch in self._tokenize([text_parts([text])]):
-            token_ids += batch.tolist()
-        starts = range(0, len(token_ids) - max_length + 1, max_length)
-        return {"input_ids": [token_ids[start : start + max_length] for start in starts]}
 
     def prepare_dataset(
         self,
@@ -279,6 +254,33 @@ class DataProcessor:
         for item in items:
             token_ids += next(encodings).ids if isinstance(item, str) else [item]
         return np.array(token_ids, dtype=self._dtype)
+
+    # ---- for notebooks: training does not use these ----
+
+    def load_text_files(self, data_dir: str, split: str = "train") -> Dataset:
+        """Return the documents of a split as they are, with columns text and source (file name)."""
+        rows: dict[str, list[str]] = {"text": [], "source": []}
+        for path in find_files(data_dir, split):
+            for document in read_documents(path):
+                rows["text"].append("".join(document))
+                rows["source"].append(path.name)
+        return Dataset.from_dict(rows)
+
+    def clean_text(self, example: dict[str, str]) -> dict[str, str]:
+        """Return the example with the spacing of its text repaired; newlines stay."""
+        return {**example, "text": clean_text(example["text"])}
+
+    def tokenize_and_chunk(
+        self, example: dict[str, str], max_length: int = 128
+    ) -> dict[str, list[list[int]]]:
+        """Return BOS, text, EOS as chunks of max_length ids, dropping the last partial chunk."""
+        _check_max_length(max_length)
+        text, _ = replace_surrogates(example["text"])
+        token_ids: list[int] = []
+        for batch in self._tokenize([text_parts([text])]):
+            token_ids += batch.tolist()
+        starts = range(0, len(token_ids) - max_length + 1, max_length)
+        return {"input_ids": [token_ids[start : start + max_length] for start in starts]}
 
 
 def _check_max_length(max_length: int) -> None:

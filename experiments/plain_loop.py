@@ -2,17 +2,17 @@
 
     python experiments/plain_loop.py --config config/quickstart.yaml --set training.max_steps=20
 
-This is the path from a text file to trained weights, and nothing else: one device, float32, and no
-Trainer, evaluation, checkpoint, cache or compilation. It ignores the keys of what it lacks, such as
-random_offset, document_mask, ema, max_minutes and distillation. The losses of train.py on a CPU are
-the same to the last bit with training.precision=fp32, chunked_loss=false and compile=false; a test
-compares them.
+Run `make quickstart` first: it writes the text and the tokenizer. This is the path from a text file
+to the updates of the weights, and nothing else: one device, float32, and no Trainer, evaluation,
+checkpoint, cache or compilation. It ignores the keys of features it lacks, such as random_offset,
+document_mask, ema, max_minutes and distillation. The losses of LMTrainer on a CPU are the same to
+the last bit with training.precision=fp32, chunked_loss=false and compile=false; a test compares
+them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 
@@ -50,19 +50,20 @@ def train(config: dict) -> list[float]:
     torch.manual_seed(training["seed"])
     model = create_model(config, tokenizer).to(device).train()
     chunks_per_step = training["batch_size"] * training["gradient_accumulation_steps"]
-    n_steps = training["num_epochs"] * math.ceil(len(chunks) / chunks_per_step)
+    steps_per_epoch = math.ceil(len(chunks) / chunks_per_step)
+    n_steps = training["num_epochs"] * steps_per_epoch
     n_steps = min(n_steps, training["max_steps"] or n_steps)
     optimizer = make_optimizer(model, training)
     lr_factor = schedule(training, n_steps)  # warm-up, then decay
 
-    def steps():
-        """Yield the chunks of each step: every epoch takes every chunk once, in another order."""
-        for epoch in range(training["num_epochs"]):
-            generator = torch.Generator().manual_seed(1000 * training["seed"] + epoch)
-            yield from torch.randperm(len(chunks), generator=generator).split(chunks_per_step)
-
     losses = []
-    for step, rows in enumerate(itertools.islice(steps(), n_steps)):
+    for step in range(n_steps):
+        # the chunks of the step: every epoch takes every chunk once, in another order
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        generator = torch.Generator().manual_seed(1000 * training["seed"] + epoch)
+        order = torch.randperm(len(chunks), generator=generator)
+        rows = order.split(chunks_per_step)[step_of_epoch]
+
         n_predicted = chunks[rows, 1:].numel()  # nothing predicts the first token of a chunk
         loss = torch.zeros((), device=device)
         for batch in chunks[rows].tensor_split(math.ceil(len(rows) / training["batch_size"])):

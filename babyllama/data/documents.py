@@ -123,6 +123,66 @@ def read_lines(path: Path, report: dict) -> Iterator[str]:
         yield line_start + "\n"
 
 
+# ---- from lines to bounded parts ----------------------------------------------------------------
+
+# A text may be cut before a blank line, a newline or a space: the GPT-2 pattern starts a new word
+# there whatever follows, so the parts together have the same tokens as the text at once.
+_CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
+
+
+def _part_end(text: str, start: int) -> int:
+    """Return the end of the part that begins at `start`: the last good cut in its second half."""
+    for cut in _CUTS:
+        ends = [match.start() for match in cut.finditer(text, start + PART // 2, start + PART)]
+        if ends:
+            return ends[-1]
+    return start + PART
+
+
+def text_parts(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the text of a document in parts of at most PART characters, with the same tokens."""
+    text = ""
+    for line in lines:
+        text += line
+        if len(text) > PART:
+            start = 0
+            while len(text) - start > PART:
+                end = _part_end(text, start)
+                yield text[start:end]
+                start = end
+            text = text[start:]
+    if text:
+        yield text
+
+
+def _counted(parts: Iterable[str], report: dict) -> Iterator[str]:
+    """Yield the parts of a document, and add their words and bytes to the report."""
+    splits_word = False  # the last part ended in the middle of a word
+    for part in parts:
+        report["words"] += len(part.split()) - (splits_word and not part[0].isspace())
+        report["bytes"] += len(part.encode())
+        splits_word = not part[-1].isspace()
+        yield part
+
+
+def clean_parts(parts: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:
+    """Yield the cleaned parts of a document, or nothing if cleaning leaves no text.
+
+    Each part is cleaned without the others. Cleaners strip the white space at both ends of a text,
+    so the white space at the cuts is put back.
+    """
+    is_first = True
+    gap = ""  # the white space between the last cleaned part and the next
+    for part in parts:
+        white_space = part[: len(part) - len(part.lstrip())]
+        gap = max(gap, white_space, key=len)
+        text = cleaner(part).strip()
+        if text:
+            yield text if is_first else gap + text
+            is_first = False
+            gap = ""
+
+
 # ---- from lines to documents --------------------------------------------------------------------
 
 _TITLE = re.compile(r"= = = [^=\n].{0,250} = = =[ \t]*\n")  # fixed lengths: a title is short
@@ -166,6 +226,14 @@ def _number_lines(lines: Iterable[str], is_wiki: bool) -> Iterator[tuple[int, st
         newlines = line[len(text) :]
 
 
+def _repair_record(text: str, report: dict) -> str:
+    """Return the text of a record without what no tokenizer accepts; count the repairs."""
+    text, surrogates = replace_surrogates(text)
+    report["surrogates_replaced"] += surrogates
+    report["nul_removed"] += text.count("\0")
+    return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+
+
 def _number_json_lines(lines: Iterable[str], path: Path, report: dict) -> Iterator[tuple[int, str]]:
     """Yield the texts in a .jsonl file that are not empty, each with the number of its document."""
     record = ""
@@ -191,6 +259,9 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
     if not isinstance(text, str):
         raise ValueError(f'{path}: line {number} is neither an object with "text" nor a string')
     return _repair_record(text, report)
+
+
+# ---- from tables to documents --------------------------------------------------------------------
 
 
 def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[int, str]]:
@@ -264,12 +335,7 @@ def _read_rows(path: Path, report: dict) -> Iterator[str]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _repair_record(text: str, report: dict) -> str:
-    """Return the text of a record without what no tokenizer accepts; count the repairs."""
-    text, surrogates = replace_surrogates(text)
-    report["surrogates_replaced"] += surrogates
-    report["nul_removed"] += text.count("\0")
-    return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+# ---- from a file to documents --------------------------------------------------------------------
 
 
 def read_documents(
@@ -321,63 +387,3 @@ def read_documents(
 def read_parts(path: str | os.PathLike, report: dict | None = None) -> Iterator[str]:
     """Yield the text of all documents of a file in parts."""
     return itertools.chain.from_iterable(read_documents(path, report))
-
-
-# ---- from lines to bounded parts ----------------------------------------------------------------
-
-# A text may be cut before a blank line, a newline or a space: the GPT-2 pattern starts a new word
-# there whatever follows, so the parts together have the same tokens as the text at once.
-_CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n\n(?=\S)", r"(?<=\S)\n(?=\S)", r"[ \n](?=\S)")]
-
-
-def _part_end(text: str, start: int) -> int:
-    """Return the end of the part that begins at `start`: the last good cut in its second half."""
-    for cut in _CUTS:
-        ends = [match.start() for match in cut.finditer(text, start + PART // 2, start + PART)]
-        if ends:
-            return ends[-1]
-    return start + PART
-
-
-def text_parts(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the text of a document in parts of at most PART characters, with the same tokens."""
-    text = ""
-    for line in lines:
-        text += line
-        if len(text) > PART:
-            start = 0
-            while len(text) - start > PART:
-                end = _part_end(text, start)
-                yield text[start:end]
-                start = end
-            text = text[start:]
-    if text:
-        yield text
-
-
-def _counted(parts: Iterable[str], report: dict) -> Iterator[str]:
-    """Yield the parts of a document, and add their words and bytes to the report."""
-    splits_word = False  # the last part ended in the middle of a word
-    for part in parts:
-        report["words"] += len(part.split()) - (splits_word and not part[0].isspace())
-        report["bytes"] += len(part.encode())
-        splits_word = not part[-1].isspace()
-        yield part
-
-
-def clean_parts(parts: Iterable[str], cleaner: Callable[[str], str]) -> Iterator[str]:
-    """Yield the cleaned parts of a document, or nothing if cleaning leaves no text.
-
-    Each part is cleaned without the others. Cleaners strip the white space at both ends of a text,
-    so the white space at the cuts is put back.
-    """
-    is_first = True
-    gap = ""  # the white space between the last cleaned part and the next
-    for part in parts:
-        white_space = part[: len(part) - len(part.lstrip())]
-        gap = max(gap, white_space, key=len)
-        text = cleaner(part).strip()
-        if text:
-            yield text if is_first else gap + text
-            is_first = False
-            gap = ""
