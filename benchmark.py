@@ -386,9 +386,9 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
     """Return facts about a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import has_start_token
 
-    metrics = read_metrics(suite.model_path)
+    model_metrics = read_metrics(suite.model_path)
     run_dir = run_of_checkpoint(suite.model_path)
-    run_metrics = read_metrics(run_dir) if run_dir else metrics
+    run_metrics = read_metrics(run_dir) if run_dir else model_metrics
     return {
         "path": str(suite.model_path),
         "architecture": type(suite.model).__name__,
@@ -398,9 +398,9 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "bos": has_start_token(suite.tokenizer),
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
-        "training": scores_of(metrics) if metrics else None,
+        "training": scores_of(model_metrics) if model_metrics else None,
         "trained": facts_of(run_metrics) if run_metrics else None,
-        "run": seed_and_config(metrics) if metrics else None,
+        "run": seed_and_config(model_metrics) if model_metrics else None,
     }
 
 

@@ -445,8 +445,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     # the run's own scores, if they are of the same text
-    metrics = None if args.eval_data else read_metrics(model_path)
-    in_training = scores_of(metrics) if metrics else None
+    run_metrics = None if args.eval_data else read_metrics(model_path)
+    in_training = scores_of(run_metrics) if run_metrics else None
 
     undefined: list[str] = []  # the figures that are NaN
     environment = describe_environment(args.device)

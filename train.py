@@ -89,7 +89,7 @@ FLAGS = {  # name of the flag -> key of the configuration
 }
 
 
-# ---- 1. a run from its start to its end ----------------------------------------------------------
+# ---- 1. a run from its start to its end ---------------------------------------------------------
 
 
 def prepare_and_train(args: argparse.Namespace) -> None:
@@ -113,7 +113,16 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             writes = distributed.is_main() and not args.dry_run
             if writes:
                 stack.enter_context(exclusive_folder(run_dir, "choose another --model-name"))
-            checkpoint = resume(args, run_dir, config, data.report)
+            checkpoint = resolve_checkpoint(
+                run_dir,
+                config,
+                data.report,
+                args.resume_from_checkpoint,
+                args.overwrite,
+                args.allow_change or (),
+            )
+            if checkpoint:
+                restore_settings(run_dir, config, data.report, checkpoint)
             run = build_run(config, data, checkpoint)
             plan_run(run, started)
             if args.dry_run:
@@ -131,7 +140,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             train_and_save(run, status, facts, trackers)
 
 
-# ---- 2. the configuration ------------------------------------------------------------------------
+# ---- 2. the configuration -----------------------------------------------------------------------
 
 
 def load_config(config_path: str, args: Any = None) -> dict:
@@ -179,65 +188,12 @@ def override_precision(raw: Any, fp16: bool | None, bf16: bool | None) -> None:
         training["precision"] = "fp32"
 
 
-def load_checked_config(args: argparse.Namespace) -> dict:
-    """Load the configuration that a command line describes, and check that its inputs exist."""
-    config = load_config(args.config, args)
-    check_inputs(config)
-    return config
+def run_dir_of(config: dict) -> Path:
+    """Return the directory of the run that a configuration describes."""
+    return Path(config["logging"]["output_dir"]) / config["model"]["name"]
 
 
-# ---- 3. the model --------------------------------------------------------------------------------
-
-
-def create_model(config: dict, tokenizer) -> torch.nn.Module:
-    """Create a randomly initialized language model of one of the ARCHITECTURES.
-
-    `config` is a full configuration or {"model": {...}} alone. The vocabulary is model.vocab_size
-    (default len(tokenizer)), the context data.seq_length (default 128). Weights are drawn from
-    torch's global generator, which the caller seeds. Raise ValueError for a wrong section or a
-    vocabulary smaller than the tokenizer's.
-    """
-    import transformers
-
-    # check the sizes
-    model = check_model_section(config.get("model"))
-    vocab_size = model["vocab_size"] or len(tokenizer)
-    if vocab_size < len(tokenizer):
-        raise ValueError(
-            f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} "
-            "tokens; use at least as many, or leave the key out"
-        )
-
-    # translate our keys into those of the architecture
-    architecture = ARCHITECTURES[model["type"]]
-    head_size = model["hidden_size"] // model["n_head"]
-    settings = model | {
-        "n_kv_head": model["n_head"],
-        "head_size": head_size,
-        "seq_length": config.get("data", {}).get("seq_length", 128),
-    }
-    options = {theirs: settings[ours] for ours, theirs in architecture.config_keys.items()}
-    if architecture.max_rotary_dim:
-        options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
-
-    # describe the model, and draw its weights
-    model_config = transformers.AutoConfig.for_model(
-        architecture.model_type,
-        vocab_size=vocab_size,
-        tie_word_embeddings=model["tie_word_embeddings"],
-        use_cache=True,
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
-        eos_token_id=getattr(tokenizer, "eos_token_id", None),
-        pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        **options,
-    )
-    language_model = transformers.AutoModelForCausalLM.from_config(model_config)
-    # where other tools stop by default: GPT-2 and GPT-J cannot go past their context
-    language_model.generation_config.max_length = settings["seq_length"]
-    return language_model
-
-
-# ---- 4. the data ---------------------------------------------------------------------------------
+# ---- 3. the data --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -315,7 +271,58 @@ def load_data(config: dict) -> Data:
     return Data(tokenizer, lengths, train, held_out, report, entropy_floor, budget)
 
 
-# ---- 5. the run ----------------------------------------------------------------------------------
+# ---- 4. the model -------------------------------------------------------------------------------
+
+
+def create_model(config: dict, tokenizer) -> torch.nn.Module:
+    """Create a randomly initialized language model of one of the ARCHITECTURES.
+
+    `config` is a full configuration or {"model": {...}} alone. The vocabulary is model.vocab_size
+    (default len(tokenizer)), the context data.seq_length (default 128). Weights are drawn from
+    torch's global generator, which the caller seeds. Raise ValueError for a wrong section or a
+    vocabulary smaller than the tokenizer's.
+    """
+    import transformers
+
+    # check the sizes
+    model = check_model_section(config.get("model"))
+    vocab_size = model["vocab_size"] or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} "
+            "tokens; use at least as many, or leave the key out"
+        )
+
+    # translate our keys into those of the architecture
+    architecture = ARCHITECTURES[model["type"]]
+    head_size = model["hidden_size"] // model["n_head"]
+    settings = model | {
+        "n_kv_head": model["n_head"],
+        "head_size": head_size,
+        "seq_length": config.get("data", {}).get("seq_length", 128),
+    }
+    options = {theirs: settings[ours] for ours, theirs in architecture.config_keys.items()}
+    if architecture.max_rotary_dim:
+        options["rotary_dim"] = min(architecture.max_rotary_dim, head_size)
+
+    # describe the model, and draw its weights
+    model_config = transformers.AutoConfig.for_model(
+        architecture.model_type,
+        vocab_size=vocab_size,
+        tie_word_embeddings=model["tie_word_embeddings"],
+        use_cache=True,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        **options,
+    )
+    language_model = transformers.AutoModelForCausalLM.from_config(model_config)
+    # where other tools stop by default: GPT-2 and GPT-J cannot go past their context
+    language_model.generation_config.max_length = settings["seq_length"]
+    return language_model
+
+
+# ---- 5. the run ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -337,11 +344,6 @@ class PreparedRun:
         return asdict(self.plan) | asdict(self.execution)
 
 
-def run_dir_of(config: dict) -> Path:
-    """Return the directory of the run that a configuration describes."""
-    return Path(config["logging"]["output_dir"]) / config["model"]["name"]
-
-
 def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, report: dict) -> bool:
     """Print the results if this very run is finished already, and return True if it is."""
     metrics = None if args.overwrite else finished_metrics(run_dir, config, report)
@@ -359,31 +361,25 @@ def show_finished_run(args: argparse.Namespace, run_dir: Path, config: dict, rep
     return True
 
 
-def resume(args: argparse.Namespace, run_dir: Path, config: dict, report: dict) -> Path | None:
-    """Return the checkpoint to resume from, or None if the run starts.
-
-    A resumed run keeps its length, and the report gets the history of its settings.
-    """
-    allowed = args.allow_change or ()
-    checkpoint = resolve_checkpoint(
-        run_dir, config, report, args.resume_from_checkpoint, args.overwrite, allowed
-    )
-    if checkpoint is None:
-        return None
+def restore_settings(run_dir: Path, config: dict, report: dict, checkpoint: Path) -> None:
+    """Give a resumed run its length, and its data report the history of its settings."""
     if history := run_history(run_dir, config, report, checkpoint):
         report["history"] = history
     # training.max_minutes chose the steps when the run started, however fast the machine is now
     training = config["training"]
     if training["max_minutes"] and not training["max_steps"]:
         training["max_steps"] = recorded_config(run_dir)["training"]["max_steps"]
-    return checkpoint
 
 
 def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     """Create the model and its loss, and choose precision and kernels for this machine."""
     import transformers
 
-    from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.planning.kernels import (
+        build_loss,
+        choose_precision_and_kernels,
+        use_fast_kernels,
+    )
     from babyllama.planning.memory import estimate_memory
     from babyllama.planning.plan import make_plan
     from babyllama.training.benchmark import make_benchmark
@@ -394,9 +390,8 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     model = create_model(config, data.tokenizer)
     plan = make_plan(config, model, data.report, len(data.train))
     execution = choose_precision_and_kernels(config, plan)
-    loss = build_loss(
-        config, model, data.tokenizer.bos_token_id, execution.precision, execution.compile
-    )
+    use_fast_kernels(config, model, execution.precision)
+    loss = build_loss(config, data.tokenizer.bos_token_id, execution.precision, execution.compile)
     benchmark = make_benchmark(config, model, data.tokenizer)
     one_process_flops = execution.matmul_flops / plan.processes
     execution = replace(
@@ -431,7 +426,7 @@ def plan_run(run: PreparedRun, started: float) -> None:
         check_disk_space(run.config, run.plan, run.run_dir)
 
 
-# ---- 6. training ---------------------------------------------------------------------------------
+# ---- 6. training --------------------------------------------------------------------------------
 
 
 def make_trainer(
@@ -513,7 +508,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
             results.print_summary(run.run_dir, metrics)
 
 
-# ---- 7. the results ------------------------------------------------------------------------------
+# ---- 7. the results -----------------------------------------------------------------------------
 
 
 def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> dict:
@@ -549,7 +544,7 @@ def write_results(run: PreparedRun, trainer, model, run_log, word_counter) -> di
     return metrics
 
 
-# ---- 8. the command line -------------------------------------------------------------------------
+# ---- 8. the command line ------------------------------------------------------------------------
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -558,6 +553,13 @@ def run_command(args: argparse.Namespace) -> int:
     prepare_and_train(args)
     distributed.stop()
     return 0
+
+
+def load_checked_config(args: argparse.Namespace) -> dict:
+    """Load the configuration that a command line describes, and check that its inputs exist."""
+    config = load_config(args.config, args)
+    check_inputs(config)
+    return config
 
 
 def memory_advice(args: argparse.Namespace) -> str:

@@ -15,6 +15,10 @@ from babyllama import architectures
 MUON_LR = 8e-3  # Muon's best learning rates are above AdamW's (docs/results.md)
 TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM: words of training text
 MAX_EPOCHS = 10  # in both tracks of BabyLM
+FFN_RATIOS = ", ".join(
+    f"{architecture.ffn_ratio:.3g} ({name})"
+    for name, architecture in architectures.ARCHITECTURES.items()
+)
 DROPOUT_MODELS = ", ".join(architectures.WITH_DROPOUT)
 
 
@@ -49,10 +53,12 @@ class Section(BaseModel):
 class DataSection(Section):
     tokenizer_path: str = _key("A tokenizer.json file, or a directory that holds one", min_length=1)
     train_path: str = _key(
-        "Training text: a directory of .train, .txt or .jsonl files, or one file", min_length=1
+        "Training text: a directory of .train, .txt, .jsonl or .parquet files, or one file",
+        min_length=1,
     )
     eval_path: str = _key(
-        "Held-out text: a directory of .dev, .txt or .jsonl files, or one file", min_length=1
+        "Held-out text: a directory of .dev, .txt, .jsonl or .parquet files, or one file",
+        min_length=1,
     )
     seq_length: int = _key(
         "Tokens per chunk; also the context length of the model",
@@ -81,10 +87,7 @@ class ModelSection(Section):
         "Width of the model; must be divisible by n_head", ge=1, typical=(64, 2048)
     )
     intermediate_size: int | None = _key(
-        "Width of the feed-forward layers; null: 8/3 x hidden_size (Llama, Qwen3), 4 x (GPT2, "
-        "GPTJ)",
-        None,
-        ge=1,
+        f"Width of the feed-forward layers; null: hidden_size x {FFN_RATIOS}", None, ge=1
     )
     n_layer: int = _key("Number of layers", ge=1, typical=(2, 48))
     n_head: int = _key("Number of attention heads", ge=1)
@@ -158,7 +161,7 @@ class TrainingSection(Section):
     torch_compile: bool | None = _key("Same as compile; overrides it if given", None)
     chunked_loss: bool | Literal["auto"] = _key(
         "Compute output layer and loss for a slice of the batch at a time, which saves memory; "
-        "auto: on a CPU, where it is also faster",
+        "auto: on a CPU, where it is also faster; with teachers always",
         "auto",
     )
     cuda_graphs: bool = _key(

@@ -54,7 +54,11 @@ def take_turn(
     import transformers
 
     from babyllama.distillation.student import make_distillation_trainer
-    from babyllama.planning.kernels import build_loss, choose_precision_and_kernels
+    from babyllama.planning.kernels import (
+        build_loss,
+        choose_precision_and_kernels,
+        use_fast_kernels,
+    )
     from babyllama.planning.plan import make_plan
     from babyllama.training.arguments import training_arguments
     from babyllama.training.run_log import RunLog
@@ -66,7 +70,8 @@ def take_turn(
     plan = make_plan(config, model, {"train": {"words": 0, "tokens": 1}}, len(chunks))
     execution = choose_precision_and_kernels(config, plan)
     precision = execution.precision
-    loss = build_loss(config, model, tokenizer.bos_token_id, precision, execution.compile)
+    use_fast_kernels(config, model, precision)
+    loss = build_loss(config, tokenizer.bos_token_id, precision, execution.compile)
     config = {**config, "training": {**config["training"], "num_epochs": 1}}
     arguments = training_arguments(config, folder, precision)
     arguments.save_strategy = "no"

@@ -104,14 +104,15 @@ def our_trainer(config: dict, variant: dict, tokenizer, arguments, common: dict)
     """Return our Trainer with a number format, compiled or not."""
     import torch
 
-    from babyllama.planning.kernels import build_loss
+    from babyllama.planning.kernels import build_loss, use_fast_kernels
     from babyllama.training.trainer import LMTrainer
 
+    use_fast_kernels(config, common["model"], variant["precision"])
     return LMTrainer(
         args=arguments,
         byte_lengths=[1] * len(tokenizer),
         training=config["training"],
-        loss=build_loss(config, common["model"], tokenizer.bos_token_id, **variant),
+        loss=build_loss(config, tokenizer.bos_token_id, **variant),
         cuda_graphs=torch.cuda.is_available(),
         **common,
     )

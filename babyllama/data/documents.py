@@ -261,7 +261,7 @@ def _record_text(record: str, path: Path, number: int, report: dict) -> str:
     return _repair_record(text, report)
 
 
-# ---- from tables to documents --------------------------------------------------------------------
+# ---- from tables to documents -------------------------------------------------------------------
 
 
 def _number_rows(path: Path, report: dict, one_per_row: bool) -> Iterator[tuple[int, str]]:
@@ -335,7 +335,7 @@ def _read_rows(path: Path, report: dict) -> Iterator[str]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
-# ---- from a file to documents --------------------------------------------------------------------
+# ---- from a file to documents -------------------------------------------------------------------
 
 
 def read_documents(

@@ -5,7 +5,8 @@ of the `training` section overrides them. The attention kernel is simply the fas
 of them compute the same up to rounding. The data and Trainer do not matter here.
 
     execution = choose_precision_and_kernels(config, plan)  # the choices, their reasons, the time
-    loss = build_loss(config, model, bos_token_id, execution.precision, execution.compile)
+    use_fast_kernels(config, model, execution.precision)
+    loss = build_loss(config, bos_token_id, execution.precision, execution.compile)
 """
 
 from __future__ import annotations
@@ -176,19 +177,20 @@ def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
     )
 
 
-def build_loss(
-    config: dict, model, bos_token_id: int, precision: str, compile: bool
-) -> NextTokenLoss:
-    """Prepare the model and this process for training, and return the loss to train with."""
-    training = config["training"]
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
+def use_fast_kernels(config: dict, model, precision: str) -> None:
+    """Choose the model's attention kernel; on a CPU, also keep the memory that tensors free."""
+    if not torch.cuda.is_available():
         keep_freed_memory()
     if eager_is_faster(precision, config["data"]["seq_length"]):
         model.set_attn_implementation("eager")
+
+
+def build_loss(config: dict, bos_token_id: int, precision: str, compile: bool) -> NextTokenLoss:
+    """Return the loss to train with."""
+    training = config["training"]
     chunked = training["chunked_loss"]
     if chunked == "auto":
-        chunked = not on_gpu
+        chunked = not torch.cuda.is_available()
     return NextTokenLoss(
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         batch_size=training["batch_size"],

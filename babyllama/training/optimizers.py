@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -185,15 +185,24 @@ class MuonAdamW(torch.optim.Optimizer):
 # ---- which weights get which optimizer ----------------------------------------------------------
 
 
-def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], ...]:
-    """Return (matrices inside the layers, embeddings and output layer, vectors) of a model."""
+class Weights(NamedTuple):
+    """The trainable weights of a model, by how they are optimized."""
+
+    matrices: list[torch.nn.Parameter]  # inside the layers
+    embeddings: list[torch.nn.Parameter]  # and the output layer
+    vectors: list[torch.nn.Parameter]  # of norms and biases
+
+
+def split_weights(model: torch.nn.Module) -> Weights:
+    """Return the trainable weights of a model in three groups."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     outer_ids = {id(weight) for weight in [*embeddings, model.get_output_embeddings().weight]}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    inner = [p for p in trainable if p.ndim >= 2 and id(p) not in outer_ids]
-    outer = [p for p in trainable if p.ndim >= 2 and id(p) in outer_ids]
-    vectors = [p for p in trainable if p.ndim < 2]
-    return inner, outer, vectors
+    return Weights(
+        matrices=[p for p in trainable if p.ndim >= 2 and id(p) not in outer_ids],
+        embeddings=[p for p in trainable if p.ndim >= 2 and id(p) in outer_ids],
+        vectors=[p for p in trainable if p.ndim < 2],
+    )
 
 
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.Optimizer:
@@ -201,28 +210,29 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
 
     Matrices and embeddings decay by `weight_decay`; vectors (norms, biases) do not.
     """
-    inner, outer, vectors = _split_parameters(model)
+    weights = split_weights(model)
     common = {"lr": training["lr"], "weight_decay": training["weight_decay"]}
-    is_muon = training["optimizer"] == "muon"
-    if is_muon:
-        decayed = outer
-    else:  # in the model's order, because checkpoints store optimizer states by position
-        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    adamw = torch.optim.AdamW(
-        [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(training["adam_beta1"], training["adam_beta2"]),
-        eps=training["adam_epsilon"],
-        fused=True,
-        **common,
-    )
-    return MuonAdamW(Muon(inner, **common), adamw) if is_muon else adamw
+
+    def adamw(decayed: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            [{"params": decayed}, {"params": weights.vectors, "weight_decay": 0.0}],
+            betas=(training["adam_beta1"], training["adam_beta2"]),
+            eps=training["adam_epsilon"],
+            fused=True,
+            **common,
+        )
+
+    if training["optimizer"] == "muon":
+        return MuonAdamW(Muon(weights.matrices, **common), adamw(weights.embeddings))
+    # in the model's order, because checkpoints store optimizer states by position
+    return adamw([p for p in model.parameters() if p.requires_grad and p.ndim >= 2])
 
 
 def state_elements(model: torch.nn.Module, training: dict[str, Any]) -> int:
     """Return how many numbers the optimizer keeps: two for each weight, but Muon keeps one."""
     elements = 2 * sum(p.numel() for p in model.parameters())
     if training["optimizer"] == "muon":
-        elements -= sum(p.numel() for p in _split_parameters(model)[0])
+        elements -= sum(p.numel() for p in split_weights(model).matrices)
     return elements
 
 
@@ -234,7 +244,7 @@ def flops_per_step(model: torch.nn.Module, training: dict[str, Any]) -> int:
     """
     if training["optimizer"] != "muon":
         return 0
-    shapes = [sorted(p.shape) for p in _split_parameters(model)[0]]
+    shapes = [sorted(p.shape) for p in split_weights(model).matrices]
     return NEWTON_SCHULZ_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
 
 

@@ -395,12 +395,16 @@ class LMTrainer(Trainer):
 
     # -- helpers --
 
-    def _loss_and_gradients(self, input_ids: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    def _loss_and_gradients(
+        self, input_ids: torch.Tensor, n_predicted: torch.Tensor
+    ) -> torch.Tensor:
         """Compute what Trainer's training_step computes, without its bookkeeping.
 
         CudaGraphStep records this, so nothing in it may wait for the GPU.
         """
-        loss = self.compute_loss(self.model, {"input_ids": input_ids}, num_items_in_batch=items)
+        loss = self.compute_loss(
+            self.model, {"input_ids": input_ids}, num_items_in_batch=n_predicted
+        )
         loss.backward()
         return loss.detach()
 

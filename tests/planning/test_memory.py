@@ -18,7 +18,7 @@ def test_activations_are_what_the_forward_pass_leaves_in_memory(model_type, conf
     """The profiler counts what is allocated, less what is freed, while the graph still exists."""
     config = load_config(str(config_file(model__type=model_type, training__batch_size=5)))
     model = create_model(config, tokenizer)
-    loss = build_loss(config, model, 1, precision="fp32", compile=False)
+    loss = build_loss(config, 1, precision="fp32", compile=False)
     state = torch.get_rng_state()
     estimate = activation_bytes(config, model, loss)
     assert torch.equal(torch.get_rng_state(), state)
@@ -34,7 +34,7 @@ def test_activations_are_what_the_forward_pass_leaves_in_memory(model_type, conf
 def test_the_estimate_adds_up_weights_gradients_and_optimizer(config_file, tokenizer):
     config = load_config(str(config_file(training__ema=0.9, training__chunked_loss=False)))
     model = create_model(config, tokenizer)
-    loss = build_loss(config, model, 1, precision="fp32", compile=False)
+    loss = build_loss(config, 1, precision="fp32", compile=False)
     parts = estimate_memory(config, model, loss)
     n = sum(p.numel() for p in model.parameters())
     assert parts["weights"] == parts["gradients"] == 4 * n
