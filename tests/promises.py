@@ -1,6 +1,6 @@
 """Report on the fifteen promises of docs/reliability.md: a pytest plugin that conftest.py loads.
 
-A test names the promise that it holds, and counts what it tried:
+A test names the promise that it checks, and counts what it tried:
 
     @pytest.mark.promise(1)
     def test_a_killed_run_ends_like_one_that_is_not(figures):
@@ -62,7 +62,7 @@ DESELECTED = pytest.StashKey[Counter]()
 
 
 def promise_of(item) -> int | None:
-    """Return the number of the promise that a test holds, if it holds one."""
+    """Return the number of the promise that a test checks, if it checks one."""
     marker = item.get_closest_marker("promise")
     return marker.args[0] if marker else None
 
