@@ -19,7 +19,7 @@ def is_model(folder: str | Path) -> bool:
 
 
 def check_model_exists(path: Path) -> None:
-    """Raise FileNotFoundError, with the nearest name beside it, if `path` is no model directory."""
+    """Raise FileNotFoundError, with the nearest name beside it, if `path` is not a model."""
     if (path / "config.json").is_file():
         return
     models = {

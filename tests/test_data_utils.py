@@ -226,7 +226,7 @@ def test_cache_is_reused_until_text_tokenizer_or_settings_change(tokenizer, corp
     def cache_files() -> set[Path]:
         return set(cache.glob("train-*.arrow"))
 
-    # another time of the source is no change
+    # another time of the source is not a change
     chunks, report = prepare()
     (arrow,) = cache_files()
     write_time = arrow.stat().st_mtime_ns

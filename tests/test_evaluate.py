@@ -294,7 +294,7 @@ def test_any_subset_of_the_figures_can_be_plotted(evaluator, texts, tmp_path):
         evaluator.plot_metrics(metrics, str(path))
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5000
-    for nothing in ({"perplexity": 3.0}, generation):  # texts are no figures
+    for nothing in ({"perplexity": 3.0}, generation):  # texts are not figures
         with pytest.raises(ValueError, match="nothing to draw"):
             evaluator.plot_metrics(nothing, tmp_path / "none.png")
 

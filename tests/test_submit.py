@@ -209,7 +209,7 @@ def test_a_dry_run_writes_nothing(babylm_run, eval_data, needed, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["nowhere", "--eval-data", ".", "--output", "o"], "nowhere is no finished run"),
+        (["nowhere", "--eval-data", ".", "--output", "o"], "nowhere is not a finished run"),
         (["nowhere"], "submit.py needs RUN, --eval-data DIR and --output DIR"),
         (["--check", "nowhere.json"], "nowhere.json"),
     ],
@@ -279,7 +279,7 @@ def test_check_finds_what_was_damaged(submission, needed):
         "comps base: prediction 2 is 3, expected a text",
         "reading: prediction 0 is nan",
         "glue rte: prediction 0 is True, expected a label from 0 to 1",
-        "aoa_surprisals chck_1M: 1 surprisals are no numbers",
+        "aoa_surprisals chck_1M: 1 surprisals are not numbers",
         "ewok: agent-properties is missing",
         "fast_eval_results blimp: chck_2M is missing",
     ):

@@ -360,7 +360,7 @@ def _drop_labels(label: re.Pattern, text: str) -> str:
     if sum(any(match["name"] in speakers for match in labels) for labels in labels_of.values()) < 3:
         speakers.clear()
 
-    # remove the labels of each line, up to the first that is no speaker
+    # remove the labels of each line, up to the first that is not a speaker
     for number, labels in labels_of.items():
         end = 0
         for match in labels:

@@ -1,6 +1,6 @@
 """Refuse files that are not UTF-8 text, whatever their names say.
 
-A few invalid bytes are no reason: documents.py repairs them.
+A few invalid bytes are not a reason to refuse a file: documents.py repairs them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the text files of a split, and tell from its name which domain a file has.
+"""Find the text files of a split by their names, which also give their domains.
 
     find_files("data", "train")  # [Path("data/childes.train"), ...]
     domain_of("data/childes.train")  # "childes"
@@ -63,8 +63,8 @@ def find_files(data_dir: str | os.PathLike, split: str) -> list[Path]:
     A folder is searched with its subfolders. Files of the split have its suffix (.train for
     "train"; for "dev" and "validation" .dev, .valid or .validation, or .test if there are none),
     perhaps before .txt or .jsonl, with or without .gz. Other .txt and .jsonl files and tables
-    belong to every split. Files that `datasets` caches beside a saved dataset are no input. Raise
-    FileNotFoundError if there are none.
+    belong to every split. Files that `datasets` caches beside a saved dataset are not input. Raise
+    FileNotFoundError if no files are left.
     """
     root = Path(data_dir)
     if root.is_file():
@@ -116,7 +116,7 @@ def _not_a_file(path: Path) -> str:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield what is no folder under a folder, following links but skipping hidden names.
+    """Yield the files under a folder, following links but skipping hidden names.
 
     Hidden folders matter because an interrupted atomic_write can leave one with half of a text.
     Links can form a loop, so each folder is searched once.

@@ -1,4 +1,4 @@
-"""Load the tokenizers that train_tokenizer.py trains, and encode the parts of documents."""
+"""Work with the tokenizers that train_tokenizer.py trains: load, encode, compare."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizer_record_path(file: Path) -> Path:
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer in a tokenizer.json file, or in a directory that has one.
 
-    It pads on the right, and of the SPECIAL_TOKENS it has those that are in the file. Raises
+    It pads on the right, and of the SPECIAL_TOKENS it has those that are in the file. Raise
     FileNotFoundError if there is no such file and ValueError if it cannot be read.
     """
     path = Path(path)

@@ -38,7 +38,7 @@ def read_metrics(folder: str | Path) -> dict[str, Any] | None:
 
 
 def run_of_checkpoint(folder: str | Path) -> Path | None:
-    """Return the directory of the run that a checkpoint is from; None if it is no checkpoint."""
+    """Return the directory of the run that a checkpoint is from; None if it is not a checkpoint."""
     folder = Path(folder).resolve()
     return folder.parent if re.fullmatch(r"checkpoint-\d+|chck_\d+M", folder.name) else None
 

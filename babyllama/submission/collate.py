@@ -123,8 +123,8 @@ def fast_scores(name: str, predictions: dict, items: Sequence[Item]) -> dict[str
 def candidate_scores(name: str, predictions: dict, items: Sequence[Item]) -> np.ndarray:
     """Return scores of all candidates that express predictions: 1 for the chosen one, else 0.
 
-    A prediction that is no candidate counts as a wrong one. Of reading times, which have no
-    candidates, the scores are the negative surprisals.
+    A prediction that is not a candidate counts as a wrong one. Reading times have no candidates;
+    their scores are the negative surprisals.
     """
     rows = {key: iter(value["predictions"]) for key, value in predictions.items()}
     scores: list[float] = []
@@ -293,7 +293,7 @@ def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return ["aoa_surprisals: expected an object with a list of rows under results"]
-    # what each checkpoint was asked, and how many answers are no numbers
+    # what each checkpoint was asked, and how many answers are not numbers
     problems = []
     questions = defaultdict(list)
     invalid = Counter()
@@ -314,7 +314,7 @@ def _surprisal_problems(content: Any, needed: Requirements) -> list[str]:
         if len(set(asked)) < len(asked):
             problems.append(f"aoa_surprisals {step}: a word has the same context twice")
         if invalid[step]:
-            problems.append(f"aoa_surprisals {step}: {invalid[step]:,} surprisals are no numbers")
+            problems.append(f"aoa_surprisals {step}: {invalid[step]:,} surprisals are not numbers")
     return problems
 
 
@@ -346,7 +346,7 @@ def _fast_problems(content: Any, needed: Requirements) -> list[str]:
             if not isinstance(row, dict) or {subset.lower() for subset in row} != subsets:
                 problems.append(f"{label}: {checkpoint} does not have the subsets of this task")
             elif not all(_is_number(value) and value <= 1 for value in row.values()):
-                problems.append(f"{label}: {checkpoint} has a score that is no number up to 1")
+                problems.append(f"{label}: {checkpoint} has a score that is not a number up to 1")
     return problems
 
 

@@ -21,7 +21,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     file = run_dir / METRICS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{run_dir} is no finished run: it has no {METRICS_FILE}")
+        raise FileNotFoundError(f"{run_dir} is not a finished run: it has no {METRICS_FILE}")
     run = read_json(file)
     if not run.get("babylm"):
         raise ValueError(

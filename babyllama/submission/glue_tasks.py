@@ -20,7 +20,7 @@ from babyllama.evaluation.tasks import read_rows
 
 @dataclass(frozen=True)
 class GlueTask:
-    """Hold the texts of a task and the hyperparameters of fine-tuning on it.
+    """The texts of a task and the hyperparameters of fine-tuning on it.
 
     `first` and `second` are templates of the two texts with the fields of a row. `metric` chooses
     the best epoch and is what the leaderboard shows. `warmup` is a share of all steps; the learning

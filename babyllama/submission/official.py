@@ -87,7 +87,7 @@ _COMPS_SIZES = {"base": 49340} | dict.fromkeys(
 
 @dataclass(frozen=True)
 class OfficialTask:
-    """Say where BabyLM keeps the data of a zero-shot task, and how large its predictions are."""
+    """A zero-shot task of BabyLM: where its data is, and how large its predictions are."""
 
     key: str  # in the collated file
     full: str  # below full_eval
@@ -241,7 +241,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Requirements:
-    """State the checkpoints and sizes of one track; tests of small runs pass smaller ones."""
+    """The checkpoints and sizes of one track; tests of small runs pass smaller ones."""
 
     checkpoints: list[str]
     zero_shot: dict[str, OfficialTask]

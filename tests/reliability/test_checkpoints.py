@@ -289,7 +289,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_is_not(config_file, tmp
     figures.count("kills survived", kills, kills)
 
 
-# ---- numbers that are no numbers -------------------------------------------------------------------
+# ---- numbers that are NaN or infinite ------------------------------------------------------------
 
 
 @pytest.mark.promise(6)
