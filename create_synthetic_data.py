@@ -294,7 +294,7 @@ def build_grammar(complexity: str) -> Grammar:
 def grammar_facts(grammar: Grammar) -> dict[str, float]:
     """Return the exact entropy and expected lengths of a document and of a sentence.
 
-    Solves the linear system in the docstring of this module. A sentence includes its full stop, and
+    Solve the linear system in the docstring of this module. A sentence includes its full stop, and
     nats_per_word includes the ends of documents. bits_per_byte is bits_per_document divided by
     bytes_per_document.
     """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe one architecture: its names, its usual shape, and what it supports."""
+    """One architecture: its names, its usual shape, and what it supports."""
 
     name: str  # model.type in a configuration
     model_type: str  # model_type in a model's config.json

@@ -113,7 +113,7 @@ def write_cache(
 ) -> None:
     """Run the teachers over all chunks and keep their likeliest tokens at each position.
 
-    Writes top_ids.npy (N, T, K), top_probs.npy (N, T, K) float32, and about.json with the facts
+    Write top_ids.npy (N, T, K), top_probs.npy (N, T, K) float32, and about.json with the facts
     and the measured error. Raise ValueError if the disk has too little space.
     """
     # find out now if the cache does not fit: a memory map on a full disk kills the process

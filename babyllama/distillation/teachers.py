@@ -30,7 +30,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class SoftTargets(NamedTuple):
-    """Hold what teachers predict: the probabilities (..., K) of the tokens `ids` (..., K).
+    """The predictions of teachers: the probabilities (..., K) of the tokens `ids` (..., K).
 
     Without `ids`, K is the vocabulary and the probabilities are those of all tokens in order.
     """

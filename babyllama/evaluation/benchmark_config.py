@@ -82,7 +82,7 @@ TYPES: dict[str, type[_Options]] = {
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """Hold a declared task with its checked options and, if its type has any, its items."""
+    """A declared task with its checked options and, if its type has any, its items."""
 
     name: str
     type: str  # a key of TYPES

@@ -157,7 +157,7 @@ def word_spans(tokenizer, items: Sequence[Item]) -> tuple[list[list[int]], list[
 def unigram_table(model_path: Path, tokenizer, vocab_size: int) -> np.ndarray | None:
     """Return log p of each token id (V,) in the model's training text, with add-one smoothing.
 
-    Returns None if the text is unknown or no longer exists.
+    Return None if the text is unknown or no longer exists.
     """
     path = training_text_of(model_path, "train_path")
     if path is None:

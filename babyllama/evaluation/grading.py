@@ -91,7 +91,7 @@ def official_predictions(
     ends = np.cumsum([len(item.completions) for item in items])
     item_scores = np.split(scores, ends[:-1])
 
-    # of reading times, the surprisals of each word and of the word before it
+    # for reading times: the surprisals of each word and of the word before it
     if spec.metric == "eye_tracking_percent":
         rows = []
         for number, word_scores in enumerate(item_scores):
@@ -100,7 +100,7 @@ def official_predictions(
             rows.append({"id": number, "pred": surprisals[0], "prev_pred": before})
         return {"reading": {"predictions": rows}}
 
-    # of other tasks, the chosen candidates by subset
+    # for the other tasks: the chosen candidates by subset
     predictions: dict[str, Any] = {}
     choices = grade(items, scores, seed).choice.tolist()
     for item, candidates, choice in zip(items, item_scores, choices, strict=True):

@@ -25,7 +25,7 @@ SPARE_TOKENS = 48  # room after the first text; a larger tree shares more, but a
 
 @dataclass
 class PrefixTree:
-    """Hold some texts as one row of tokens; `paths` maps a text number to places in the row."""
+    """Some texts as one row of tokens; `paths` maps a text number to places in the row."""
 
     capacity: int
     tokens: list[int] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Present the results of a benchmark as a table for a terminal, a bar chart and a page.
 
-Measures nothing: its input is the document that the JSON file holds. The page is one static file
+It measures nothing: its input is the document that the JSON file holds. The page is one static file
 that loads nothing and shows names and generated text as text.
 
     from babyllama.evaluation.report import write_files
@@ -35,7 +35,7 @@ LABELS = {
     "eye_tracking_percent": "% explained",
     "self_paced_reading_percent": "% explained",
 }
-# type of a task: what it asks; and, if chance is no score of its own, how to read it
+# type of a task: what it asks; and, if chance is not reported separately, how to read it
 ASKS = {
     "blimp": "Which of two sentences that differ in a word or two is grammatical?",
     "supplement": "Which of two questions, answers or short dialogues is well formed?",

@@ -1,7 +1,8 @@
-"""Estimate the memory that training on a CPU needs, and advise how a run needs less.
+"""Estimate the memory that training on a CPU needs.
 
 The estimate adds up the sizes of the tensors that training keeps. Not all of them exist at the same
-time, but the C library seldom fits one into the gaps that another has left.
+time, but the C library seldom fits one into the gaps that another has left. memory_advice says how
+a run needs less.
 """
 
 from __future__ import annotations

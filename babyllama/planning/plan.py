@@ -32,7 +32,7 @@ MAX_DECAY_EPOCHS = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold the derived numbers of a run, as training_metrics.json has them.
+    """The derived numbers of a run, as training_metrics.json has them.
 
     `flops_per_token` counts 2 operations per weight in the forward pass, 4 in the backward pass,
     and causal attention.

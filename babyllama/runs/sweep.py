@@ -59,7 +59,7 @@ PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 @dataclass
 class Point:
-    """Pair one combination of values with the run that trains it."""
+    """One combination of values and the run that trains it."""
 
     values: dict[str, Any]
     run_dir: Path

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class SeenWords:
-    """Tell how many words a run has seen after each step; `words` is int64 (steps + 1,).
+    """The number of words that a run has seen after each step; `words` is int64 (steps + 1,).
 
     The seed and the epoch determine the order of the chunks, so all words can be counted before the
     first step. Counting them while training would be harder: each chunk would need its word count

@@ -36,7 +36,7 @@ def make_benchmark(config: dict, model, tokenizer) -> TrainingBenchmark | None:
 
 
 class TrainingBenchmark:
-    """Hold the tasks of a benchmark and the model that scores them; `tokens` counts all texts.
+    """The tasks of a benchmark and the model that scores them; `tokens` counts all texts.
 
     Make it before the training model gets the attention of prepare_for_chunks, which ignores masks.
     Raise ValueError if an item cannot be scored with this tokenizer.

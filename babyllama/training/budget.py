@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """Hold what a track allows and the words that count toward it, as compliance.json has them."""
+    """A track's allowance and the words that count toward it, as compliance.json has them."""
 
     track: str
     words_allowed: int

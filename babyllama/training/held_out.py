@@ -29,7 +29,7 @@ def choose_chunks(n_chunks: int, at_most: int) -> np.ndarray:
 
 
 class TokenDomains:
-    """Tell which domain each token of some chunks of a prepared text is from.
+    """The domain of each token of some chunks of a prepared text.
 
     A chunk can extend over several files, so it can have tokens of several domains. BOS and EOS
     are from the domain of their document. `names` are the domains of the text, sorted.

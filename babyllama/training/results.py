@@ -33,7 +33,7 @@ from babyllama.runs.run_dir import (
 )
 from babyllama.training.held_out import TokenDomains
 
-MAX_DOMAINS = 12  # that are listed; training_metrics.json has all of them
+MAX_DOMAINS = 12  # domains in a list of them; training_metrics.json has all of them
 
 
 def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
@@ -139,7 +139,6 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
     steps = metrics["plan"]["steps"]
     entropy = results["floor_bits_per_byte"]
 
-    # the scores
     note = f" (the best possible on this grammar is {entropy:.4f} on average)" if entropy else ""
     print(f"\nheld-out loss     {results['eval_loss']:.4f} nats per token")
     print(f"perplexity        {results['eval_perplexity']:.2f} per token")
@@ -150,7 +149,6 @@ def print_summary(run_dir: Path, metrics: dict) -> None:
         if key.startswith(BENCHMARK_PREFIX):
             print(f"{key:<17} {value:.4f}")
 
-    # the training
     if results.get("steps", steps) < steps:  # older versions wrote no "steps"
         print(
             f"stopped early     after step {results['steps_run']:,} of {steps:,}; "

@@ -1,4 +1,4 @@
-"""Log the training of a run to metrics.jsonl, and show it on the terminal.
+"""Report the progress of a run while it trains, in metrics.jsonl and on the terminal.
 
 run_log = RunLog(run_dir / "metrics.jsonl", words_per_token, flops_per_token, matmul_flops)
 trainer = LMTrainer(..., callbacks=[run_log])

@@ -19,7 +19,7 @@ from babyllama import distributed
 
 
 class Steps:
-    """Describe the steps of a run, which ends after `total` of them.
+    """The steps of a run, which ends after `total` of them.
 
     `chunks_seen` (steps + 1,) is the number of chunks seen after each step, and `epoch_ends`
     (epochs + 1,) the step at which each epoch ends. Both cover complete epochs, so they may go past

@@ -1,11 +1,12 @@
 """Train on full chunks with Hugging Face's Trainer.
 
-Trainer decides when to step, log, evaluate and save. LMTrainer replaces the parts that would
-misreport or lose work: Trainer's evaluation loss is a mean of batch means, its log shows a NaN loss
-as 0, it writes checkpoints in place, and nothing marks a checkpoint as complete. Eight of Trainer's
-private methods are overridden, only in this file; tests/training/test_trainer.py lists them, and
-fails if a release of transformers changes what we rely on. Building the model and reading the
-configuration is train.py's job.
+Trainer runs the loop; steps.py lays out its steps, and callbacks.py corrects when it logs,
+evaluates and saves. LMTrainer replaces the parts that would misreport or lose work: Trainer's
+evaluation loss is a mean of batch means, its log shows a NaN loss as 0, it writes checkpoints in
+place, and nothing marks a checkpoint as complete. Eight of Trainer's private methods are
+overridden, only in this file; tests/training/test_trainer.py lists them, and fails if a release of
+transformers changes what we rely on. Building the model and reading the configuration is train.py's
+job.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def collate_chunks(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Return input_ids and labels (B, T) int64 of a batch of chunks.
 
     There is no attention mask because chunks have no padding. Our loss does not read the labels,
-    but Trainer counts them to weigh accumulated batches, so the first one is -100: no token comes
+    but Trainer counts them to weight accumulated batches, so the first one is -100: no token comes
     before it that could predict it.
     """
     ids = np.stack([np.asarray(row["input_ids"]) for row in rows])
@@ -136,7 +137,6 @@ class LMTrainer(Trainer):
                 self._loss_and_gradients, self.model.parameters(), batch_size
             )
 
-        # callbacks
         self.remove_callback(PrinterCallback)  # RunLog prints the same numbers, but readably
         if training["early_stopping_patience"]:
             self.add_callback(EarlyStoppingCallback(training["early_stopping_patience"]))
@@ -336,7 +336,7 @@ class LMTrainer(Trainer):
         return self.average.module if self.average else self.model
 
     def score_held_out(self, model, chunks=None, **options) -> dict[str, float | dict]:
-        """Score a model on all held-out chunks, or these; `options` are of evaluate_chunks."""
+        """Score a model on all held-out chunks, or these; evaluate_chunks gets the `options`."""
         return evaluate_chunks(
             model,
             self.eval_dataset if chunks is None else chunks,
