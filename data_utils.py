@@ -9,7 +9,7 @@ generator that takes a little from the step before it and hands it on:
 
     documents.read_lines       file      -> lines, with invalid bytes repaired
     documents._number_lines    lines     -> (number of the document, line)
-    documents.text_parts       lines     -> parts of at most 32,768 characters
+    documents.text_parts       pieces    -> parts of at most 32,768 characters
     documents.clean_parts      parts     -> cleaned parts, if there is a cleaner
     documents.read_documents   file      -> documents, each an iterator over parts, by these four
     DataProcessor._batches     documents -> lists of <s>, parts, </s>, half a million characters

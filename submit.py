@@ -142,6 +142,8 @@ def acquisition_job(args: argparse.Namespace, results: Path, checkpoints: list[P
 
         from babyllama.submission.age_of_acquisition import acquisition_score, surprisal_file
 
+        for output in outputs:
+            output.unlink(missing_ok=True)  # of other weights
         missing = [name for name, file in files.items() if not file.is_file()]
         if missing:
             raise ValueError(f"the surprisals of {', '.join(missing)} are missing")

@@ -368,7 +368,7 @@ def restore_settings(run_dir: Path, config: dict, report: dict, checkpoint: Path
     # training.max_minutes chose the steps when the run started, however fast the machine is now
     training = config["training"]
     if training["max_minutes"] and not training["max_steps"]:
-        training["max_steps"] = recorded_config(run_dir)["training"]["max_steps"]
+        training["max_steps"] = recorded_config(run_dir)["training"].get("max_steps")
 
 
 def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
@@ -392,11 +392,12 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     execution = choose_precision_and_kernels(config, plan)
     use_fast_kernels(config, model, execution.precision)
     loss = build_loss(config, data.tokenizer.bos_token_id, execution.precision, execution.compile)
+    memory_bytes = estimate_memory(config, model, loss)
     benchmark = make_benchmark(config, model, data.tokenizer)
     one_process_flops = execution.matmul_flops / plan.processes
     execution = replace(
         execution,
-        memory_bytes=estimate_memory(config, model, loss),
+        memory_bytes=memory_bytes,
         benchmark=benchmark and benchmark.cost(plan.flops_per_token, one_process_flops),
     )
     return PreparedRun(

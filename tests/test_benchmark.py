@@ -51,12 +51,7 @@ SMALL = {
                     "sentence_good": "The cat sees the dog.",
                     "sentence_bad": "The cat the dog sees.",
                     "UID": "order",
-                },
-                {
-                    "sentence_good": "The boy helps the girl.",
-                    "sentence_bad": "The boy helps the girl.",
-                    "UID": "same",
-                },
+                }
             ],
         },
     }

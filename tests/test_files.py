@@ -97,7 +97,7 @@ def test_the_lock_leaves_no_file_and_no_empty_folder(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_orphaned_workers_do_not_hold_the_lock(tmp_path):
-    """Workers of a data loader outlive a run that was killed; filelock does not let them inherit."""
+    """Workers of a data loader outlive a run that was killed; they do not inherit it."""
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"

@@ -168,8 +168,8 @@ def test_a_checkpoint_without_surprisals_gives_no_age_of_acquisition(
     def fail(*args):
         raise ValueError("nan")
 
-    for name in (names[1], "surprisal.json"):
-        (folder / name).write_text("[]")
+    (folder / names[1]).write_text("[]")  # of other weights
+    (folder / "surprisal.json").write_text(content.replace("chck_1M", "chck_9M"))
     with monkeypatch.context() as patch:
         patch.setattr("babyllama.submission.age_of_acquisition.measure_surprisals", fail)
         assert submit.main(command) == 2
@@ -177,6 +177,7 @@ def test_a_checkpoint_without_surprisals_gives_no_age_of_acquisition(
         "error: aoa: chck_2M: nan",
         "error: aoa: age of acquisition: the surprisals of chck_2M are missing",
     ]
+    assert not (folder / "surprisal.json").exists()
     assert submit.main(command) == 0
     assert (folder / "surprisal.json").read_text() == content
 

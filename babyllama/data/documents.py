@@ -139,11 +139,11 @@ def _part_end(text: str, start: int) -> int:
     return start + PART
 
 
-def text_parts(lines: Iterable[str]) -> Iterator[str]:
+def text_parts(pieces: Iterable[str]) -> Iterator[str]:
     """Yield the text of a document in parts of at most PART characters, with the same tokens."""
     text = ""
-    for line in lines:
-        text += line
+    for piece in pieces:
+        text += piece
         if len(text) > PART:
             start = 0
             while len(text) - start > PART:

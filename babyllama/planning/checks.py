@@ -1,7 +1,8 @@
 """Find what would go wrong with a run before it starts: missing inputs, wrong flags, leaked text.
 
-The configuration itself has been checked before (babyllama/config.py). A single process imports no
-torch here, so that the user learns of a mistake within a second.
+The configuration itself has been checked before (babyllama/config.py). Unless Trainer's own
+trackers are used, a single process imports no torch here, so that the user learns of a mistake
+within a second.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from pathlib import Path
 
 from babyllama import distributed
-from babyllama.evaluation.benchmark_config import BenchmarkTask, load_tasks
+from babyllama.evaluation.benchmark_config import load_tasks
 from babyllama.evaluation.tasks import TASKS
 from babyllama.files import ROOT
 from babyllama.model_dir import is_model
@@ -65,7 +66,7 @@ def check_inputs(config: dict) -> None:
     for teacher in config.get("distillation", {}).get("teachers", ()):
         check_teacher_exists(teacher)
     if config["training"]["benchmark"]:
-        load_item_tasks(config["training"]["benchmark"])
+        check_item_tasks(config["training"]["benchmark"])
 
 
 def check_teacher_exists(folder: str) -> None:
@@ -82,18 +83,16 @@ def check_teacher_exists(folder: str) -> None:
     )
 
 
-def load_item_tasks(path: str) -> dict[str, BenchmarkTask]:
-    """Return the tasks of training.benchmark; raise ConfigError if one does not score items."""
-    tasks = load_tasks(path)
+def check_item_tasks(path: str) -> None:
+    """Raise ConfigError if a task of training.benchmark does not score items."""
     problems = [
         f"tasks.{name}: {task.type} cannot be scored while a model trains; use tasks that compare "
         f"candidates ({', '.join(TASKS)})"
-        for name, task in tasks.items()
+        for name, task in load_tasks(path).items()
         if task.type not in TASKS
     ]
     if problems:
         raise ConfigError(problems, path)
-    return tasks
 
 
 def check_request(args: argparse.Namespace, config: dict, run_dir: Path) -> None:

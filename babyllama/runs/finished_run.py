@@ -49,7 +49,7 @@ def scores_of(metrics: dict) -> dict[str, Any]:
     return {
         "eval_loss": float(results["eval_loss"]),
         "eval_perplexity": float(results["eval_perplexity"]),
-        "eval_bits_per_byte": float(results["eval_bits_per_byte"]),
+        "eval_bits_per_byte": results["eval_bits_per_byte"],
         "eval_by_domain": results.get("eval_by_domain", {}),  # none if there is only one
         "floor_bits_per_byte": results["floor_bits_per_byte"],
         "words_trained": results["words_trained"],

@@ -178,7 +178,8 @@ def train_command(argv: list[str], point: Point, overwrite: bool, kind: str) -> 
     _, flags = our_flag.parse_known_args(argv)
     for assignment in point.assignments():
         flags += ["--set", assignment]
-    if not overwrite:
+    is_finished = (point.run_dir / METRICS_FILE).is_file()  # train.py then only shows its results
+    if not (overwrite or is_finished):
         flags += ["--resume-from-checkpoint", "auto"]
     return [sys.executable, str(ROOT / "train.py"), *flags]
 
@@ -257,7 +258,7 @@ def run_sweep(args: argparse.Namespace, argv: list[str], load: Callable) -> int:
     source = args.sweep or "--seeds"
     grid = read_grid(args.sweep) if args.sweep else seed_grid(args.seeds)
 
-    # find all mistakes before the first run starts; each run will print its own warnings
+    # find all mistakes that need no text before the first run starts; each run prints its warnings
     logging.disable(logging.WARNING)
     try:
         points = plan_points(source, grid, load(args), kind)

@@ -75,8 +75,8 @@ def form_answers(
         "words_seen": babylm["words_seen"],
         "epochs": babylm["epochs"],
         "other_words_learned_from": babylm["other_words_learned_from"],
-        "rules_followed": babylm["compliant"],
-        "rule_problems": babylm["problems"],
+        "rules_followed": babylm.get("compliant"),
+        "rule_problems": babylm.get("problems"),
         "teachers": teachers,
         # how it was trained
         "optimizer": training["optimizer"],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from babyllama import distributed
-from babyllama.training.batches import batches_per_step, split_for_rank
+from babyllama.training.batches import batches_per_step, read_rows, split_for_rank
 from babyllama.training.loss import token_nlls
 
 MAX_LOGITS = 2**27  # in memory at a time: 0.5 GB in float32
@@ -93,7 +93,7 @@ def evaluate_chunks(
     names = domains.names if domains else ["all"]
     sums = np.zeros((len(names), 3))  # nats, tokens, bytes
     for batch_rows in batches:
-        ids = np.stack([chunks[row]["input_ids"] for row in batch_rows.tolist()])
+        ids = np.stack([row["input_ids"] for row in read_rows(chunks, batch_rows.tolist())])
         input_ids = torch.from_numpy(ids.astype(np.int64))  # (B, T)
         targets = input_ids[:, 1:]  # (B, T - 1)
         nlls = token_nlls(model, input_ids.to(model.device), document_bos_id).cpu().numpy()

@@ -201,7 +201,8 @@ class LMTrainer(Trainer):
         if stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # sets the loader's length and the offset of random_offset to those of this epoch
+        # sets the loader's length and the offset of random_offset to those of this epoch; the
+        # loader that skips batches after a resume does not pass the epoch on to the dataset
         train_dataloader.set_epoch(epoch)
         kwargs["steps_in_epoch"] = len(train_dataloader)
         kwargs["num_update_steps_per_epoch"] = len(self.steps.slices(epoch))

@@ -228,11 +228,13 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     steps = [row["step"] for row in rows_of(first)]
     assert steps == sorted(steps)
 
-    # a different run of the same name is not replaced
+    # a different run of the same name is not replaced, and a finished one not continued
+    table = run_sweep.folder / sweep_results.TABLE
     assert run_sweep({"training.seed": [1]}, "--lr", "1e-3") == 2
-    assert (
-        "training.lr: was 0.003, is 0.001" in (run_sweep.folder / sweep_results.TABLE).read_text()
-    )
+    assert "training.lr: was 0.003, is 0.001" in table.read_text()
+    assert run_sweep({"training.seed": [1]}, "--num-epochs", "9") == 2
+    assert "is 9" in table.read_text()
+    assert (first / "model.safetensors").read_bytes() == weights[0]
 
 
 def test_seeds_are_trained_and_summarized(run_sweep, capfd):

@@ -4,9 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from accelerate import skip_first_batches
+from datasets import Dataset
+from transformers import TrainingArguments
 
-from babyllama.training.batches import ExactBatchSampler
+from babyllama.training.batches import ExactBatchSampler, ShiftedChunks, train_loader
 from babyllama.training.steps import Steps
+from babyllama.training.trainer import collate_chunks
 
 
 @pytest.fixture
@@ -94,3 +98,30 @@ def test_more_processes_than_chunks_is_an_error(processes):
     processes(4)
     with pytest.raises(ValueError, match="3 chunks for 4 processes"):
         Steps(3, training_section(1, 1, num_epochs=1))
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_random_offset_moves_the_cuts_of_each_epoch(n_workers, tmp_path):
+    """The rows of an epoch begin at its offset, also when its first batches are skipped."""
+    tokens = np.arange(12 * 8).reshape(12, 8)  # the first token of a row tells where it was cut
+    chunks = Dataset.from_dict({"input_ids": tokens}).with_format("numpy")
+    shifted = ShiftedChunks(chunks, seed=1)
+    steps = Steps(len(shifted), training_section(4, 1, 3))
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        data_seed=5,
+        use_cpu=True,
+        dataloader_num_workers=n_workers,
+    )
+    loader = train_loader(shifted, steps, arguments, collate_chunks)
+    offsets = [shifted.offset_in(epoch) for epoch in range(3)]
+    assert len(set(offsets)) > 1
+    for epoch, offset in enumerate(offsets):
+        loader.set_epoch(epoch)
+        batches = [batch["input_ids"] for batch in loader]
+        starts = sorted(int(row[0]) for batch in batches for row in batch)
+        assert starts == [8 * row + offset for row in range(11)]
+        loader.set_epoch(epoch)  # the sampler has gone on to the next one
+        rest = [batch["input_ids"] for batch in skip_first_batches(loader, 1)]
+        assert all(a.equal(b) for a, b in zip(rest, batches[1:], strict=True))
