@@ -390,7 +390,7 @@ def test_a_broken_model_does_not_lose_the_results_of_the_others(
     assert set(document["results"][first_name]) == task_keys | summary_keys
     assert {"config", "configs", "n-samples", "versions"} <= set(document)
     assert {"date", "environment", "git_hash"} <= set(document)
-    assert document["n-samples"]["blimp"] == {"original": 8, "effective": 8}
+    assert document["n-samples"]["blimp"] == {"original": 4, "effective": 4}
 
     # the second model is compared with the first
     items = load_tasks(small_file)["blimp"].items

@@ -102,8 +102,10 @@ def test_orphaned_workers_do_not_hold_the_lock(tmp_path):
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from babyllama.files import exclusive_folder\n"
+        "reader, writer = os.pipe()\n"
         "with exclusive_folder(Path(sys.argv[1]), ''):\n"
-        "    if os.fork() == 0: time.sleep(3); os._exit(0)\n"
+        "    if os.fork() == 0: os.write(writer, b'1'); time.sleep(3); os._exit(0)\n"
+        "    os.read(reader, 1)\n"  # the worker runs
         "    os._exit(9)"
     )
     folder = tmp_path / "run"
