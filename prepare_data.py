@@ -65,68 +65,6 @@ REPAIRS = (
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the command line of this script."""
-    parser = Parser(description="Clean BabyLM data and train the tokenizer.")
-    add = parser.add_argument
-    train = parser.add_mutually_exclusive_group()
-    train.add_argument(
-        "--babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track"
-    )
-    train.add_argument("--babylm-100m", type=Path, metavar="DIR", help="train text, strict track")
-    add("--babylm-dev", type=Path, metavar="DIR", help="held-out text")
-    add("--output-dir", type=Path, default=Path("./data"), metavar="DIR", help="default ./data")
-    add("--tokenizer-vocab", type=int, default=16000, metavar="N", help="tokens; default 16000")
-    add(
-        "--tokenizer-output",
-        type=Path,
-        default=Path("./models/tokenizer.json"),
-        metavar="FILE",
-        help="default ./models/tokenizer.json",
-    )
-    add(
-        "--tokenizer-prefix-space",
-        action="store_true",
-        help="put a space before the first word of a text",
-    )
-    add(
-        "--domain",
-        action="append",
-        default=[],
-        metavar="DOMAIN=CLEANER",
-        help="use the cleaner of another domain, such as novels=gutenberg; may be repeated",
-    )
-    add(
-        "--one-document-per-row",
-        action="store_true",
-        help="never join the rows of a table, however short; for tweets and the like",
-    )
-    cleaning = parser.add_mutually_exclusive_group()
-    cleaning.add_argument(
-        "--clean-domains",
-        nargs="+",
-        metavar="DOMAIN",
-        help="use only the cleaners of these domains (separated by commas or spaces); default all",
-    )
-    cleaning.add_argument("--skip-cleaning", action="store_true", help="copy the text as it is")
-    add(
-        "--skip-tokenizer",
-        action="store_true",
-        help="train no tokenizer; count tokens with the existing one",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_script(
-        lambda: prepare_and_print(args),
-        interrupted="interrupted; the output directory is unchanged",
-        memory_advice="close other programs",
-    )
-
-
 def prepare_and_print(args: argparse.Namespace) -> int:
     """Prepare the data, print a summary, and return the exit code."""
     manifest, new_splits = prepare(args)
@@ -598,6 +536,71 @@ def print_overlap(overlap: dict | None) -> None:
             f"warning: dev documents in train, which inflate held-out scores: {printable(places)}",
             file=sys.stderr,
         )
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = Parser(description="Clean BabyLM data and train the tokenizer.")
+    add = parser.add_argument
+    train = parser.add_mutually_exclusive_group()
+    train.add_argument(
+        "--babylm-10m", type=Path, metavar="DIR", help="train text, strict-small track"
+    )
+    train.add_argument("--babylm-100m", type=Path, metavar="DIR", help="train text, strict track")
+    add("--babylm-dev", type=Path, metavar="DIR", help="held-out text")
+    add("--output-dir", type=Path, default=Path("./data"), metavar="DIR", help="default ./data")
+    add("--tokenizer-vocab", type=int, default=16000, metavar="N", help="tokens; default 16000")
+    add(
+        "--tokenizer-output",
+        type=Path,
+        default=Path("./models/tokenizer.json"),
+        metavar="FILE",
+        help="default ./models/tokenizer.json",
+    )
+    add(
+        "--tokenizer-prefix-space",
+        action="store_true",
+        help="put a space before the first word of a text",
+    )
+    add(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="DOMAIN=CLEANER",
+        help="use the cleaner of another domain, such as novels=gutenberg; may be repeated",
+    )
+    add(
+        "--one-document-per-row",
+        action="store_true",
+        help="never join the rows of a table, however short; for tweets and the like",
+    )
+    cleaning = parser.add_mutually_exclusive_group()
+    cleaning.add_argument(
+        "--clean-domains",
+        nargs="+",
+        metavar="DOMAIN",
+        help="use only the cleaners of these domains (separated by commas or spaces); default all",
+    )
+    cleaning.add_argument("--skip-cleaning", action="store_true", help="copy the text as it is")
+    add(
+        "--skip-tokenizer",
+        action="store_true",
+        help="train no tokenizer; count tokens with the existing one",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_script(
+        lambda: prepare_and_print(args),
+        interrupted="interrupted; the output directory is unchanged",
+        memory_advice="close other programs",
+    )
 
 
 if __name__ == "__main__":

@@ -52,33 +52,6 @@ MAX_VOCAB_SIZE = 1_000_000
 SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token afterwards
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the command line of this script."""
-    parser = Parser(
-        description="Train a byte-level BPE tokenizer on the training files of a directory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("./data/train"),
-        help="directory with the training text",
-    )
-    add(
-        "--vocab-size", type=int, default=16000, help=f"number of tokens, at least {MIN_VOCAB_SIZE}"
-    )
-    add("--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write")
-    add("--prefix-space", action="store_true", help="put a space before the first word of a text")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_script(lambda: train_and_print(args), memory_advice="use less text")
-
-
 def train_and_print(args: argparse.Namespace) -> int:
     """Train the tokenizer, print a summary, and return the exit code."""
     files = find_files(args.data_dir, "train")
@@ -255,6 +228,36 @@ def summary_text(summary: dict[str, float], vocab_size: int) -> str:
     if summary["replaces"]:
         lines.append("note: replaced a different tokenizer; runs that use it cannot be resumed")
     return "\n".join(lines)
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = Parser(
+        description="Train a byte-level BPE tokenizer on the training files of a directory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("./data/train"),
+        help="directory with the training text",
+    )
+    add(
+        "--vocab-size", type=int, default=16000, help=f"number of tokens, at least {MIN_VOCAB_SIZE}"
+    )
+    add("--output", type=Path, default=Path("./models/tokenizer.json"), help="file to write")
+    add("--prefix-space", action="store_true", help="put a space before the first word of a text")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_script(lambda: train_and_print(args), memory_advice="use less text")
 
 
 if __name__ == "__main__":
