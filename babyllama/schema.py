@@ -6,6 +6,7 @@ involve several keys, such as one that must divide another or two that exclude e
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +17,7 @@ MUON_LR = 8e-3  # Muon's best learning rates are above AdamW's (docs/results.md)
 TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM: words of training text
 MAX_EPOCHS = 10  # in both tracks of BabyLM
 FFN_RATIOS = ", ".join(
-    f"{architecture.ffn_ratio:.3g} ({name})"
+    f"{Fraction(architecture.ffn_ratio).limit_denominator(9)} ({name})"
     for name, architecture in architectures.ARCHITECTURES.items()
 )
 DROPOUT_MODELS = ", ".join(architectures.WITH_DROPOUT)

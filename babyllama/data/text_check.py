@@ -1,4 +1,4 @@
-"""Refuse files that are not UTF-8 text, or far too much of it for their size.
+"""Refuse files that are not UTF-8 text, or that hold far too much of it for their size.
 
 A few invalid bytes are not a reason to refuse a file: documents.py repairs them.
 """

@@ -40,7 +40,7 @@ EXPECTED_MFU_FP32_CPU = (0.5, 0.6)
 
 @dataclass(frozen=True)
 class Execution:
-    """Hold how this machine computes a run, why, and what that takes.
+    """The choices of this machine for a run, their reasons, and what the run takes.
 
     `matmul_flops` is the measured speed of matrix products, of all processes together.
     """

@@ -2,9 +2,9 @@
 
 The callbacks evaluate and save when it is time or on a signal, and average the weights.
 
-trainer = LMTrainer(..., callbacks=[SaveWhenInterrupted(status)])  # adds the other callbacks itself
-with ending.deferred_signals():
-    trainer.train()
+    trainer = LMTrainer(..., callbacks=[SaveWhenInterrupted(status)])  # it adds the others itself
+    with ending.deferred_signals():
+        trainer.train()
 """
 
 from __future__ import annotations
