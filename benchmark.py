@@ -56,7 +56,7 @@ from babyllama.evaluation.tasks import TASKS
 from babyllama.files import check_results_file, describe_environment, read_json, utc_now, write_json
 from babyllama.model_dir import weights_sha256
 from babyllama.runs.finished_run import (
-    facts_of,
+    describe_run,
     read_metrics,
     run_of_checkpoint,
     scores_of,
@@ -294,8 +294,8 @@ def run(
         try:
             prediction_folder = output.parent / "results" / folders[path]
             # only models that succeeded have scores; the first of them is the reference
-            results, facts, scores[name] = measure_model(path, args, tasks, prediction_folder)
-            add_model(document, name, results, facts, compare_with_first(tasks, scores, args.seed))
+            results, record, scores[name] = measure_model(path, args, tasks, prediction_folder)
+            add_model(document, name, results, record, compare_with_first(tasks, scores, args.seed))
         except Exception as error:  # whatever is wrong with this model, keep the other results
             log.debug("%s", path, exc_info=True)
             message = " ".join(str(error).split()) or type(error).__name__
@@ -313,13 +313,13 @@ def run(
 def measure_model(
     path: str, args: argparse.Namespace, tasks: dict[str, BenchmarkTask], prediction_folder: Path
 ) -> tuple[dict, dict, dict]:
-    """Run all tasks on a model; return its results, its facts, and its scores by task."""
+    """Run all tasks on a model; return its results, its record and its scores by task."""
     suite = BenchmarkSuite(path, args.device, tasks, args.seed)
     results = suite.run_all_benchmarks()
-    facts = model_facts(suite)
+    record = describe_model(suite)
     if write_predictions(suite, prediction_folder):
         log.info("  predictions: %s", prediction_folder)
-    return results, facts, suite.scores
+    return results, record, suite.scores
 
 
 def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> dict[str, Any]:
@@ -348,17 +348,17 @@ def new_document(args: argparse.Namespace, tasks: dict[str, BenchmarkTask]) -> d
 
 
 def add_model(
-    document: dict, name: str, results: dict, facts: dict, differences: dict | None
+    document: dict, name: str, results: dict, record: dict, differences: dict | None
 ) -> None:
     """Add a model's results, and its differences from the first model, to the document."""
-    for other, other_facts in document["models"].items():
-        if other_facts["weights_sha256"] == facts["weights_sha256"]:
+    for other, other_record in document["models"].items():
+        if other_record["weights_sha256"] == record["weights_sha256"]:
             document["notes"].append(f"{name} and {other} have the same weights")
     if differences is not None:
         document["comparison"].setdefault("differences", {})[name] = differences
         document["comparison"]["reference"] = next(iter(document["results"]))
     document["results"][name] = results
-    document["models"][name] = facts
+    document["models"][name] = record
     document["seed_groups"] = seed_groups(document)
 
 
@@ -382,8 +382,8 @@ def compare_with_first(
     return differences
 
 
-def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
-    """Return facts about a model: path, size, hash of the weights, and scores from its training."""
+def describe_model(suite: BenchmarkSuite) -> dict[str, Any]:
+    """Describe a model: path, size, hash of the weights, and scores from its training."""
     from babyllama.evaluation.loading import has_start_token
 
     model_metrics = read_metrics(suite.model_path)
@@ -399,7 +399,7 @@ def model_facts(suite: BenchmarkSuite) -> dict[str, Any]:
         "device": str(suite.device),
         "weights_sha256": weights_sha256(suite.model_path),
         "training": scores_of(model_metrics) if model_metrics else None,
-        "trained": facts_of(run_metrics) if run_metrics else None,
+        "trained": describe_run(run_metrics) if run_metrics else None,
         "run": seed_and_config(model_metrics) if model_metrics else None,
     }
 

@@ -291,7 +291,7 @@ def build_grammar(complexity: str) -> Grammar:
     return Grammar(rules, twins)
 
 
-def grammar_facts(grammar: Grammar) -> dict[str, float]:
+def entropy_floor(grammar: Grammar) -> dict[str, float]:
     """Return the exact entropy and expected lengths of a document and of a sentence.
 
     Solve the linear system in the docstring of this module. A sentence includes its full stop, and
@@ -318,12 +318,12 @@ def grammar_facts(grammar: Grammar) -> dict[str, float]:
     solution = np.linalg.solve(np.eye(len(index)) - children, increments)
 
     bits, n_bytes, words = solution[index["DOCUMENT"]].tolist()
-    facts = {"bits_per_byte": bits / n_bytes, "nats_per_word": bits * log(2) / words}
+    floor = {"bits_per_byte": bits / n_bytes, "nats_per_word": bits * log(2) / words}
     for unit in ("document", "sentence"):
         values = solution[index[unit.upper()]].tolist()
         for name, value in zip(("bits", "bytes", "words"), values, strict=True):
-            facts[f"{name}_per_{unit}"] = value
-    return facts
+            floor[f"{name}_per_{unit}"] = value
+    return floor
 
 
 def grammar_floor(eval_path: str) -> float | None:
@@ -504,10 +504,10 @@ def create_synthetic_data(
         with train_file.open(encoding="ascii") as file:
             in_train = good_sentences.intersection(map(str.rstrip, file))
 
-        facts = {
+        content = {
             "complexity": complexity,
             "seed": seed,
-            "floor": {name: round(value, 10) for name, value in grammar_facts(grammar).items()},
+            "floor": {name: round(value, 10) for name, value in entropy_floor(grammar).items()},
             "text": counts,
             "minimal_pairs": {
                 "kinds": kinds,
@@ -519,8 +519,8 @@ def create_synthetic_data(
                 for left, rules in grammar.rules.items()
             },
         }
-        record_file.write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii", newline="\n")
-    return facts
+        record_file.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii", newline="\n")
+    return content
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -540,16 +540,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_summary(facts: dict, output_dir: str) -> None:
-    """Print the sizes of the files, the entropy floor and the next command."""
-    for split, counts in facts["text"].items():
+def print_summary(content: dict, output_dir: str) -> None:
+    """Print the sizes of the files, the entropy floor and the next command.
+
+    `content` is that of grammar.json.
+    """
+    for split, counts in content["text"].items():
         print(
             f"{split:<6}{counts['documents']:,} documents, {counts['words']:,} words, "
             f"{counts['bytes']:,} bytes"
         )
-    pairs = facts["minimal_pairs"]
-    floor = facts["floor"]["bits_per_byte"]
-    dev_bits = facts["text"]["dev"]["true_bits_per_byte"]
+    pairs = content["minimal_pairs"]
+    floor = content["floor"]["bits_per_byte"]
+    dev_bits = content["text"]["dev"]["true_bits_per_byte"]
     print(f"pairs {pairs['pairs']:,} minimal pairs of {len(pairs['kinds'])} kinds")
     print(f"floor {floor:.4f} bits per byte on average, {dev_bits:.4f} on this dev text")
     print(

@@ -431,7 +431,7 @@ def train_tokenizer(args: argparse.Namespace, train: dict, folder: Path) -> None
 
 
 def count_tokens(path: Path, splits: dict[str, dict], folders: dict[str, Path]) -> dict | None:
-    """Add the tokens of each file to its record; return facts about the tokenizer, if it exists."""
+    """Add the tokens of each file to its record; describe the tokenizer, if it exists."""
     if not path.exists():
         return None
     tokenizer = load_tokenizer(path)

@@ -54,7 +54,7 @@ from babyllama.runs.resume import (
 from babyllama.runs.run_dir import CURVES_FILE, LOG_FILE, start_run_dir
 from babyllama.runs.sweep import run_sweep
 from babyllama.schema import SECTIONS
-from babyllama.training.tracking import open_trackers, run_facts
+from babyllama.training.tracking import open_trackers, run_hyperparameters
 from create_synthetic_data import grammar_floor
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from babyllama.planning.kernels import Execution
+    from babyllama.planning.execution import Execution
     from babyllama.planning.plan import Plan
     from babyllama.training.benchmark import TrainingBenchmark
     from babyllama.training.budget import Budget
@@ -135,9 +135,9 @@ def prepare_and_train(args: argparse.Namespace) -> None:
 
         # train, in all processes together
         distributed.connect()
-        facts = run_facts(config, run.plan_record(), data.report)
-        with open_trackers(config, run_dir, facts) as trackers:
-            train_and_save(run, status, facts, trackers)
+        hyperparameters = run_hyperparameters(config, run.plan_record(), data.report)
+        with open_trackers(config, run_dir, hyperparameters) as trackers:
+            train_and_save(run, status, hyperparameters, trackers)
 
 
 # ---- 2. the configuration -----------------------------------------------------------------------
@@ -375,11 +375,7 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     """Create the model and its loss, and choose precision and kernels for this machine."""
     import transformers
 
-    from babyllama.planning.kernels import (
-        build_loss,
-        choose_precision_and_kernels,
-        use_fast_kernels,
-    )
+    from babyllama.planning.execution import build_loss, choose_execution, use_fast_kernels
     from babyllama.planning.memory import estimate_memory
     from babyllama.planning.plan import make_plan
     from babyllama.training.benchmark import make_benchmark
@@ -389,7 +385,7 @@ def build_run(config: dict, data: Data, checkpoint: Path | None) -> PreparedRun:
     transformers.set_seed(config["training"]["seed"])
     model = create_model(config, data.tokenizer)
     plan = make_plan(config, model, data.report, len(data.train))
-    execution = choose_precision_and_kernels(config, plan)
+    execution = choose_execution(config, plan)
     use_fast_kernels(config, model, execution.precision)
     loss = build_loss(config, data.tokenizer.bos_token_id, execution.precision, execution.compile)
     memory_bytes = estimate_memory(config, model, loss)
@@ -435,12 +431,12 @@ def make_trainer(
     config: dict,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
-    facts: dict | None = None,
+    hyperparameters: dict | None = None,
 ) -> LMTrainer:
     """Return the trainer of a run.
 
     `config` and `folder` are those of the run, except when time_limit.py times a few steps.
-    Trainer's own trackers get the `facts` of the run.
+    Trainer's own trackers get the `hyperparameters` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
     from babyllama.training.arguments import training_arguments
@@ -451,7 +447,7 @@ def make_trainer(
         trainer_class = functools.partial(make_distillation_trainer, config, run.data.report)
     return trainer_class(
         model=run.model,
-        args=training_arguments(config, folder, run.execution.precision, facts),
+        args=training_arguments(config, folder, run.execution.precision, hyperparameters),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
@@ -465,10 +461,12 @@ def make_trainer(
     )
 
 
-def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, trackers: list) -> None:
+def train_and_save(
+    run: PreparedRun, status: ending.Status, hyperparameters: dict, trackers: list
+) -> None:
     """Train the model, then write and print the results.
 
-    The `trackers` get the same rows and results; Trainer's own ones get the `facts` of the run.
+    The `trackers` get the same rows and results; Trainer's own ones get the `hyperparameters`.
     """
     from babyllama.training import babylm, results
     from babyllama.training.callbacks import SaveWhenInterrupted
@@ -489,7 +487,7 @@ def train_and_save(run: PreparedRun, status: ending.Status, facts: dict, tracker
     watchers = [SaveWhenInterrupted(status)]
     if distributed.is_main():
         watchers.insert(0, run_log)
-    trainer = make_trainer(run, config, run.run_dir, watchers, facts)
+    trainer = make_trainer(run, config, run.run_dir, watchers, hyperparameters)
     word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
     # train, from the checkpoint if there is one

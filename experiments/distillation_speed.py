@@ -54,11 +54,7 @@ def take_turn(
     import transformers
 
     from babyllama.distillation.student import make_distillation_trainer
-    from babyllama.planning.kernels import (
-        build_loss,
-        choose_precision_and_kernels,
-        use_fast_kernels,
-    )
+    from babyllama.planning.execution import build_loss, choose_execution, use_fast_kernels
     from babyllama.planning.plan import make_plan
     from babyllama.training.arguments import training_arguments
     from babyllama.training.run_log import RunLog
@@ -68,7 +64,7 @@ def take_turn(
     transformers.set_seed(0)
     model = create_model(config, tokenizer)
     plan = make_plan(config, model, {"train": {"words": 0, "tokens": 1}}, len(chunks))
-    execution = choose_precision_and_kernels(config, plan)
+    execution = choose_execution(config, plan)
     precision = execution.precision
     use_fast_kernels(config, model, precision)
     loss = build_loss(config, tokenizer.bos_token_id, precision, execution.compile)

@@ -104,7 +104,7 @@ def our_trainer(config: dict, variant: dict, tokenizer, arguments, common: dict)
     """Return our Trainer with a number format, compiled or not."""
     import torch
 
-    from babyllama.planning.kernels import build_loss, use_fast_kernels
+    from babyllama.planning.execution import build_loss, use_fast_kernels
     from babyllama.training.trainer import LMTrainer
 
     use_fast_kernels(config, common["model"], variant["precision"])

@@ -445,14 +445,14 @@ def test_an_interrupted_benchmark_keeps_the_models_that_were_finished(
     output = tmp_path / "b.json"
     models = [str(model_dirs["GPT2"]), str(model_dirs["GPTJ"])]
     argv = [*models, *blimp_flags, "--output", str(output)]
-    model_facts = benchmark.model_facts
+    describe_model = benchmark.describe_model
 
     def interrupt_the_second_model(suite):
         if suite.model_path == model_dirs["GPTJ"]:
             raise KeyboardInterrupt
-        return model_facts(suite)
+        return describe_model(suite)
 
-    monkeypatch.setattr(benchmark, "model_facts", interrupt_the_second_model)
+    monkeypatch.setattr(benchmark, "describe_model", interrupt_the_second_model)
     assert benchmark.main(argv) == 130
     assert list(json.loads(output.read_text())["results"]) == ["GPT2"]
     assert "GPT2" in output.with_suffix(".html").read_text()

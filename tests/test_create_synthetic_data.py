@@ -18,7 +18,7 @@ from create_synthetic_data import (
     PAIRS,
     Grammar,
     build_grammar,
-    grammar_facts,
+    entropy_floor,
     sample_document,
 )
 
@@ -114,7 +114,7 @@ def test_floor_equals_a_worked_example():
         "DOCUMENT": ((0.5, ("SENTENCE",)), (0.5, ("SENTENCE", "\n", "DOCUMENT"))),
         "SENTENCE": ((0.75, ("a",)), (0.25, ("bb", ",", "a"))),
     }
-    facts = grammar_facts(Grammar(rules, {}))
+    facts = entropy_floor(Grammar(rules, {}))
     sentence_bits = 0.75 * math.log2(4 / 3) + 0.25 * 2
     sentence_bytes = 0.75 * 2 + 0.25 * 6
     assert facts["bits_per_sentence"] == pytest.approx(sentence_bits)
@@ -157,7 +157,7 @@ def test_floor_equals_an_enumeration_of_all_sentences():
     assert math.fsum(probability.values()) == pytest.approx(1)
     bits = math.fsum(-p * math.log2(p) for p in probability.values())
     size = math.fsum(p * len(text) for text, p in probability.items())
-    facts = grammar_facts(grammar)
+    facts = entropy_floor(grammar)
     assert facts["bits_per_sentence"] == pytest.approx(bits, rel=1e-9)
     assert facts["bytes_per_sentence"] == pytest.approx(size, rel=1e-9)
     lengths = [0.1 * 0.9 ** (k - 1) for k in range(1, 2000)]
@@ -173,7 +173,7 @@ def test_floor_equals_the_mean_cost_by_the_inside_algorithm(complexity):
     grammar, inside, facts = (
         GRAMMARS[complexity],
         INSIDE[complexity],
-        grammar_facts(GRAMMARS[complexity]),
+        entropy_floor(GRAMMARS[complexity]),
     )
     sample = documents(grammar, 300, seed=11)
     costs = []
@@ -407,8 +407,8 @@ def test_grammar_json_describes_the_files(tmp_path, capsys):
         for a, r in facts["rules"].items()
     }
     assert rules == GRAMMARS["medium"].rules
-    assert facts["floor"] == pytest.approx(grammar_facts(Grammar(rules, {})))
-    assert f"{grammar_facts(GRAMMARS['medium'])['bits_per_byte']:.4f}" in output
+    assert facts["floor"] == pytest.approx(entropy_floor(Grammar(rules, {})))
+    assert f"{entropy_floor(GRAMMARS['medium'])['bits_per_byte']:.4f}" in output
     pairs = [
         json.loads(line) for line in (tmp_path / "minimal_pairs.jsonl").read_text().splitlines()
     ]

@@ -21,7 +21,7 @@ import train
 from babyllama.cli import EXIT_INTERRUPTED
 from babyllama.config import check_config
 from babyllama.data.tokenizer import byte_lengths
-from babyllama.planning.kernels import pick_precision
+from babyllama.planning.execution import pick_precision
 from babyllama.planning.memory import memory_advice
 from babyllama.runs.checkpoints import checkpoints
 from babyllama.runs.run_dir import METRICS_FILE

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from babyllama import distributed
 from babyllama.distillation.teacher_cache import (
     CachedChunks,
-    cache_facts,
     cache_folder,
+    cache_key,
     collate_cached,
     describe_cache,
     write_cache,
@@ -174,13 +174,16 @@ class DistillationTrainer(LMTrainer):
     alpha and T^2 weigh them. Evaluation on held-out text needs no teachers, so it is LMTrainer's.
     """
 
-    def __init__(self, *args, loss, distillation: dict[str, Any], ensemble=None, **kwargs):
-        super().__init__(*args, loss=loss, **kwargs)
+    def __init__(
+        self, *args, train_dataset, loss, distillation: dict[str, Any], ensemble=None, **kwargs
+    ):
+        length = len(train_dataset[0]["input_ids"])
+        slice_loss = make_slice_loss(distillation, length, cached=ensemble is None)
+        loss = loss.with_slice_loss(slice_loss)
+        super().__init__(*args, train_dataset=train_dataset, loss=loss, **kwargs)
         self.ensemble = ensemble
         if ensemble is None:
             self.data_collator = collate_cached
-        length = len(self.train_dataset[0]["input_ids"])
-        loss.slice_loss = make_slice_loss(distillation, length, cached=ensemble is None)
         self._parts = torch.zeros(2, device=self.args.device)  # sums of ce_loss and kd_loss
         self._parts_since = None  # the step of the last row
 
@@ -221,13 +224,13 @@ def make_distillation_trainer(
         ensemble = load_teachers(config, loss.document_bos_id)
     else:  # they score the text once, or have done so in an earlier run
         ensemble = None
-        facts = cache_facts(config, report["train"]["key"], report["teachers"])
-        folder = cache_folder(facts)
+        key = cache_key(config, report["train"]["key"], report["teachers"])
+        folder = cache_folder(key)
         with distributed.main_first():
             if not folder.is_dir():
                 teachers = load_teachers(config, loss.document_bos_id)
                 batch_size = config["training"]["batch_size"]
-                write_cache(folder, facts, train_dataset, teachers, model, batch_size)
+                write_cache(folder, key, train_dataset, teachers, model, batch_size)
         train_dataset = CachedChunks(train_dataset, folder)
         print("cache       " + describe_cache(folder), flush=True)
     return DistillationTrainer(

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from babyllama.distillation.teachers import DTYPES, Ensemble, SoftTargets, divergence
 from babyllama.files import atomic_write, default_cache_dir, read_json, write_json
 from babyllama.model_dir import weights_sha256
-from babyllama.planning.kernels import pick_precision
+from babyllama.planning.execution import pick_precision
 from babyllama.training.trainer import collate_chunks
 
 ABOUT_FILE = "about.json"
@@ -33,7 +33,7 @@ PROBS_FILE = "top_probs.npy"
 SAMPLE_CHUNKS = 16  # on which the error of a cache is measured
 
 
-def cache_facts(config: dict, data_key: str, teachers: list[dict[str, str]]) -> dict[str, Any]:
+def cache_key(config: dict, data_key: str, teachers: list[dict[str, str]]) -> dict[str, Any]:
     """Return everything that the content of a cache depends on.
 
     `data_key` is DataProcessor's key of the dataset, which covers text, tokenizer and seq_length.
@@ -51,12 +51,12 @@ def cache_facts(config: dict, data_key: str, teachers: list[dict[str, str]]) -> 
     }
 
 
-def cache_folder(facts: dict[str, Any]) -> Path:
-    """Return the folder of a cache, named after a hash of its facts.
+def cache_folder(key: dict[str, Any]) -> Path:
+    """Return the folder of a cache, named after a hash of its key.
 
     The hash covers the teachers' weights but not their paths, so they may be moved.
     """
-    content = {**facts, "teachers": sorted(teacher["sha256"] for teacher in facts["teachers"])}
+    content = {**key, "teachers": sorted(teacher["sha256"] for teacher in key["teachers"])}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
     return default_cache_dir() / f"teachers-{digest}"
 
@@ -109,15 +109,15 @@ def collate_cached(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def write_cache(
-    folder: Path, facts: dict[str, Any], chunks, ensemble: Ensemble, student, batch_size: int
+    folder: Path, key: dict[str, Any], chunks, ensemble: Ensemble, student, batch_size: int
 ) -> None:
     """Run the teachers over all chunks and keep their likeliest tokens at each position.
 
-    Write top_ids.npy (N, T, K), top_probs.npy (N, T, K) float32, and about.json with the facts
+    Write top_ids.npy (N, T, K), top_probs.npy (N, T, K) float32, and about.json with the key
     and the measured error. Raise ValueError if the disk has too little space.
     """
     # find out now if the cache does not fit: a memory map on a full disk kills the process
-    k = facts["top_k"]
+    k = key["top_k"]
     shape = (len(chunks), len(chunks[0]["input_ids"]), k)
     id_type = np.dtype(np.uint16 if student.config.vocab_size <= 1 << 16 else np.int32)
     n_bytes = int(np.prod(shape)) * (id_type.itemsize + 4)
@@ -157,7 +157,7 @@ def write_cache(
         # measure what truncation loses, and record it
         ids.flush()
         probs.flush()
-        about = {"facts": facts, "bytes": n_bytes, "dropped_mass": dropped / (shape[0] * shape[1])}
+        about = {"facts": key, "bytes": n_bytes, "dropped_mass": dropped / (shape[0] * shape[1])}
         error = measure_error(CachedChunks(chunks, draft), ensemble, student)
         write_json(draft / ABOUT_FILE, about | error)
 

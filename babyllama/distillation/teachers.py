@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from babyllama.data.tokenizer import load_tokenizer, vocabulary_difference
 from babyllama.evaluation.loading import context_length, load_model
 from babyllama.planning.checks import check_teacher_exists
-from babyllama.planning.kernels import eager_is_faster, pick_precision
+from babyllama.planning.execution import eager_is_faster, pick_precision
 from babyllama.training.attention import attention_mask, prepare_for_chunks
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -225,7 +225,9 @@ def _statistic(
     spec: Task, items: Sequence[Item], scores: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from the indices of items to the task's FIGURES on these items."""
-    columns = {name: np.array([item.facts[name] for item in items]) for name in items[0].facts}
+    columns = {
+        name: np.array([item.human_data[name] for item in items]) for name in items[0].human_data
+    }
     counts = np.array([len(item.completions) for item in items])
     starts = np.cumsum(counts) - counts
     if spec.metric == "spearman":

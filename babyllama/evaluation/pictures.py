@@ -39,7 +39,7 @@ def learning_curves(document: dict) -> list[dict[str, Any]]:
     """
     curves = []
     models = list(document["models"])
-    paths = [facts["path"] for facts in document["models"].values()]
+    paths = [record["path"] for record in document["models"].values()]
     for run in checkpoints_by_run(paths):
         if len(run.counts) == 1:
             continue
@@ -84,15 +84,15 @@ def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
     """Return {heading: [(title, source)]} of the panels of all runs, evaluations and curves."""
     # training and evaluation of each model, from the files in its directory
     groups = {}
-    for model, facts in document["models"].items():
+    for model, record in document["models"].items():
         for heading, make_panels in (
             (f"Training of {model}", _training_panels),
             (f"Held-out text of {model}", _evaluation_panels),
         ):
             try:
-                group = [plots.panel_for_page(draw) for draw in make_panels(facts)]
+                group = [plots.panel_for_page(draw) for draw in make_panels(record)]
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                folder = facts["path"]
+                folder = record["path"]
                 log.warning("%s: not drawn; a file in %s is damaged or missing", heading, folder)
                 continue
             if group:
@@ -107,11 +107,11 @@ def pictures(document: dict) -> dict[str, list[tuple[str, str]]]:
     return groups
 
 
-def _training_panels(facts: dict) -> list[plots.Panel]:
-    scores = facts.get("training")
+def _training_panels(record: dict) -> list[plots.Panel]:
+    scores = record.get("training")
     if not scores:
         return []
-    lines = Path(facts["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = Path(record["path"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     floor_nats = None
     if scores["floor_bits_per_byte"]:
         nats_per_bit = scores["eval_loss"] / scores["eval_bits_per_byte"]
@@ -122,12 +122,12 @@ def _training_panels(facts: dict) -> list[plots.Panel]:
     return plots.training_panels(rows, floor_nats)
 
 
-def _evaluation_panels(facts: dict) -> list[plots.Panel]:
+def _evaluation_panels(record: dict) -> list[plots.Panel]:
     """Return the panels of what evaluate.py wrote; none if it measured other weights."""
-    file = Path(facts["path"], "evaluation_results.json")
+    file = Path(record["path"], "evaluation_results.json")
     if not file.is_file():
         return []
     report = read_json(file)
-    if report["config"]["weights_sha256"] != facts["weights_sha256"]:
+    if report["config"]["weights_sha256"] != record["weights_sha256"]:
         return []
     return plots.evaluation_panels(report)

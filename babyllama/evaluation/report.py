@@ -136,7 +136,7 @@ def printable_start(text: Any, max_length: int = 2000) -> str:
 def title(document: dict) -> str:
     """Name the models of a document, or the run whose checkpoints they are."""
     names = list(document["models"])
-    runs = checkpoints_by_run([facts["path"] for facts in document["models"].values()])
+    runs = checkpoints_by_run([record["path"] for record in document["models"].values()])
     if len(names) > 1 and len(runs) == 1 and len(runs[0].counts) == len(names):
         return f"{Path(runs[0].run).resolve().name}, {len(names)} checkpoints"
     return enumeration(names)
@@ -149,7 +149,7 @@ def enumeration(names: list[str]) -> str:
 
 
 def run_text(run: dict) -> str:
-    """Describe in two sentences what was trained and on what; `run` is from facts_of."""
+    """Describe in two sentences what was trained and on what; `run` is from describe_run."""
     words = f"{run['words']:,} words"
     if run["epochs"] < 1:
         amount = f"{run['epochs']:.0%} of {words}"
@@ -172,7 +172,7 @@ def run_text(run: dict) -> str:
 
 def run_texts(document: dict) -> list[str]:
     """Return run_text of each run that the models are from."""
-    runs = [facts["trained"] for facts in document["models"].values()]
+    runs = [record["trained"] for record in document["models"].values()]
     return list(dict.fromkeys(run_text(run) for run in runs if run))
 
 
@@ -307,8 +307,8 @@ def domain_bits(document: dict) -> dict[str, dict[str, float | None]]:
     A model that was not measured on a domain has None.
     """
     scores = {}  # model -> domain -> scores
-    for model, facts in document["models"].items():
-        training = facts["training"]
+    for model, record in document["models"].items():
+        training = record["training"]
         if training and training["eval_by_domain"]:
             scores[model] = training["eval_by_domain"]
     return {

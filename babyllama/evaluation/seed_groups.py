@@ -22,8 +22,8 @@ def seed_groups(document: dict) -> list[dict[str, Any]]:
     """
     # a second run of the same seed would make the spread too small, so it stays alone
     members: dict[str, dict[int | None, str]] = {}
-    for model, facts in document["models"].items():
-        run = facts.get("run")
+    for model, record in document["models"].items():
+        run = record.get("run")
         key = run["config"] if run else model
         seed = run["seed"] if run else None
         if seed in members.get(key, {}):

@@ -55,7 +55,7 @@ class Item:
     prefixes: tuple[str, ...]
     completions: tuple[str, ...]
     gold: int = 0  # index of the right candidate
-    facts: dict[str, float] = field(default_factory=dict)  # human data: `ratio`, reading times
+    human_data: dict[str, float] = field(default_factory=dict)  # `ratio`, reading times
     phenomenon: str = ""  # BLiMP's linguistics_term; several subsets share one
     key: str = ""  # the item's key in predictions.json, if it is not the subset
 
@@ -168,7 +168,7 @@ def _wug(name: str) -> Callable[[dict, str], Item]:
         ratio = float(row["ratio"])
         if not math.isfinite(ratio):
             raise ValueError(f"ratio {row['ratio']!r} is not a number")
-        return Item(name, ("", ""), (first, second), facts={"ratio": ratio})
+        return Item(name, ("", ""), (first, second), human_data={"ratio": ratio})
 
     return decode
 
@@ -184,10 +184,10 @@ def _reading(row: dict, stem: str) -> Item:
     if row["prev_item"] not in MISSING and row["prev_word"] not in MISSING:
         prefixes.append(row["prev_item"])
         completions.append(row["prev_word"])
-    facts = {
+    human_data = {
         name: math.nan if row[name] in MISSING else float(row[name]) for name in READING_FIELDS
     }
-    return Item("reading", tuple(prefixes), tuple(completions), facts=facts)
+    return Item("reading", tuple(prefixes), tuple(completions), human_data=human_data)
 
 
 def _reading_with_space(row: dict, stem: str) -> Item:

@@ -74,15 +74,9 @@ def word_surprisal(
     if not has_start_token(tokenizer):
         raise ValueError("the tokenizer has neither BOS nor EOS: the first word follows nothing")
 
-    # B: the tokens after which a word has certainly ended
-    texts_of_ids = token_bytes(tokenizer)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ends_word = np.zeros(max(vocab_size, len(texts_of_ids)), dtype=bool)
-    for token_id, text in enumerate(texts_of_ids):
-        ends_word[token_id] = not text or is_space(text)[0]
-    ends_word = ends_word[:vocab_size]  # (V,)
-
     # the last prediction of each sequence says if its last word ends; its target does not matter
+    texts_of_ids = token_bytes(tokenizer)
+    ends_word = _tokens_that_end_words(texts_of_ids, model.get_input_embeddings().weight.shape[0])
     sequences = encode(tokenizer, [text.strip() for text in texts])
     all_scores = ids_logprobs(
         model,
@@ -92,43 +86,55 @@ def word_surprisal(
         token_set=ends_word,
     )
 
-    # from figures of tokens to figures of words
     rows = []
     for number, (text, ids, scores) in enumerate(zip(texts, sequences, all_scores, strict=True), 1):
         spans = [match.span() for match in re.finditer(r"\S+", text)]
         if not spans:
             continue
-        pieces = [texts_of_ids[token_id] for token_id in ids[1:]]
-        n_tokens, is_cut = _tokens_through_words(pieces)  # (K,)
+        n_tokens, is_cut = _tokens_through_words([texts_of_ids[i] for i in ids[1:]])  # (K,)
         if len(n_tokens) != len(spans):
             raise ValueError(
                 f"sentence {number}: the tokenizer makes {len(n_tokens)} of its {len(spans)} words:"
                 f" {text[:40]!r}"
             )
-
-        # figures after 0, 1, 2, ... tokens, in bits
-        token_bits = -scores.logprobs[:-1] / math.log(2)
-        bits = np.append(0, np.cumsum(token_bits))
-        word_end_bits = -scores.set_logprobs / math.log(2)
-        word_end_bits[:-1][~ends_word[scores.ids[:-1]]] = 0
-        entropies = scores.entropies / math.log(2)
-
-        # the same after 0, 1, 2, ... words
-        places = np.append(0, n_tokens)
-        is_cut = np.append(True, is_cut)
-        uncorrected = np.where(is_cut, bits[places], math.nan)
-        corrected = uncorrected + np.append(0, word_end_bits[n_tokens])
-        entropies = np.where(is_cut, entropies[places], math.nan)
-        columns = (
-            np.diff(corrected).tolist(),
-            np.diff(uncorrected).tolist(),
-            entropies[:-1].tolist(),
-            np.diff(places).tolist(),
-        )
+        columns = _figures_of_words(scores, ends_word, n_tokens, is_cut)
         for position, ((start, end), *figures) in enumerate(zip(spans, *columns, strict=True), 1):
             values = (number, text[start:end], position, start, end, *figures)
             rows.append(dict(zip(COLUMNS, values, strict=False)))
     return rows
+
+
+def _tokens_that_end_words(texts_of_ids: Sequence[bytes], vocab_size: int) -> np.ndarray:
+    """Return which tokens can only follow a complete word (V,); the docstring calls them B."""
+    ends_word = np.zeros(max(vocab_size, len(texts_of_ids)), dtype=bool)
+    for token_id, text in enumerate(texts_of_ids):
+        ends_word[token_id] = not text or is_space(text)[0]
+    return ends_word[:vocab_size]
+
+
+def _figures_of_words(
+    scores, ends_word: np.ndarray, n_tokens: np.ndarray, is_cut: np.ndarray
+) -> tuple[list, list, list, list]:
+    """Return surprisal, the same uncorrected, entropy and number of tokens of each word (K,)."""
+    # figures after 0, 1, 2, ... tokens, in bits
+    token_bits = -scores.logprobs[:-1] / math.log(2)
+    bits = np.append(0, np.cumsum(token_bits))
+    word_end_bits = -scores.set_logprobs / math.log(2)
+    word_end_bits[:-1][~ends_word[scores.ids[:-1]]] = 0
+    entropies = scores.entropies / math.log(2)
+
+    # the same after 0, 1, 2, ... words
+    places = np.append(0, n_tokens)
+    is_cut = np.append(True, is_cut)
+    uncorrected = np.where(is_cut, bits[places], math.nan)
+    corrected = uncorrected + np.append(0, word_end_bits[n_tokens])
+    entropies = np.where(is_cut, entropies[places], math.nan)
+    return (
+        np.diff(corrected).tolist(),
+        np.diff(uncorrected).tolist(),
+        entropies[:-1].tolist(),
+        np.diff(places).tolist(),
+    )
 
 
 def _tokens_through_words(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 
 from babyllama import distributed
 from babyllama.device import resident_bytes
-from babyllama.planning.kernels import pick_precision
+from babyllama.planning.execution import pick_precision
 from babyllama.training import optimizers
 from babyllama.training.attention import attention_mask
 from babyllama.training.held_out import chunks_per_pass

@@ -1,6 +1,6 @@
 """Compute the numbers of a run before step 0: parameters, tokens, steps, words, operations.
 
-All of them follow from the configuration, the model and the text. kernels.py decides how the
+All of them follow from the configuration, the model and the text. execution.py decides how the
 machine will compute the run, and printout.py prints both.
 """
 

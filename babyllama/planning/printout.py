@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from babyllama.cli import duration
-from babyllama.planning.kernels import Execution
+from babyllama.planning.execution import Execution
 from babyllama.planning.plan import Plan, count_evaluations
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from babyllama import distributed
-from babyllama.planning.kernels import Execution
+from babyllama.planning.execution import Execution
 from babyllama.planning.plan import Plan
 from babyllama.training.trainer import LMTrainer
 

@@ -29,7 +29,7 @@ def read_metrics(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         metrics = read_json(file)
-        for read in (scores_of, facts_of, seed_and_config):
+        for read in (scores_of, describe_run, seed_and_config):
             read(metrics)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is damaged or of an older version, so it is ignored: %r", file, error)
@@ -56,7 +56,7 @@ def scores_of(metrics: dict) -> dict[str, Any]:
     }
 
 
-def facts_of(metrics: dict) -> dict[str, Any]:
+def describe_run(metrics: dict) -> dict[str, Any]:
     """Return what was trained in a run, and on what text, for a report."""
     words = Counter()  # by domain
     for source in metrics["data"]["train"]["sources"]:
@@ -84,10 +84,10 @@ def seed_and_config(metrics: dict) -> dict[str, int | str]:
     seed = int(config["training"].pop("seed"))
     if config["training"].get("max_minutes"):
         del config["training"]["max_steps"]  # seeds that had the same time
-    facts = [config, metrics["data"]["train"]["key"]]
+    identity = [config, metrics["data"]["train"]["key"]]
     if "history" in metrics["data"]:
-        facts.append(metrics["data"]["history"])
-    text = json.dumps(facts, sort_keys=True).encode()
+        identity.append(metrics["data"]["history"])
+    text = json.dumps(identity, sort_keys=True).encode()
     return {"seed": seed, "config": hashlib.sha256(text).hexdigest()}
 
 

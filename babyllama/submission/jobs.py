@@ -53,17 +53,18 @@ class Record:
     def is_done(self, job: Job) -> bool:
         if not all(path.is_file() for path in job.outputs):
             return False
-        return self.made.get(self._key(job)) == self._facts(job)
+        return self.made.get(self._key(job)) == self._origin(job)
 
     def add(self, job: Job) -> None:
         """Record a job that has just written its outputs."""
-        self.made[self._key(job)] = self._facts(job)
+        self.made[self._key(job)] = self._origin(job)
         write_json(self.output / MADE_FILE, self.made)
 
     def _key(self, job: Job) -> str:
         return str(job.outputs[-1].relative_to(self.output))
 
-    def _facts(self, job: Job) -> dict[str, str]:
+    def _origin(self, job: Job) -> dict[str, str]:
+        """Return what the outputs of a job were made from, and their hashes."""
         outputs = {path.name: sha256(path) for path in job.outputs}
         data = "".join(map(data_hash, job.data))
         return {"weights": job.weights_hash, "data": data, "seed": str(self.seed), **outputs}

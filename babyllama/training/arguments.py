@@ -18,11 +18,14 @@ from babyllama.config import flatten
 
 
 def training_arguments(
-    config: dict[str, Any], run_dir: Path, precision: str, facts: dict[str, Any] | None = None
+    config: dict[str, Any],
+    run_dir: Path,
+    precision: str,
+    hyperparameters: dict[str, Any] | None = None,
 ) -> TrainingArguments:
     """Return the TrainingArguments of a run.
 
-    `facts` is what the trackers of logging.report_to record as hyperparameters (run_facts).
+    `hyperparameters` is what the trackers of logging.report_to record (run_hyperparameters).
     """
     training = config["training"]
     early_stopping = training["early_stopping_patience"] is not None
@@ -82,7 +85,7 @@ def training_arguments(
         # Trainer writes this into config.json; our forward passes turn the cache off themselves
         use_cache=True,
     )
-    arguments.facts = facts or config
+    arguments.hyperparameters = hyperparameters or config
     return keep_one_gpu(arguments)
 
 
@@ -93,10 +96,10 @@ class RunArguments(TrainingArguments):
     weight_decay, are defaults that are not used.
     """
 
-    facts: ClassVar[dict[str, Any]] = {}
+    hyperparameters: ClassVar[dict[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        return flatten(self.facts)
+        return flatten(self.hyperparameters)
 
 
 def keep_one_gpu(arguments: TrainingArguments) -> TrainingArguments:

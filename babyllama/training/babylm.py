@@ -218,7 +218,7 @@ class BabyLMCallback(TrainerCallback):
             )
 
         # count the words, of all steps and of those whose weights are kept
-        facts = {
+        record = {
             **asdict(self.budget),
             "word": "characters between white space, counted in the chunk in which they begin",
             "text": self.config["data"]["train_path"],
@@ -237,11 +237,11 @@ class BabyLMCallback(TrainerCallback):
         if kept_step < last_step:
             notes.append(
                 f"early stopping kept the weights of step {kept_step:,}, which had seen "
-                f"{facts['words_seen_by_kept_weights']:,} words; the run read on to step "
-                f"{last_step:,} and {facts['words_seen']:,} words, and these count"
+                f"{record['words_seen_by_kept_weights']:,} words; the run read on to step "
+                f"{last_step:,} and {record['words_seen']:,} words, and these count"
             )
-        problems = compliance_problems(facts)
-        return {"compliant": not problems, "problems": problems, "notes": notes, **facts}
+        problems = compliance_problems(record)
+        return {"compliant": not problems, "problems": problems, "notes": notes, **record}
 
 
 def attach_word_counter(
@@ -271,27 +271,29 @@ def attach_word_counter(
     return callback
 
 
-def compliance_problems(facts: dict[str, Any]) -> list[str]:
+def compliance_problems(record: dict[str, Any]) -> list[str]:
     """Return a sentence for each rule of BabyLM that a run did not follow, or may not have.
 
-    `facts` has the keys of compliance.json. Too many words or epochs are an error before training;
+    `record` has the keys of compliance.json. Too many words or epochs are an error before training;
     here they are checked again, in what the run really did.
     """
     problems = []
-    if facts["words_counted"] > facts["words_allowed"]:
+    if record["words_counted"] > record["words_allowed"]:
         problems.append(
-            f"the model learned from {facts['words_counted']:,} words of text; "
-            f"{facts['track']} allows {facts['words_allowed']:,}"
+            f"the model learned from {record['words_counted']:,} words of text; "
+            f"{record['track']} allows {record['words_allowed']:,}"
         )
-    if round(facts["epochs"], 4) > facts["epochs_allowed"]:  # Trainer's epoch is a sum of fractions
+    if (
+        round(record["epochs"], 4) > record["epochs_allowed"]
+    ):  # Trainer's epoch is a sum of fractions
         problems.append(
-            f"it was trained for {facts['epochs']:.4g} epochs; BabyLM allows "
-            f"{facts['epochs_allowed']}"
+            f"it was trained for {record['epochs']:.4g} epochs; BabyLM allows "
+            f"{record['epochs_allowed']}"
         )
-    missing = [row["name"] for row in facts["checkpoints"] if not row["there"]]
+    missing = [row["name"] for row in record["checkpoints"] if not row["there"]]
     if missing:
         problems.append(f"checkpoints are missing: {', '.join(missing)}")
-    for path, words in facts["other_words_learned_from"].items():
+    for path, words in record["other_words_learned_from"].items():
         if words is None:
             problems.append(
                 f"the text that {path} was trained on is not recorded, and it counts too"

@@ -9,7 +9,9 @@ configuration are not its business.
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -168,9 +170,8 @@ class NextTokenLoss:
 
     With `compile`, batches of `batch_size` chunks go through torch.compile. Other batches, such as
     the last one of an epoch, do not: torch would compile again for each new shape. With `chunked`,
-    HeadLoss computes the output layer in slices, with matrix products in `dtype`; its loss of a
-    slice is in the attribute `slice_loss`. `document_bos_id` is the id of BOS if documents must not
-    see each other.
+    HeadLoss computes the output layer in slices, with matrix products in `dtype`.
+    `document_bos_id` is the id of BOS if documents must not see each other.
     """
 
     def __init__(
@@ -187,6 +188,12 @@ class NextTokenLoss:
         self.compile = compile
         self.document_bos_id = document_bos_id
         self.slice_loss = slice_nll if chunked else None
+
+    def with_slice_loss(self, slice_loss: Callable) -> NextTokenLoss:
+        """Return a copy that computes the loss in slices, each with `slice_loss`."""
+        loss = copy.copy(self)
+        loss.slice_loss = slice_loss
+        return loss
 
     def __call__(self, model, input_ids: torch.Tensor, *slice_inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss as a scalar; with another slice loss, its vector of sums, loss first.

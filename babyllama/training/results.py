@@ -22,7 +22,7 @@ from babyllama.evaluation.report import enumeration, run_text
 from babyllama.files import write_json, write_text
 from babyllama.model_dir import make_weights_readable
 from babyllama.plots import save_panels, training_panels
-from babyllama.runs.finished_run import facts_of
+from babyllama.runs.finished_run import describe_run
 from babyllama.runs.resume import changes_at
 from babyllama.runs.run_dir import (
     BENCHMARK_PREFIX,
@@ -199,7 +199,7 @@ def domain_lines(results: dict) -> list[str]:
 def model_card(metrics: dict) -> str:
     """Return the README.md of a run: metadata for model hubs, the scores, and the training."""
     config = metrics["config"]
-    facts = facts_of(metrics)
+    run = describe_run(metrics)
     held_out = metrics["results"].get("eval_by_domain", {})  # none if there is only one
     held_out_domains = dict.fromkeys(
         source["domain"] for source in metrics["data"]["validation"]["sources"]
@@ -230,8 +230,8 @@ def model_card(metrics: dict) -> str:
     environment = Environment(finalize=_as_markdown, keep_trailing_newline=True)
     return environment.from_string(template).render(
         **metrics,
-        description=run_text(facts),
-        domains=dict.fromkeys(held_out, 0) | facts["domains"],
+        description=run_text(run),
+        domains=dict.fromkeys(held_out, 0) | run["domains"],
         held_out=held_out,
         changes=changes,
         max_domains=MAX_DOMAINS,

@@ -1,6 +1,6 @@
 """Send what a run records to Weights & Biases and TensorBoard.
 
-    with open_trackers(config, run_dir, run_facts(config, plan, report)) as trackers:
+    with open_trackers(config, run_dir, run_hyperparameters(config, plan, report)) as trackers:
         run_log = RunLog(..., trackers=trackers)  # sends each row of metrics.jsonl
         ...
         for tracker in trackers:
@@ -43,7 +43,7 @@ def check_trackers(settings: dict[str, Any]) -> None:
             raise ValueError(f"logging.report_to: {error}") from None
 
 
-def run_facts(config: dict, plan: dict, report: dict) -> dict[str, Any]:
+def run_hyperparameters(config: dict, plan: dict, report: dict) -> dict[str, Any]:
     """Return what a tracker records about a run: the sections of its configuration and more.
 
     `plan` holds the derived numbers, such as the steps of warm-up, and `report` the hashes of the
@@ -82,16 +82,16 @@ def final_scalars(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def open_trackers(config: dict, run_dir: Path, facts: dict[str, Any]) -> Iterator[list]:
+def open_trackers(config: dict, run_dir: Path, hyperparameters: dict[str, Any]) -> Iterator[list]:
     """Start the trackers that a configuration asks for, in the main process, and close them."""
     settings = config["logging"]
     trackers = []
     failed = True
     try:
         if settings["wandb"] and distributed.is_main():
-            trackers.append(WandbTracker(config, run_dir, facts))
+            trackers.append(WandbTracker(config, run_dir, hyperparameters))
         if settings["tensorboard"] and distributed.is_main():
-            trackers.append(TensorBoardTracker(run_dir, facts))
+            trackers.append(TensorBoardTracker(run_dir, hyperparameters))
         yield trackers
         failed = False
     finally:
@@ -105,7 +105,7 @@ class WandbTracker:
     The run keeps its id in the run directory, so that a resumed run continues it.
     """
 
-    def __init__(self, config: dict, run_dir: Path, facts: dict[str, Any]):
+    def __init__(self, config: dict, run_dir: Path, hyperparameters: dict[str, Any]):
         import wandb
 
         self.wandb = wandb  # imported here, because only runs that switch it on need it
@@ -114,7 +114,7 @@ class WandbTracker:
             "project": config["logging"]["project"],
             "name": config["model"]["name"],
             "dir": run_dir,
-            "config": facts,
+            "config": hyperparameters,
             "id": id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None,
         }
         mode = wandb.setup().settings.mode  # of WANDB_MODE, or of `wandb offline`
@@ -169,12 +169,12 @@ class TensorBoardTracker:
     A resumed run writes its curves from the beginning, because RunLog sends it all rows.
     """
 
-    def __init__(self, run_dir: Path, facts: dict[str, Any]):
+    def __init__(self, run_dir: Path, hyperparameters: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(run_dir / TENSORBOARD_DIR)
         self.step = 0
-        self._add_text("config", json.dumps(facts, indent=2))
+        self._add_text("config", json.dumps(hyperparameters, indent=2))
 
     def log_row(self, row: dict[str, Any]) -> None:
         """Write the numbers and samples of a row."""

@@ -313,8 +313,8 @@ def test_the_student_approaches_its_teacher(tmp_path):
 # ---- the cache ----------------------------------------------------------------------------------
 
 
-def cache_facts(k: int, **changes) -> dict:
-    """Return the facts that a cache is keyed by."""
+def make_key(k: int, **changes) -> dict:
+    """Return a key, as cache_key does."""
     return {
         "data": "some text",
         "teachers": [{"path": "a", "sha256": "1"}, {"path": "b", "sha256": "2"}],
@@ -331,8 +331,8 @@ def test_training_from_a_cache_of_the_complete_vocabulary_changes_nothing(tmp_pa
     rows = chunks(9)
     cache = tmp_path / "cache"
     ensemble = two_teachers(average)
-    facts = cache_facts(400, average=average)
-    write_cache(cache, facts, rows, ensemble, build_tiny_model("Llama"), 4)
+    key = make_key(400, average=average)
+    write_cache(cache, key, rows, ensemble, build_tiny_model("Llama"), 4)
     make_trainer(tmp_path / "complete", rows, ensemble).train()
     make_trainer(tmp_path / "cached", CachedChunks(rows, cache), None).train()
     complete = rows_of(tmp_path / "complete")[0]
@@ -352,7 +352,7 @@ def test_compiled_training_has_the_same_losses(tmp_path, is_cached):
     ensemble = two_teachers()
     if is_cached:
         cache = tmp_path / "cache"
-        write_cache(cache, cache_facts(40), rows, ensemble, build_tiny_model("Llama"), 4)
+        write_cache(cache, make_key(40), rows, ensemble, build_tiny_model("Llama"), 4)
         rows = CachedChunks(rows, cache)
         ensemble = None
 
@@ -382,7 +382,7 @@ def test_the_measured_error_respects_the_document_mask(tmp_path, document_bos_id
         row["input_ids"][[0, 9, 20]] = 1
     model = build_tiny_model("Llama")
     ensemble = Ensemble([model], 2.0, "probabilities", document_bos_id)
-    write_cache(tmp_path / "cache", cache_facts(400), rows, ensemble, model, 2)
+    write_cache(tmp_path / "cache", make_key(400), rows, ensemble, model, 2)
     about = json.loads((tmp_path / "cache" / "about.json").read_text())
     assert about["sample_kl"] == pytest.approx(0, abs=1e-6)
 
@@ -391,7 +391,7 @@ def test_the_cache_holds_the_likeliest_tokens_and_its_measured_error(tmp_path):
     rows = chunks(5)
     cache = tmp_path / "cache"
     student = build_tiny_model("Llama")
-    write_cache(cache, cache_facts(20), rows, two_teachers(), student, 2)
+    write_cache(cache, make_key(20), rows, two_teachers(), student, 2)
     cached = CachedChunks(rows, cache)
     dropped_masses = []
     gaps = []  # between the KL of all tokens and of the cached ones
@@ -431,7 +431,7 @@ def test_an_interrupted_cache_leaves_no_files(tmp_path):
     rows = InterruptedChunks(chunks(6))
     student = build_tiny_model("Llama")
     with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path / "cache", cache_facts(8), rows, two_teachers(), student, 3)
+        write_cache(tmp_path / "cache", make_key(8), rows, two_teachers(), student, 3)
     assert not list(tmp_path.iterdir())
 
 
@@ -440,12 +440,12 @@ def test_too_little_disk_space_is_an_error_before_writing(tmp_path, monkeypatch)
     student = build_tiny_model("Llama")
     message = r"8 best tokens for 6 chunks take 0.0 GB.*a smaller distillation.top_k"
     with pytest.raises(ValueError, match=message):
-        write_cache(tmp_path / "cache", cache_facts(8), chunks(6), two_teachers(), student, 3)
+        write_cache(tmp_path / "cache", make_key(8), chunks(6), two_teachers(), student, 3)
 
 
 def test_a_truncated_cache_is_an_error(tmp_path):
     cache = tmp_path / "cache"
-    write_cache(cache, cache_facts(8), chunks(6), two_teachers(), build_tiny_model("Llama"), 3)
+    write_cache(cache, make_key(8), chunks(6), two_teachers(), build_tiny_model("Llama"), 3)
     probs = cache / "top_probs.npy"
     probs.write_bytes(probs.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cache is corrupted .*delete it"):
@@ -454,17 +454,17 @@ def test_a_truncated_cache_is_an_error(tmp_path):
 
 def test_the_cache_is_keyed_by_content():
     """Paths and the order of the teachers do not matter; everything else does."""
-    key = cache_folder(cache_facts(8))
+    key = cache_folder(make_key(8))
     moved = [{"path": "elsewhere", "sha256": "2"}, {"path": "a", "sha256": "1"}]
-    assert cache_folder(cache_facts(8, teachers=moved)) == key
+    assert cache_folder(make_key(8, teachers=moved)) == key
     retrained = [{"path": "a", "sha256": "9"}, {"path": "b", "sha256": "2"}]
     changed_facts = [
-        cache_facts(9),
-        cache_facts(8, teachers=retrained),
-        cache_facts(8, data="other"),
-        cache_facts(8, temperature=1.0),
-        cache_facts(8, average="logits"),
-        cache_facts(8, dtype="bfloat16"),
+        make_key(9),
+        make_key(8, teachers=retrained),
+        make_key(8, data="other"),
+        make_key(8, temperature=1.0),
+        make_key(8, average="logits"),
+        make_key(8, dtype="bfloat16"),
     ]
     keys = {key, *map(cache_folder, changed_facts)}
     assert len(keys) == 7

@@ -93,7 +93,7 @@ def test_scores_that_do_not_fit_are_refused():
 
 
 def wug_items(ratios):
-    return [Item("wug_past", ("", ""), ("a", "b"), facts={"ratio": ratio}) for ratio in ratios]
+    return [Item("wug_past", ("", ""), ("a", "b"), human_data={"ratio": ratio}) for ratio in ratios]
 
 
 def test_wug_correlates_the_preference_for_the_first_form_with_that_of_people():
@@ -116,7 +116,7 @@ def reading_items(n=60):
         if i == 7:
             facts["RTgopast"] = math.nan
         count = 1 if i % 10 == 0 else 2  # the first word of a text has no word before it
-        items.append(Item("reading", ("",) * count, ("w",) * count, facts=facts))
+        items.append(Item("reading", ("",) * count, ("w",) * count, human_data=facts))
         scores += (-rng.gamma(4, 1, count)).tolist()
     return items, np.array(scores)
 
@@ -142,7 +142,7 @@ def test_reading_equals_normal_equations():
     items, scores = reading_items()
     result = score_items("reading", items, scores)
 
-    table = {name: [item.facts[name] for item in items] for name in READING_FIELDS}
+    table = {name: [item.human_data[name] for item in items] for name in READING_FIELDS}
     starts = np.cumsum([0] + [len(item.completions) for item in items])[:-1]
     table["surprisal"] = -scores[starts]
     table["before"] = [
@@ -239,7 +239,7 @@ def test_correlations_are_compared_on_the_same_samples():
     items = wug_items(rng.random(30).tolist())
     good = []
     for item in items:
-        good += [item.facts["ratio"], -item.facts["ratio"]]
+        good += [item.human_data["ratio"], -item.human_data["ratio"]]
     result = compare("wug_past", items, np.array(good), rng.normal(size=60))
     low, high = result["difference_ci95"]
     assert result["noise"] is False

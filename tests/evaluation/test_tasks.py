@@ -176,8 +176,8 @@ def test_a_row_of_reading_times():
     assert list(item.candidates) == [("The old man", "sat"), ("The old", "man")]
     spaced = decode("reading_with_space", READING)
     assert list(spaced.candidates) == [("The old man", " sat"), ("The old", " man")]
-    assert item.facts["self_paced_reading_time"] == 310.5
-    assert math.isnan(item.facts["RTgopast"])
+    assert item.human_data["self_paced_reading_time"] == 310.5
+    assert math.isnan(item.human_data["RTgopast"])
 
 
 def test_the_context_none_is_a_word_although_pandas_reads_it_as_missing():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from babyllama.planning.kernels import build_loss
+from babyllama.planning.execution import build_loss
 from babyllama.planning.memory import activation_bytes, estimate_memory
 from train import create_model, load_config
 

@@ -15,7 +15,7 @@ from conftest import build_tiny_model, tiny_config
 from babyllama.config import check_config
 from babyllama.evaluation import fast_choices
 from babyllama.evaluation.generation import generate
-from babyllama.planning import kernels
+from babyllama.planning.execution import pick_cuda_graphs
 from babyllama.training.arguments import training_arguments
 from babyllama.training.loss import NextTokenLoss
 from babyllama.training.optimizers import make_optimizer
@@ -80,7 +80,7 @@ def train(
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    cuda_graphs, _ = kernels.pick_cuda_graphs(config, precision, compiled)
+    cuda_graphs, _ = pick_cuda_graphs(config, precision, compiled)
     n_chunks = 12 * batch_size * training["gradient_accumulation_steps"] + extra_chunks
     trainer = LMTrainer(
         model=model,

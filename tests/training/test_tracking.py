@@ -247,7 +247,9 @@ def test_a_tracker_that_is_not_there_is_one_line(name, error, config_file, capsy
 
 def test_trainers_own_trackers_get_our_configuration(tmp_path, tokenizer_file, corpus_dir):
     config = check_config(tiny_config(tmp_path, tokenizer_file, corpus_dir))
-    arguments = training_arguments(config, tmp_path, "fp32", facts={**config, "plan": {"steps": 9}})
+    arguments = training_arguments(
+        config, tmp_path, "fp32", hyperparameters={**config, "plan": {"steps": 9}}
+    )
     recorded = arguments.to_dict()
     assert recorded["training.weight_decay"] == config["training"]["weight_decay"]
     assert recorded["plan.steps"] == 9

@@ -12,8 +12,13 @@ from conftest import ROOT, build_tiny_model, tiny_config
 
 from babyllama.config import check_config
 from babyllama.device import fast_dtype, matmul_flops, peak_memory_gb, pick_device
-from babyllama.planning import kernels, plan
-from babyllama.planning.kernels import expected_mfu, pick_compile
+from babyllama.planning import execution, plan
+from babyllama.planning.execution import (
+    choose_execution,
+    expected_mfu,
+    pick_compile,
+    pick_cuda_graphs,
+)
 from babyllama.training import optimizers
 
 
@@ -26,7 +31,7 @@ def defaults(tmp_path_factory):
 
 def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
     """Processes share the training, but each computes all of Muon's products."""
-    monkeypatch.setattr(kernels, "matmul_flops", lambda precision: 1e6)
+    monkeypatch.setattr(execution, "matmul_flops", lambda precision: 1e6)
     model = build_tiny_model("Llama")
     keys = {**defaults, "precision": "fp32", "compile": False, "num_epochs": 3}
     config = {
@@ -43,9 +48,9 @@ def test_expected_time_counts_muon_once_per_process(defaults, monkeypatch):
         for processes in (1, 2):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
             run_plan = plan.make_plan(config, model, report, n_chunks)
-            execution = kernels.choose_precision_and_kernels(config, run_plan)
+            choices = choose_execution(config, run_plan)
             steps[optimizer, processes] = run_plan.steps
-            seconds[optimizer, processes] = execution.expected_seconds
+            seconds[optimizer, processes] = choices.expected_seconds
 
     precision = "bf16" if fast_dtype(pick_device()) == torch.bfloat16 else "fp32"
     flops = optimizers.flops_per_step(model, {"optimizer": "muon"})
@@ -62,7 +67,7 @@ def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
     def pick(seconds: float, precision: str = "bf16", **keys) -> tuple[bool, str]:
         return pick_compile({**defaults, **keys}, seconds, precision)
 
-    monkeypatch.setattr(kernels, "compiler_missing", lambda: None)
+    monkeypatch.setattr(execution, "compiler_missing", lambda: None)
     assert [pick(seconds)[0] for seconds in (10, 600, 10_000)] == [False, True, True]
     ten_minutes_suffice = torch.cuda.is_available()  # on a CPU float32 gains less by compilation
     compiled = [pick(seconds, "fp32")[0] for seconds in (10, 600, 10_000)]
@@ -70,7 +75,7 @@ def test_compile_auto_compiles_long_runs_only(defaults, monkeypatch):
     assert pick(10, compile=True) == (True, "as requested")
     assert pick(1e6, torch_compile=False) == (False, "as requested")
     assert pick(1, compile=False, torch_compile=True)[0] is True
-    monkeypatch.setattr(kernels, "compiler_missing", lambda: "a C++ compiler")
+    monkeypatch.setattr(execution, "compiler_missing", lambda: "a C++ compiler")
     assert pick(10_000)[0] is False
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, which was not found"):
         pick(1, compile=True)
@@ -99,14 +104,14 @@ def test_measuring_speed_keeps_the_random_state():
 )
 def test_cuda_graphs_are_used_if_possible(change, precision, compiled, reason_part):
     config = check_config(tiny_config(*[ROOT] * 3, **change))
-    used, reason = kernels.pick_cuda_graphs(config, precision, compiled)
+    used, reason = pick_cuda_graphs(config, precision, compiled)
     assert used == (reason_part == "one call")
     assert reason_part in reason
 
 
 def test_cuda_graphs_are_not_used_with_teachers():
     config = check_config(tiny_config(*[ROOT] * 3)) | {"distillation": {}}
-    assert kernels.pick_cuda_graphs(config, "bf16", True) == (False, "not with teachers")
+    assert pick_cuda_graphs(config, "bf16", True) == (False, "not with teachers")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")

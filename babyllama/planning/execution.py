@@ -4,7 +4,7 @@ Precision, compilation and CUDA graphs come with a reason, which is printed befo
 of the `training` section overrides them. The attention kernel is simply the faster one, because all
 of them compute the same up to rounding. The data and Trainer do not matter here.
 
-    execution = choose_precision_and_kernels(config, plan)  # the choices, their reasons, the time
+    execution = choose_execution(config, plan)  # the choices, their reasons, the time
     use_fast_kernels(config, model, execution.precision)
     loss = build_loss(config, bos_token_id, execution.precision, execution.compile)
 """
@@ -144,7 +144,7 @@ def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool
     return True, "one call starts all kernels of a batch"
 
 
-def choose_precision_and_kernels(config: dict, plan: Plan) -> Execution:
+def choose_execution(config: dict, plan: Plan) -> Execution:
     """Return how to compute the run that `plan` describes, and how long that will take."""
     # choose by how long the run takes as it is
     training = config["training"]
