@@ -103,6 +103,10 @@ class ModelEvaluator:
         """
         from babyllama.evaluation.generation import decode
 
+        for name, labels in (("documents", documents), ("domains", domains)):
+            if labels is not None and len(labels) != len(texts):
+                raise ValueError(f"{name} has {len(labels)} entries for {len(texts)} texts")
+
         # count nats, tokens, bytes and words of each text
         rows = []
         for text, scores in zip(texts, self._score(texts, batch_size), strict=True):

@@ -136,6 +136,13 @@ def test_a_string_instead_of_a_list_is_refused(evaluator):
         evaluator.evaluate_generation_quality("The cat")
 
 
+@pytest.mark.parametrize("name", ["documents", "domains"])
+@pytest.mark.parametrize("labels", [[1], [1, 2, 3]])
+def test_one_label_is_needed_for_each_text(evaluator, name, labels):
+    with pytest.raises(ValueError, match=f"{name} has {len(labels)} entries for 2 texts"):
+        evaluator.calculate_perplexity(["The cat", "A dog"], **{name: labels})
+
+
 def test_a_batch_size_of_zero_is_refused(evaluator):
     with pytest.raises(ValueError, match="batch_size 0"):
         evaluator.calculate_perplexity(["The cat"], batch_size=0)
