@@ -41,8 +41,6 @@ def module_name(path) -> str:
 
 
 def run_python(code: str, *flags: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, *flags, "-c", code],
         cwd=cwd,
