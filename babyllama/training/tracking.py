@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,24 @@ log = logging.getLogger(__name__)
 
 
 def check_trackers(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a tracker of logging.report_to is not installed."""
+    """Raise ValueError if a tracker of the logging section is not installed."""
+    for package in ("wandb", "tensorboard"):
+        if settings[package] and find_spec(package) is None:
+            raise ValueError(
+                f"logging.{package}: true, but {package} is not installed: "
+                "pip install -r requirements.txt"
+            )
     if settings["report_to"]:
         from transformers.integrations import get_reporting_integration_callbacks
 
         try:
             for make_callback in get_reporting_integration_callbacks(settings["report_to"]):
                 make_callback()
-        except (RuntimeError, ValueError) as error:  # not installed, or unknown to Trainer
+        except (
+            ImportError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # not installed, or unknown to Trainer
             raise ValueError(f"logging.report_to: {error}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,7 @@ def test_tensorboard_shows_curves_samples_and_figures(tracked):
     ("name", "error"),
     [
         ("comet_ml", "logging.report_to: CometCallback requires comet-ml"),
+        ("flyte", "logging.report_to: FlyteCallback requires flytekit to be installed"),
         ("trackyo", "logging.report_to: trackyo is not supported, only"),
     ],
 )
@@ -243,6 +245,19 @@ def test_a_tracker_that_is_not_there_is_one_line(name, error, config_file, capsy
     assert train.main(["--config", str(config_file(logging__report_to=[name])), "--dry-run"]) == 2
     (line,) = errors_of(capsys)
     assert error in line
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_one_line_before_any_text_is_read(
+    package, config_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    config = config_file(**{f"logging__{package}": True, "logging__project": "babies"})
+    assert train.main(["--config", str(config)]) == 2
+    (line,) = errors_of(capsys)
+    assert f"logging.{package}: true, but {package} is not installed: pip install" in line
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "models").exists()
 
 
 def test_trainers_own_trackers_get_our_configuration(tmp_path, tokenizer_file, corpus_dir):
