@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
@@ -98,7 +99,7 @@ def test_a_name_that_the_hub_does_not_allow_is_an_error(run_dir, tmp_path, repo_
 
 
 class Hub:
-    """Take the place of HfApi, and keep in memory what is sent to one repository."""
+    """Do what HfApi does for a push, and keep in memory what is sent to one repository."""
 
     def __init__(self):
         self.private = None  # there is no repository yet
@@ -132,7 +133,11 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    # the signatures are those of the real HfApi, so a call that it would refuse fails here too
+    api = create_autospec(huggingface_hub.HfApi)
+    for name in ("create_repo", "repo_info", "list_repo_commits", "create_branch", "create_commit"):
+        getattr(api.return_value, name).side_effect = getattr(hub, name)
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_stand_in")
     return hub
 
