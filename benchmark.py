@@ -275,7 +275,7 @@ def begins_with(text: str, answer: str) -> bool:
 # ---- comparing models ---------------------------------------------------------------------------
 
 
-def run(
+def measure_models(
     args: argparse.Namespace, tasks: dict[str, BenchmarkTask], output: Path
 ) -> tuple[dict, list[Path]]:
     """Measure every model; return the results document and the files that were written last.
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
 
         pick_device(args.device)  # raises ValueError for an unknown one
 
-        document, written = run(args, tasks, output)
+        document, written = measure_models(args, tasks, output)
         if document["results"]:
             print(text_report(document))
             print(f"\nresults: {', '.join(map(str, written))}")

@@ -234,8 +234,8 @@ class DataProcessor:
     def _tokenize(self, documents: Iterable[Iterable[str]]) -> Iterator[np.ndarray]:
         """Yield the token ids of documents, each between BOS and EOS, a batch at a time."""
         # Encoding runs in Rust, so Python can read and clean the next batch in the meantime. By an
-        # estimate from the CPU time of reading and encoding, that is up to 14 % faster on 2 cores
-        # and 44 % on 4.
+        # estimate from the CPU time of reading and encoding, that is up to 14% faster on 2 cores
+        # and 44% on 4.
         with ThreadPoolExecutor(1) as thread:
             running = None
             for batch in self._batches(documents):
@@ -298,7 +298,7 @@ def _cached_report(arrow: Path) -> dict | None:
             return cached["report"]
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    logger.warning("%s is damaged, or from an older version: preparing the text again", arrow)
+    logger.warning("%s is corrupted, or from an older version: tokenizing the text again", arrow)
     return None
 
 

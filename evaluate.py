@@ -69,7 +69,7 @@ class ModelEvaluator:
     """Evaluate one model directory.
 
     `seed` determines samples and bootstrap intervals. The default device is "cuda", which warns and
-    falls back on a machine without a GPU; "auto" picks the best device without a warning.
+    falls back on a machine without a GPU; "auto" does so without a warning.
     """
 
     def __init__(self, model_path: str | Path, device: str = "cuda", seed: int = 0):
@@ -550,7 +550,7 @@ def print_report(report: dict) -> None:
     )
 
     # the figures, and bits per byte for each domain too
-    print(f"{'':32}{'value':>10}   95 % interval")
+    print(f"{'':32}{'value':>10}   95% interval")
     by_domain = results["perplexity"].get("by_domain", {})
     for group, key, label in TABLE:
         _print_figure(label, results[group], key)

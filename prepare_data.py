@@ -524,7 +524,7 @@ def print_overlap(overlap: dict | None) -> None:
     percent = 100 * ngrams / max(1, n_ngrams)
     print(
         f"overlap: {documents:,} of {overlap['dev_documents']:,} documents of dev are in train, "
-        f"{ngrams:,} of {n_ngrams:,} runs of {NGRAM} words ({percent:.3f} %)"
+        f"{ngrams:,} of {n_ngrams:,} runs of {NGRAM} words ({percent:.3f}%)"
     )
     if ngrams > n_ngrams / 2:
         print(

@@ -8,8 +8,8 @@
     python train.py --config config/llama-10M.yaml --seeds 1 2 3
 
 The first function tells the story: it checks the configuration, tokenizes the text, creates the
-model, trains it and writes the results. The others follow in the order in which it calls them.
-torch is imported inside functions, so that --help and the errors of a configuration appear at once.
+model, trains it and writes the results. The others follow in about the order of their calls. torch
+is imported inside functions, so that --help and the errors of a configuration appear at once.
 The text must be clean and have a tokenizer already (prepare_data.py makes both), and comparing the
 finished models is benchmark.py's task.
 """
@@ -137,7 +137,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         distributed.connect()
         hyperparameters = run_hyperparameters(config, run.plan_record(), data.report)
         with open_trackers(config, run_dir, hyperparameters) as trackers:
-            train_and_save(run, status, hyperparameters, trackers)
+            train_and_save(run, status, trackers, hyperparameters)
 
 
 # ---- 2. the configuration -----------------------------------------------------------------------
@@ -427,16 +427,11 @@ def plan_run(run: PreparedRun, started: float) -> None:
 
 
 def make_trainer(
-    run: PreparedRun,
-    config: dict,
-    folder: Path,
-    callbacks: Sequence[TrainerCallback],
-    hyperparameters: dict | None = None,
+    run: PreparedRun, config: dict, folder: Path, callbacks: Sequence[TrainerCallback]
 ) -> LMTrainer:
     """Return the trainer of a run.
 
     `config` and `folder` are those of the run, except when time_limit.py times a few steps.
-    Trainer's own trackers get the `hyperparameters` of the run.
     """
     from babyllama.distillation.student import make_distillation_trainer
     from babyllama.training.arguments import training_arguments
@@ -447,7 +442,7 @@ def make_trainer(
         trainer_class = functools.partial(make_distillation_trainer, config, run.data.report)
     return trainer_class(
         model=run.model,
-        args=training_arguments(config, folder, run.execution.precision, hyperparameters),
+        args=training_arguments(config, folder, run.execution.precision),
         train_dataset=run.data.train,
         eval_dataset=run.data.held_out,
         processing_class=run.data.tokenizer,
@@ -462,7 +457,7 @@ def make_trainer(
 
 
 def train_and_save(
-    run: PreparedRun, status: ending.Status, hyperparameters: dict, trackers: list
+    run: PreparedRun, status: ending.Status, trackers: list, hyperparameters: dict
 ) -> None:
     """Train the model, then write and print the results.
 
@@ -484,10 +479,11 @@ def train_and_save(
         run.data.report.get("history", ()),
         trackers,
     )
-    watchers = [SaveWhenInterrupted(status)]
+    callbacks = [SaveWhenInterrupted(status)]
     if distributed.is_main():
-        watchers.insert(0, run_log)
-    trainer = make_trainer(run, config, run.run_dir, watchers, hyperparameters)
+        callbacks.insert(0, run_log)
+    trainer = make_trainer(run, config, run.run_dir, callbacks)
+    trainer.args.hyperparameters = hyperparameters
     word_counter = babylm.attach_word_counter(trainer, config, counts, run.data.budget)
 
     # train, from the checkpoint if there is one

@@ -32,7 +32,8 @@ M_MMAP_THRESHOLD = -3
 
 @functools.cache  # so that it warns once
 def pick_device(device: str | None = None) -> torch.device:
-    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" prefer a GPU.
+    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" are a GPU with
+    CUDA, or the CPU.
 
     If CUDA is requested but this machine has none, warn and fall back to the CPU: the same command
     then works on a laptop too. Any other device that does not exist is a ValueError.

@@ -65,13 +65,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _torch():
-    """Import torch, which takes seconds, at the first call that needs it, and return it."""
-    import torch
-
-    return torch
-
-
 def start() -> None:
     """Find the other processes, take a GPU if there is one, and silence all ranks except 0.
 
@@ -95,7 +88,8 @@ def start() -> None:
             )
 
     # give this process its GPU
-    torch = _torch()
+    import torch
+
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         n_gpus = torch.cuda.device_count()
@@ -143,7 +137,8 @@ def connect() -> None:
     """Join the process group, once all processes are ready to train."""
     if world_size() == 1:
         return
-    dist = _torch().distributed
+    import torch.distributed as dist
+
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(seconds=_group.timeout)
@@ -161,7 +156,8 @@ def connect() -> None:
 def stop() -> None:
     """Leave the process group, at the end of a run."""
     if _group.store:
-        dist = _torch().distributed
+        import torch.distributed as dist
+
         _group.ended.set()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -171,7 +167,9 @@ def stop() -> None:
 def seed_per_rank(seed: int) -> None:
     """Reseed all ranks except 0, so that each process draws its own dropout masks."""
     if not is_main():
-        _torch().manual_seed(seed + rank())
+        import torch
+
+        torch.manual_seed(seed + rank())
 
 
 # ---- rank 0 first, and errors that end all processes --------------------------------------------
@@ -292,22 +290,27 @@ def lost_process_error(error: RuntimeError) -> ConnectionError:
 def barrier() -> None:
     """Wait until all processes have reached this call."""
     if world_size() > 1:
-        _torch().distributed.barrier()
+        import torch.distributed as dist
+
+        dist.barrier()
 
 
 def all_reduce_sum(tensor):
     """Return the sum of a tensor over all processes; each of them gets it."""
     if world_size() > 1:
+        import torch.distributed as dist
+
         tensor = tensor.clone()
-        _torch().distributed.all_reduce(tensor)
+        dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(number: int) -> int:
     """Return the largest of the numbers of all processes, without waiting for their GPUs."""
     if world_size() > 1:
-        torch = _torch()
-        dist = torch.distributed
+        import torch
+        import torch.distributed as dist
+
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group.on_cpu)
         number = int(tensor)

@@ -258,6 +258,8 @@ def describe_environment(device: str | None = None) -> dict[str, str | None]:
     name = str(device or "auto")
     if torch.cuda.is_available() and name.startswith(("auto", "cuda")):
         device_name = torch.cuda.get_device_name(name.replace("auto", "cuda"))
+    elif name == "mps":
+        device_name = "Apple GPU"
     else:
         threads = torch.get_num_threads()
         device_name = f"CPU, {threads} thread{'s' * (threads > 1)}"

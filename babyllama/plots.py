@@ -268,7 +268,7 @@ def _draw_perplexity(axis, metrics: dict) -> None:
             f"{value:.4f}", (value, height), xytext=(0, 8), textcoords="offset points", ha="center"
         )
     axis.set_yticks(range(len(keys)), [key.replace("_", " ") for key in keys])
-    axis.set(xlabel="with 95 % interval", ylim=(-0.6, len(keys) - 0.4), xlim=(0, None))
+    axis.set(xlabel="with 95% interval", ylim=(-0.6, len(keys) - 0.4), xlim=(0, None))
     per_token = f"{metrics['perplexity']:,.2f} per token"
     per_word = f"{metrics['word_perplexity']:,.2f} per word"
     axis.set_title(f"perplexity {per_token}, {per_word}")
@@ -291,7 +291,7 @@ def _draw_domains(axis, metrics: dict) -> None:
     if metrics.get("bits_per_byte") is not None:
         axis.axvline(metrics["bits_per_byte"], color=ORANGE, lw=1.5)
         title += f"; all: {metrics['bits_per_byte']:.3f}"
-    axis.set(xlabel="bits per byte with 95 % interval", title=title)
+    axis.set(xlabel="bits per byte with 95% interval", title=title)
     axis.grid(False, axis="y")
 
 
@@ -346,7 +346,7 @@ def _draw_reliability(axis, metrics: dict) -> None:
     areas = [20 + 400 * b["count"] / total for b in bins]
 
     axis.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="perfect calibration")
-    axis.vlines(confidences, lows, highs, color=BLUE, lw=1.2, label="95 % interval")
+    axis.vlines(confidences, lows, highs, color=BLUE, lw=1.2, label="95% interval")
     axis.scatter(
         confidences,
         accuracies,
@@ -380,7 +380,7 @@ EVALUATION_PANELS = {
 
 
 def plot_comparison(rows: list[dict], path: Path) -> None:
-    """Draw bars with 95 % intervals: a group per task, a colour per model, marks at chance.
+    """Draw bars with 95% intervals: a group per task, a colour per model, marks at chance.
 
     A row has `task`, `model`, `metric`, `value`, `low`, `high` and `chance` (or None), up to 1.
     """
@@ -431,7 +431,7 @@ def plot_comparison(rows: list[dict], path: Path) -> None:
     # a score such as a correlation can be below 0
     lowest = min(row["low"] for row in rows)
     axis.set_ylim(lowest - 0.02 if lowest < 0 else 0, 1.08)
-    axis.set_ylabel("score with 95 % interval; dotted: chance")
+    axis.set_ylabel("score with 95% interval; dotted: chance")
     axis.grid(visible=False, axis="x")
     if len(models) > 1:
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

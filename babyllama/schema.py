@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from babyllama import architectures
 
-MUON_LR = 8e-3  # Muon's best learning rates are above AdamW's (docs/results.md)
+MUON_LR = 8e-3  # the highest learning rate that is usual with Muon
 TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # BabyLM: words of training text
 MAX_EPOCHS = 10  # in both tracks of BabyLM
 FFN_RATIOS = ", ".join(
@@ -167,7 +167,7 @@ class TrainingSection(Section):
     )
     cuda_graphs: bool = _key(
         "Record the forward and backward pass once and replay it (CUDA graphs); on one GPU, not "
-        "with fp16, teachers or gradient_checkpointing",
+        "with fp16, teachers, gradient_checkpointing, or GPT-J without compilation",
         True,
     )
     gradient_checkpointing: bool = _key(

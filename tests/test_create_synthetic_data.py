@@ -193,7 +193,7 @@ def test_floor_equals_the_mean_cost_by_the_inside_algorithm(complexity):
     assert abs(sum(excess) / len(excess)) < 4 * standard_error(excess)
     assert (
         standard_error(excess) / facts["bytes_per_document"] < 0.01 * floor
-    )  # sharp enough to notice 4 %
+    )  # sharp enough to notice 4%
     counts = {"bits": costs, "bytes": sizes, "words": [len(text.split()) for text, _ in sample]}
     for name, values in counts.items():
         assert abs(sum(values) / len(values) - facts[f"{name}_per_document"]) < 4 * standard_error(

@@ -388,9 +388,7 @@ def test_overlap_of_a_worked_example(run, raw, tmp_path, capsys):
         "places": ["dev/letters.dev 2"],
     }  # fmt: skip
     captured = capsys.readouterr()
-    assert (
-        "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667 %)" in captured.out
-    )
+    assert "1 of 3 documents of dev are in train, 2 of 3 runs of 13 words (66.667%)" in captured.out
     assert (
         "warning: dev documents in train, which inflate held-out scores: dev/letters.dev 2"
         in captured.err

@@ -65,9 +65,9 @@ def check_is_text(path: Path, block: str) -> None:
 
 
 def check_ratio(path: Path, n_characters: int, n_bytes: int) -> None:
-    """Raise ValueError if more text than can be meant came out of the bytes read so far."""
+    """Raise ValueError if far more text came out than bytes were read (a gzip bomb)."""
     if n_characters > max(SAFE_CHARS, MAX_RATIO * n_bytes):
         raise ValueError(
             f"{path}: its text is more than {MAX_RATIO} times as large as the file, which no real "
-            "text is; if it is meant, decompress it first"
+            "text is; if it is right, decompress it first"
         )

@@ -9,7 +9,7 @@ teacher_cache.py keeps their predictions on disk. train.py builds the student.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -187,19 +187,18 @@ class DistillationTrainer(LMTrainer):
         self._parts = torch.zeros(2, device=self.args.device)  # sums of ce_loss and kd_loss
         self._parts_since = None  # the step of the last row
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return what a batch contributes to the loss of its step, as in LMTrainer."""
+    def slice_inputs(self, inputs) -> Sequence[torch.Tensor]:
+        """Return the teachers' predictions for a batch."""
+        if self.ensemble is None:
+            return inputs["top_probs"], inputs["top_ids"]
+        return self.ensemble.logits(inputs["input_ids"])
+
+    def keep_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return the loss, the first of the parts (3,), and add up the nll and the KL."""
         if self._parts_since is None:
             self._parts_since = self.state.global_step
-        input_ids = inputs["input_ids"]
-        with self.accelerator.autocast():
-            if self.ensemble is None:
-                predictions = [inputs["top_probs"], inputs["top_ids"]]
-            else:
-                predictions = self.ensemble.logits(input_ids)
-            sums = self.loss(model, input_ids, *predictions) / num_items_in_batch  # loss, nll, KL
-        self._parts += sums[1:].detach()
-        return sums[0] * self.accelerator.num_processes
+        self._parts += parts[1:].detach()
+        return parts[0]
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._parts_since is not None:

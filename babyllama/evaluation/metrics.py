@@ -22,15 +22,15 @@ from sacrebleu.metrics import BLEU
 CALIBRATION_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
 RESAMPLES = 2000
 DOMINATING_CHANGE = 0.1  # of bits per byte, if a document is left out that dominates them
-CI95 = (2.5, 97.5)  # percentiles that bound a 95 % interval
-Z95 = statistics.NormalDist().inv_cdf(0.975)  # half width of a 95 % interval in standard errors
+CI95 = (2.5, 97.5)  # percentiles that bound a 95% interval
+Z95 = statistics.NormalDist().inv_cdf(0.975)  # half width of a 95% interval in standard errors
 
 
 # ---- intervals ----------------------------------------------------------------------------------
 
 
 def wilson(p: float, n: float) -> list[float]:
-    """Return the 95 % Wilson score interval of a proportion p of n trials (Wilson 1927).
+    """Return the 95% Wilson score interval of a proportion p of n trials (Wilson 1927).
 
     scipy's `binomtest` only accepts integer counts. Here a tie can count one half, and n can be an
     effective number of items.
@@ -46,7 +46,7 @@ def wilson(p: float, n: float) -> list[float]:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], Any], n: int, seed: int, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """Return the 95 % percentile interval (2,) of a statistic, or (2, K) of K statistics.
+    """Return the 95% percentile interval (2,) of a statistic, or (2, K) of K statistics.
 
     `statistic` maps the indices (n,) of resampled items to a number or to an array (K,). The
     interval is NaN for fewer than two items, and if the statistic is not finite in every resample.

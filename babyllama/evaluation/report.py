@@ -45,9 +45,9 @@ ASKS = {
     "global_piqa_parallel": "Which of four ways to do an everyday thing works?",
     "global_piqa_nonparallel": "Which of two ways to do an everyday thing works?",
     "reading": "How much of the time that people take to read a word does surprisal explain? "
-    "Chance is 0 %.",
+    "Chance is 0%.",
     "reading_with_space": "How much of the time that people take to read a word does the surprisal "
-    "of the word and its space explain? Chance is 0 %.",
+    "of the word and its space explain? Chance is 0%.",
     "ewok_2025": "Which of two sentences makes sense in a situation?",
     "entity_tracking_2025": "What is in a box after things were moved from box to box?",
     "wug_adj": "Does the model form nouns from made-up adjectives as people do? Chance is 0.",
@@ -237,7 +237,7 @@ def _row(task: str, model: str, metric: str, result: dict) -> dict[str, Any]:
 def text_report(document: dict) -> str:
     """Return the table and the overall scores for a terminal."""
     reference = document["comparison"].get("reference")
-    head = ["task", "model", "figure", "score", "95 % interval", "n", "chance", "ties", "baselines"]
+    head = ["task", "model", "figure", "score", "95% interval", "n", "chance", "ties", "baselines"]
     if reference:
         head.append(f"minus {reference}")
 

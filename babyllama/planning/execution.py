@@ -122,8 +122,8 @@ def pick_compile(training: dict[str, Any], seconds: float, precision: str) -> tu
     else:
         min_seconds = MIN_SECONDS_TO_COMPILE
     if seconds < min_seconds:
-        return False, "the run is too short to win back the time to compile"
-    return True, "the run is long enough to win back the time to compile"
+        return False, "the run is too short for compilation to pay off"
+    return True, "the run is long enough for compilation to pay off"
 
 
 def pick_cuda_graphs(config: dict, precision: str, compiled: bool) -> tuple[bool, str]:

@@ -99,8 +99,8 @@ def choose_max_steps(
     )
     if n_steps < 1:
         raise ValueError(
-            f"training.max_minutes: {minutes:g}: not one step fits: {figures}; allow more time, or "
-            "lower data.eval_samples"
+            f"training.max_minutes: {minutes:g} is too short for a single step: {figures}; "
+            "allow more time, or lower data.eval_samples"
         )
     log.info("training.max_minutes: %g: %d steps fit: %s", minutes, n_steps, figures)
     return min(n_steps, plan.steps)

@@ -90,7 +90,7 @@ def received_signal() -> int:
 def deferred_signals() -> Iterator[None]:
     """Let the block finish if a signal comes, then raise Interrupted.
 
-    Only a second signal that is Ctrl-C is not deferred: somebody sits there and is in a hurry.
+    Only a second signal that is Ctrl-C is not deferred: the user wants to stop at once.
     """
     _state.deferred = True
     try:

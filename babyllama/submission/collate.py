@@ -426,7 +426,7 @@ def _mean(parts: Sequence[Part]) -> Part:
 
 
 def _correlation_interval(acquisition: dict | None) -> list[float]:
-    """Return the 95 % interval, in percent, of a correlation by Fisher's transformation."""
+    """Return the 95% interval, in percent, of a correlation by Fisher's transformation."""
     if not acquisition or acquisition["r"] is None or acquisition["n_words"] < 4:
         return []
     middle = math.atanh(min(max(acquisition["r"], -0.999999), 0.999999))

@@ -102,7 +102,7 @@ def score_predictions(
 def summarize(
     labels: np.ndarray, predictions: np.ndarray, settings: GlueTask, seed: int
 ) -> dict[str, Any]:
-    """Return all scores, and the score of the task's metric with its 95 % interval.
+    """Return all scores, and the score of the task's metric with its 95% interval.
 
     The interval is Wilson's for an accuracy, and a bootstrap over examples for F1. It does not
     cover the choice of the best epoch on the same examples, nor the seed.

@@ -1,6 +1,6 @@
 """Translate a configuration into Hugging Face's TrainingArguments.
 
-This is the only place where our keys become Trainer's. The comments explain the defaults that we
+LMTrainer adds early stopping and gradient checkpointing. The comments explain the defaults that we
 change.
 """
 
@@ -17,16 +17,8 @@ from babyllama import distributed
 from babyllama.config import flatten
 
 
-def training_arguments(
-    config: dict[str, Any],
-    run_dir: Path,
-    precision: str,
-    hyperparameters: dict[str, Any] | None = None,
-) -> TrainingArguments:
-    """Return the TrainingArguments of a run.
-
-    `hyperparameters` is what the trackers of logging.report_to record (run_hyperparameters).
-    """
+def training_arguments(config: dict[str, Any], run_dir: Path, precision: str) -> TrainingArguments:
+    """Return the TrainingArguments of a run."""
     training = config["training"]
     early_stopping = training["early_stopping_patience"] is not None
     n_workers = training["dataloader_num_workers"]
@@ -85,7 +77,7 @@ def training_arguments(
         # Trainer writes this into config.json; our forward passes turn the cache off themselves
         use_cache=True,
     )
-    arguments.hyperparameters = hyperparameters or config
+    arguments.hyperparameters = config  # train.py adds the plan
     return keep_one_gpu(arguments)
 
 

@@ -195,7 +195,7 @@ class BabyLMCallback(TrainerCallback):
         last_step = self.trainer.state.global_step
         kept_step = self.trainer.kept_step()
 
-        # list the checkpoints that the run has come to
+        # list the checkpoints that the run has reached
         checkpoints = []
         notes = []
         for target in self.targets:
@@ -283,9 +283,7 @@ def compliance_problems(record: dict[str, Any]) -> list[str]:
             f"the model learned from {record['words_counted']:,} words of text; "
             f"{record['track']} allows {record['words_allowed']:,}"
         )
-    if (
-        round(record["epochs"], 4) > record["epochs_allowed"]
-    ):  # Trainer's epoch is a sum of fractions
+    if record["epochs"] > record["epochs_allowed"]:
         problems.append(
             f"it was trained for {record['epochs']:.4g} epochs; BabyLM allows "
             f"{record['epochs_allowed']}"

@@ -17,7 +17,7 @@ import torch
 
 from babyllama.device import fast_dtype
 
-# wsd decays in this share of all steps. Hu et al. 2024 (MiniCPM) found 8 to 20 % enough.
+# wsd decays in this share of all steps. Hu et al. 2024 (MiniCPM) found 8 to 20% enough.
 WSD_DECAY = 0.2
 NEWTON_SCHULZ_STEPS = 5  # torch's default
 # Muon orthogonalizes at most this many weights together: 170 MB at the peak in float32
@@ -50,8 +50,10 @@ def schedule(training: dict[str, Any], total_steps: int) -> Callable[[int], floa
             decay = 1 - progress
         elif kind == "wsd":
             decay = min(1.0, max(0, total_steps - step) / max(1, WSD_DECAY * total_steps))
-        else:  # constant
+        elif kind == "constant":
             return 1.0
+        else:
+            raise ValueError(f"training.lr_scheduler: {kind!r} has no rule here")
         return min_factor + (1 - min_factor) * decay
 
     return factor

@@ -168,9 +168,18 @@ class LMTrainer(Trainer):
         every batch and process. CUDA graphs record this method too.
         """
         with self.accelerator.autocast():
-            nll = self.loss(model, inputs["input_ids"])
+            sums = self.loss(model, inputs["input_ids"], *self.slice_inputs(inputs))
+        loss = self.keep_parts(sums / num_items_in_batch)
         # DDP and FSDP average gradients over the processes, but the division has done that already
-        return nll / num_items_in_batch * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes
+
+    def slice_inputs(self, inputs) -> Sequence[torch.Tensor]:
+        """Return what the loss of a slice needs beside the chunks: nothing without teachers."""
+        return ()
+
+    def keep_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch; a subclass may have more parts, and keep them for the log."""
+        return parts
 
     def floating_point_ops(self, inputs) -> int:
         """Return 0, because nothing reads the figure, and Trainer would walk all modules for it."""
@@ -300,7 +309,7 @@ class LMTrainer(Trainer):
         run_dir = Path(self.args.output_dir)
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         if folder.is_symlink():
-            raise TrainingError(f"{folder} is a link; nothing is written through it. Delete it")
+            raise TrainingError(f"{folder} is a symlink; nothing is written through it. Delete it")
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier()  # wait until each process has written its random state

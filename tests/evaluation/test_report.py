@@ -134,7 +134,7 @@ class PageParser(HTMLParser):
 def test_the_table_marks_differences_that_may_be_noise():
     lines = text_report(make_document()).splitlines()
     header, first, second, third = lines[:4]
-    columns = "task model figure score 95 % interval n chance ties baselines"
+    columns = "task model figure score 95% interval n chance ties baselines"
     assert header.split() == f"{columns} minus run/checkpoint-100".split()
     assert "random 0.500 ~, shorter 0.400 ~" in first
     assert "0.600" in first

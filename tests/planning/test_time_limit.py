@@ -87,7 +87,7 @@ def test_seeds_with_the_same_time_are_seeds_of_one_run(finished):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"training__max_minutes": 1e-4}, "not one step fits"),
+        ({"training__max_minutes": 1e-4}, "too short for a single step"),
         ({"training__max_minutes": math.inf}, "training.max_minutes: inf is not allowed"),
         ({"training__max_minutes": 0}, "training.max_minutes: 0 is not allowed"),
     ],

@@ -262,9 +262,8 @@ def test_a_missing_package_is_one_line_before_any_text_is_read(
 
 def test_trainers_own_trackers_get_our_configuration(tmp_path, tokenizer_file, corpus_dir):
     config = check_config(tiny_config(tmp_path, tokenizer_file, corpus_dir))
-    arguments = training_arguments(
-        config, tmp_path, "fp32", hyperparameters={**config, "plan": {"steps": 9}}
-    )
+    arguments = training_arguments(config, tmp_path, "fp32")
+    arguments.hyperparameters = {**config, "plan": {"steps": 9}}
     recorded = arguments.to_dict()
     assert recorded["training.weight_decay"] == config["training"]["weight_decay"]
     assert recorded["plan.steps"] == 9
