@@ -5,10 +5,9 @@
 Run `make quickstart` first: it writes the text and the tokenizer. This is the path from a text file
 to the updates of the weights, and nothing else: one device, float32 (but Muon orthogonalizes in
 bf16 if the hardware is faster in it), and no Trainer, evaluation, checkpoint, cache or compilation.
-It ignores the keys of features it lacks, such as random_offset,
-document_mask, ema, max_minutes and distillation. The losses of LMTrainer on a CPU are the same to
-the last bit with training.precision=fp32, chunked_loss=false and compile=false; a test compares
-them.
+It ignores the keys of features it lacks, such as random_offset, document_mask, ema, max_minutes and
+distillation. The losses of LMTrainer on a CPU are the same to the last bit with
+training.precision=fp32, chunked_loss=false and compile=false; a test compares them.
 """
 
 from __future__ import annotations
