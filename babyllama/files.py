@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
 OWNER_FILE = ".lock-owner"  # names that process: its machine and its number
+DRAFT = ".draft"  # how temporary folders end, so that no hidden folder of the user's looks like one
 
 
 def default_cache_dir() -> Path:
@@ -53,7 +53,7 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=DRAFT)
         folder = stack.enter_context(folder)
         with contextlib.suppress(OSError):  # some network file systems have no locks
             stack.enter_context(filelock.FileLock(Path(folder, LOCK_FILE)))
@@ -72,8 +72,7 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 def drafts(folder: Path) -> list[Path]:
     """Return the temporary folders of atomic_write in a folder."""
-    hidden = sorted(folder.glob(".*.*/"))
-    return [path for path in hidden if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name)]
+    return sorted(folder.glob(f".*.????????{DRAFT}/"))
 
 
 def remove_abandoned_drafts(folder: Path) -> None:

@@ -19,7 +19,7 @@ from babyllama.cli import printable
 from babyllama.device import peak_memory_gb
 from babyllama.evaluation.generation import generate
 from babyllama.evaluation.report import enumeration, run_text
-from babyllama.files import write_json, write_text
+from babyllama.files import DRAFT, write_json, write_text
 from babyllama.model_dir import make_weights_readable
 from babyllama.plots import save_panels, training_panels
 from babyllama.runs.finished_run import describe_run
@@ -42,7 +42,7 @@ def save_model(run_dir: Path, model, tokenizer, run_log) -> None:
     Raise ValueError if the log is empty, because without it there is no speed and no curve to
     report. That happens if a finished run is resumed after somebody deleted its log.
     """
-    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".model.") as draft:
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".model.", suffix=DRAFT) as draft:
         model.save_pretrained(draft)
         make_weights_readable(Path(draft))
         tokenizer.save_pretrained(draft)

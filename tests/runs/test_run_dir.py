@@ -34,6 +34,16 @@ def test_a_directory_with_other_files_is_not_replaced(config_file, tmp_path, cap
     assert [p.name for p in (tmp_path / "models" / "tiny").iterdir()] == ["thesis.tex"]
 
 
+def test_hidden_files_of_the_user_stay(config_file, tmp_path):
+    folder = tmp_path / "models" / "tiny" / ".git.disabled"
+    folder.mkdir(parents=True)
+    files = [folder / "HEAD", folder.with_name(".gitkeep")]
+    for file in files:
+        file.write_text("mine")
+    assert train.main(["--config", str(config_file(training__max_steps=1))]) == 0
+    assert [file.read_text() for file in files] == ["mine", "mine"]
+
+
 def test_a_directory_locked_by_another_process_stays_untouched(finished_copy, capsys):
     config_path, run_dir = finished_copy
     back_to_checkpoint(run_dir)
