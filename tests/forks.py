@@ -44,6 +44,27 @@ def run_in_child(
     return code, errors.read_text().splitlines()
 
 
+class Fork:
+    """Take the place of subprocess.Popen for the command `python train.py ...`."""
+
+    def __init__(self, command: list[str], env: dict[str, str], **options):
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 99
+        try:
+            os.environ.update(env)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            code = train.main(command[2:])
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
 def acting_before(original: Callable, act: Callable[[], None], call: int = 1) -> Callable:
     """Return the function, which calls `act` at the start of its n-th call."""
     calls = 0

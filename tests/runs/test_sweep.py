@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, errors_of, rows_of
+from forks import Fork
 
 import train
 from babyllama.config import ConfigError, set_key
@@ -35,6 +37,12 @@ def run_sweep(config_file, tmp_path):
     run.file = sweep_file
     run.folder = tmp_path / "models" / "tiny-sweep"
     return run
+
+
+@pytest.fixture
+def forked(monkeypatch, finished):
+    """Fork this process for each run of a sweep; `finished` has imported torch into it."""
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=Fork))
 
 
 def read_rows(folder) -> list[dict]:
@@ -142,7 +150,7 @@ def test_the_command_of_a_point_keeps_the_other_flags(tmp_path):
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
+def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, forked, capfd):
     grid = {"training.lr": [1e-3, 5e-3], "model.n_layer": [2]}
     assert run_sweep(grid, "--dry-run") == 0
     assert "tiny-lr0.005-n_layer2: training.lr=0.005, model.n_layer=2" in capfd.readouterr().out
@@ -188,7 +196,8 @@ def test_a_sweep_trains_every_point_and_shows_a_table(run_sweep, capfd):
 
     # a point is trained like the same configuration without a sweep
     alone = ["--lr", "5e-3", "--set", "model.n_layer=2", "--model-name", "alone"]
-    assert train.main([*run_sweep.arguments[:2], *alone]) == 0
+    script = [sys.executable, str(ROOT / "train.py")]
+    subprocess.run([*script, *run_sweep.arguments[:2], *alone], check=True)
     point_weights = (run_sweep.folder / rows[1]["name"] / "model.safetensors").read_bytes()
     alone_weights = (run_sweep.folder.parent / "alone" / "model.safetensors").read_bytes()
     assert point_weights == alone_weights
@@ -207,7 +216,7 @@ def make_unfinished(run_dir) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
+def test_unfinished_runs_are_resumed_or_restarted(run_sweep, forked):
     grid = {"training.seed": [1, 2]}
     first = run_sweep.folder / "tiny-seed1"
     second = run_sweep.folder / "tiny-seed2"
@@ -237,7 +246,7 @@ def test_unfinished_runs_are_resumed_or_restarted(run_sweep):
     assert (first / "model.safetensors").read_bytes() == weights[0]
 
 
-def test_seeds_are_trained_and_summarized(run_sweep, capfd):
+def test_seeds_are_trained_and_summarized(run_sweep, forked, capfd):
     arguments = [*run_sweep.arguments[:2], "--num-epochs", "1", "--seeds", "3", "7"]
     folder = run_sweep.folder.with_name("tiny-seeds")
     assert train.main([*arguments, "--dry-run"]) == 0
@@ -367,7 +376,7 @@ def test_an_interrupted_sweep_saves_its_step(number, run_sweep, tmp_path):
     assert checkpoint_error(checkpoints(log.parent)[0]) is None, errors
 
 
-def test_a_failed_run_does_not_stop_the_others(run_sweep, corpus_dir, tmp_path, capfd):
+def test_a_failed_run_does_not_stop_the_others(run_sweep, forked, corpus_dir, tmp_path, capfd):
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "a.train").write_text("Only this.")
     grid = {"data.train_path": [str(tmp_path / "few"), str(corpus_dir / "train")]}
@@ -388,3 +397,4 @@ def test_a_crashed_run_shows_its_traceback_and_is_reported_with_its_exit_code(ca
     assert "RuntimeError: no memory" in capfd.readouterr().err
     silent = "import os; os._exit(7)"
     assert sweep.train_point([sys.executable, "-c", silent]) == "train.py ended with exit code 7"
+    assert sweep.train_point([sys.executable, "-c", ""]) is None
