@@ -492,45 +492,49 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     cli.log_to_stderr("%(message)s")
     log.setLevel(logging.INFO)
+    finished = f"{output_file(args)} holds the models that were finished, if any"
+    return cli.run_script(lambda: run(args), interrupted=f"interrupted; {finished}")
+
+
+def output_file(args: argparse.Namespace) -> Path:
+    """Return --output, or benchmark.json in the directory of a single model, or else here."""
     if args.output:
-        output = Path(args.output)
-    else:
-        folder = Path(args.models[0])
-        is_single = len(args.models) == 1 and folder.is_dir()
-        output = (folder if is_single else Path()) / "benchmark.json"
+        return Path(args.output)
+    folder = Path(args.models[0])
+    is_single = len(args.models) == 1 and folder.is_dir()
+    return (folder if is_single else Path()) / "benchmark.json"
 
-    def body() -> int:
-        # check everything before the first model is opened
-        tasks = select_tasks(args.benchmark_config, args.tasks)
-        cli.check_at_least(args, {"seed": 0})
-        if output.suffix != ".json" or output.is_dir():
-            raise ValueError(
-                f"--output {output} is not a .json file; the page and the chart get its name"
-            )
-        args.models = in_training_order(args.models)
-        names = short_names(args.models)  # raises ValueError if a model is named twice
-        check_results_file(output, "--output")
-        if not args.overwrite:
-            check_nothing_is_lost(output, names, tasks)
 
-        # only now import torch, which takes seconds
-        from babyllama.device import pick_device
-        from babyllama.evaluation.report import text_report
+def run(args: argparse.Namespace) -> int:
+    """Check the request, measure the models, print the report, and return the exit code."""
+    # check everything before the first model is opened
+    output = output_file(args)
+    tasks = select_tasks(args.benchmark_config, args.tasks)
+    cli.check_at_least(args, {"seed": 0})
+    if output.suffix != ".json" or output.is_dir():
+        raise ValueError(
+            f"--output {output} is not a .json file; the page and the chart get its name"
+        )
+    args.models = in_training_order(args.models)
+    names = short_names(args.models)  # raises ValueError if a model is named twice
+    check_results_file(output, "--output")
+    if not args.overwrite:
+        check_nothing_is_lost(output, names, tasks)
 
-        pick_device(args.device)  # raises ValueError for an unknown one
+    # only now import torch, which takes seconds
+    from babyllama.device import pick_device
+    from babyllama.evaluation.report import text_report
 
-        document, written = measure_models(args, tasks, output)
-        if document["results"]:
-            print(text_report(document))
-            print(f"\nresults: {', '.join(map(str, written))}")
-            last = list(document["models"].values())[-1]["path"]
-            command = ["python", "generate.py", last, "--prompt", "Once upon a time"]
-            print(f"next  {shlex.join(command)}")
-        return cli.EXIT_BAD_INPUT if document["failed"] else 0
+    pick_device(args.device)  # raises ValueError for an unknown one
 
-    return cli.run_script(
-        body, interrupted=f"interrupted; {output} holds the models that were finished, if any"
-    )
+    document, written = measure_models(args, tasks, output)
+    if document["results"]:
+        print(text_report(document))
+        print(f"\nresults: {', '.join(map(str, written))}")
+        last = list(document["models"].values())[-1]["path"]
+        command = ["python", "generate.py", last, "--prompt", "Once upon a time"]
+        print(f"next  {shlex.join(command)}")
+    return cli.EXIT_BAD_INPUT if document["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -568,12 +568,12 @@ def print_summary(content: dict, output_dir: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit code."""
     args = make_parser().parse_args(argv)
+    return run_script(lambda: run(args))
 
-    def body() -> int:
-        print_summary(create_synthetic_data(**vars(args)), args.output_dir)
-        return 0
 
-    return run_script(body)
+def run(args: argparse.Namespace) -> None:
+    """Write the files and print a summary."""
+    print_summary(create_synthetic_data(**vars(args)), args.output_dir)
 
 
 if __name__ == "__main__":

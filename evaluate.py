@@ -631,16 +631,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     log_to_stderr()
     return run_script(
-        lambda: run(parser, args), memory_advice="use a smaller --batch-size, or another --device"
+        lambda: run(args), memory_advice="use a smaller --batch-size, or another --device"
     )
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Check the request, evaluate, write the JSON file and the plots, and print the report."""
+    parser = make_parser()
     for name in REPORT_FLAGS:
         if args.surprisal and getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")

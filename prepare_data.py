@@ -65,7 +65,7 @@ REPAIRS = (
 ROW = "{:<18} {:>9} {:>12} {:>13} {:>12} {:>9} {:>9}"
 
 
-def prepare_and_print(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Prepare the data, print a summary, and return the exit code."""
     manifest, new_splits = prepare(args)
     for split in new_splits:
@@ -597,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
     return run_script(
-        lambda: prepare_and_print(args),
+        lambda: run(args),
         interrupted="interrupted; the output directory is unchanged",
         memory_advice="close other programs",
     )

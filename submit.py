@@ -299,17 +299,19 @@ def main(argv: list[str] | None = None) -> int:
     for name in (__name__, "babyllama.submission"):
         logging.getLogger(name).setLevel(logging.INFO)
 
-    def body() -> int:
-        if args.check:
-            return check_file(args.check)
-        if None in (args.run, args.eval_data, args.output):
-            raise ValueError("submit.py needs RUN, --eval-data DIR and --output DIR (or --check)")
-        args.stages = select_stages(args)
-        if args.push:
-            hub.check_repo_id(args.push)
-        return submit(args)
+    return cli.run_script(lambda: run(args), interrupted="interrupted; the same command continues")
 
-    return cli.run_script(body, interrupted="interrupted; the same command continues")
+
+def run(args: argparse.Namespace) -> int:
+    """Check a file of predictions, or check the request and submit; return the exit code."""
+    if args.check:
+        return check_file(args.check)
+    if None in (args.run, args.eval_data, args.output):
+        raise ValueError("submit.py needs RUN, --eval-data DIR and --output DIR (or --check)")
+    args.stages = select_stages(args)
+    if args.push:
+        hub.check_repo_id(args.push)
+    return submit(args)
 
 
 def submit(args: argparse.Namespace) -> int:

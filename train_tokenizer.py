@@ -52,7 +52,7 @@ MAX_VOCAB_SIZE = 1_000_000
 SAMPLE_BYTES = 4_000_000  # text kept in memory to measure bytes per token afterwards
 
 
-def train_and_print(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train the tokenizer, print a summary, and return the exit code."""
     files = find_files(args.data_dir, "train")
     summary = train_on_files(files, args.vocab_size, args.output, args.prefix_space)
@@ -257,7 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
-    return run_script(lambda: train_and_print(args), memory_advice="use less text")
+    return run_script(lambda: run(args), memory_advice="use less text")
 
 
 if __name__ == "__main__":
