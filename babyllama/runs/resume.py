@@ -17,7 +17,6 @@ from babyllama.files import read_json
 from babyllama.model_dir import check_weights
 from babyllama.runs.checkpoints import (
     checkpoint_step,
-    checkpoints,
     find_checkpoint,
     milestones,
     newest_intact_checkpoint,
@@ -137,9 +136,8 @@ def resolve_checkpoint(
 
     `resume` is the path of a checkpoint, "latest", or "auto", which starts a new run if there is no
     checkpoint to resume from. A run that was killed before its first checkpoint was complete has
-    nothing to lose, so it starts again without being asked. With "auto", so does a run that was
-    killed between saving its model and its metrics, if all its checkpoints are damaged. Of the
-    CHANGEABLE keys, those `allowed` may differ from those of the checkpoint.
+    nothing to lose, so it starts again without being asked. Of the CHANGEABLE keys, those `allowed`
+    may differ from those of the checkpoint.
 
     Raise ValueError if resuming would mix two different runs, or if a new run would replace an
     earlier one without --overwrite.
@@ -149,8 +147,7 @@ def resolve_checkpoint(
     intact = None
     if resume in (None, "auto") and not overwrite:
         intact = newest_intact_checkpoint(run_dir)
-    is_auto = resume == "auto"
-    if is_auto:
+    if resume == "auto":
         resume = str(intact) if intact else None
         if not intact and not has_results:
             return None
@@ -177,10 +174,6 @@ def resolve_checkpoint(
     if overwrite or not (intact or milestones(run_dir) or has_results):
         return None
     changes = config_diff(run_dir, config, report)
-    is_unfinished = not changes and not (run_dir / METRICS_FILE).exists()
-    if is_auto and is_unfinished and checkpoints(run_dir):  # all of them are damaged
-        log.warning("%s: no checkpoint is intact and there are no metrics: training again", run_dir)
-        return None
     state = ", ".join(changes.values()) or "same configuration, not finished"
     remedies = ["--overwrite to replace it", "or choose another --model-name"]
     if intact and changes.keys() <= FREE_ON_RESUME:

@@ -133,23 +133,6 @@ def test_auto_refuses_to_replace_another_finished_run(finished_copy, capsys):
     assert (run_dir / "model.safetensors").read_bytes() == weights
 
 
-def test_auto_trains_an_unfinished_run_again_if_all_its_checkpoints_are_damaged(
-    finished_copy, caplog
-):
-    config_path, run_dir = finished_copy
-    weights = (run_dir / "model.safetensors").read_bytes()
-    for folder in checkpoints(run_dir):
-        (folder / "model.safetensors").write_bytes(b"damaged")
-    (run_dir / METRICS_FILE).unlink()  # it was killed before it wrote them
-    assert train.main(["--config", str(config_path), "--lr", "1e-3", *AUTO]) == 2
-    assert train.main(["--config", str(config_path)]) == 2
-    assert (run_dir / "model.safetensors").read_bytes() == weights
-    assert train.main(["--config", str(config_path), *AUTO]) == 0
-    assert "no checkpoint is intact and there are no metrics: training again" in caplog.text
-    assert (run_dir / "model.safetensors").read_bytes() == weights
-    assert (run_dir / METRICS_FILE).is_file()
-
-
 @pytest.mark.promise(2)
 def test_a_damaged_newer_checkpoint_is_renamed_not_deleted(finished_copy):
     config_path, run_dir = finished_copy
