@@ -32,11 +32,11 @@ M_MMAP_THRESHOLD = -3
 
 @functools.cache  # so that it warns once
 def pick_device(device: str | None = None) -> torch.device:
-    """Return the device for "cpu", "cuda", "cuda:1" or "mps"; None and "auto" are a GPU with
-    CUDA, or the CPU.
+    """Return the device for "cpu", "cuda", "cuda:1" or "mps".
 
-    If CUDA is requested but this machine has none, warn and fall back to the CPU: the same command
-    then works on a laptop too. Any other device that does not exist is a ValueError.
+    None and "auto" take a GPU with CUDA, or else the CPU. If CUDA is requested but this machine has
+    none, warn and fall back to the CPU: the same command then works on a laptop too. Any other
+    device that does not exist is a ValueError.
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"  # exists in a folder while a process writes to it (exclusive_folder)
 OWNER_FILE = ".lock-owner"  # names that process: its machine and its number
-DRAFT = ".draft"  # how temporary folders end, so that no hidden folder of the user's looks like one
+DRAFT = "~"  # the end of a temporary folder's name, so that no hidden folder of the user's fits
 
 
 def default_cache_dir() -> Path:
@@ -72,7 +73,8 @@ def atomic_write(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 def drafts(folder: Path) -> list[Path]:
     """Return the temporary folders of atomic_write in a folder."""
-    return sorted(folder.glob(f".*.????????{DRAFT}/"))
+    name = re.compile(rf"\..+\.[a-z0-9_]{{8}}{DRAFT}")
+    return sorted(path for path in folder.glob(f".*{DRAFT}/") if name.fullmatch(path.name))
 
 
 def remove_abandoned_drafts(folder: Path) -> None:

@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> dict:
     left = USED_SHARE * 60 * args.minutes - (time.perf_counter() - STARTED) - END_SECONDS
     steps = int(left / step_seconds)
     if steps < 1:
-        raise SystemExit(f"error: --minutes {args.minutes:g}: not one step fits")
+        raise SystemExit(f"error: --minutes {args.minutes:g} is too short for a single step")
 
     # the clock stops for the held-out text, which only serves the curve
     started = time.perf_counter()

@@ -69,5 +69,5 @@ def check_ratio(path: Path, n_characters: int, n_bytes: int) -> None:
     if n_characters > max(SAFE_CHARS, MAX_RATIO * n_bytes):
         raise ValueError(
             f"{path}: its text is more than {MAX_RATIO} times as large as the file, which no real "
-            "text is; if it is right, decompress it first"
+            "text is; if it really is text, decompress it first"
         )

@@ -1,7 +1,7 @@
 """Translate a configuration into Hugging Face's TrainingArguments.
 
-LMTrainer adds early stopping and gradient checkpointing. The comments explain the defaults that we
-change.
+Early stopping and gradient checkpointing are set in LMTrainer. The comments explain the defaults
+that we change.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 def check_trackers(settings: dict[str, Any]) -> None:
     """Raise ValueError if a tracker of the logging section is not installed."""
     for package in ("wandb", "tensorboard"):
-        if settings[package] and find_spec(package) is None:
+        spec = find_spec(package) if settings[package] else None
+        # a folder of that name, such as W&B writes, is a spec without an origin
+        if settings[package] and (spec is None or spec.origin is None):
             raise ValueError(
                 f"logging.{package}: true, but {package} is not installed: "
                 "pip install -r requirements.txt"
@@ -46,11 +48,8 @@ def check_trackers(settings: dict[str, Any]) -> None:
         try:
             for make_callback in get_reporting_integration_callbacks(settings["report_to"]):
                 make_callback()
-        except (
-            ImportError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # not installed, or unknown to Trainer
+        # not installed, or unknown to Trainer
+        except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"logging.report_to: {error}") from None
 
 

@@ -458,7 +458,7 @@ def test_the_cache_is_keyed_by_content():
     moved = [{"path": "elsewhere", "sha256": "2"}, {"path": "a", "sha256": "1"}]
     assert cache_folder(make_key(8, teachers=moved)) == key
     retrained = [{"path": "a", "sha256": "9"}, {"path": "b", "sha256": "2"}]
-    changed_facts = [
+    changed_keys = [
         make_key(9),
         make_key(8, teachers=retrained),
         make_key(8, data="other"),
@@ -466,7 +466,7 @@ def test_the_cache_is_keyed_by_content():
         make_key(8, average="logits"),
         make_key(8, dtype="bfloat16"),
     ]
-    keys = {key, *map(cache_folder, changed_facts)}
+    keys = {key, *map(cache_folder, changed_keys)}
     assert len(keys) == 7
 
 

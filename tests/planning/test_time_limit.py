@@ -74,14 +74,14 @@ def test_timing_leaves_no_trace_and_happens_once(
 def test_seeds_with_the_same_time_are_seeds_of_one_run(finished):
     metrics = json.loads((finished[1] / METRICS_FILE).read_text())
 
-    def facts(seed, minutes, steps):
+    def identity(seed, minutes, steps):
         section = {"seed": seed, "max_minutes": minutes, "max_steps": steps}
         metrics["config"]["training"] |= section
         return seed_and_config(metrics)
 
-    assert facts(1, 0.3, 10) | {"seed": 2} == facts(2, 0.3, 11)
-    assert facts(1, 0.3, 10) != facts(1, 0.4, 10)
-    assert facts(1, None, 10) != facts(1, None, 11)
+    assert identity(1, 0.3, 10) | {"seed": 2} == identity(2, 0.3, 11)
+    assert identity(1, 0.3, 10) != identity(1, 0.4, 10)
+    assert identity(1, None, 10) != identity(1, None, 11)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(left, flags, conf
     elif left == "report only":
         (run_dir / DATA_REPORT_FILE).write_text("{}")
     else:
-        (run_dir / f".{CONFIG_FILE}.x7_2ab0k.draft").mkdir()
+        (run_dir / f".{CONFIG_FILE}.x7_2ab0k~").mkdir()
     assert train.main(["--config", str(path), *flags]) == 0
     assert (run_dir / METRICS_FILE).is_file()
     assert not list(run_dir.glob(f".{CONFIG_FILE}*"))

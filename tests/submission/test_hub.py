@@ -135,8 +135,10 @@ def hub(monkeypatch):
     hub = Hub()
     # the signatures are those of the real HfApi, so a call that it would refuse fails here too
     api = create_autospec(huggingface_hub.HfApi)
-    for name in ("create_repo", "repo_info", "list_repo_commits", "create_branch", "create_commit"):
-        getattr(api.return_value, name).side_effect = getattr(hub, name)
+    for name in dir(huggingface_hub.HfApi):
+        if not name.startswith("_") and callable(getattr(huggingface_hub.HfApi, name)):
+            answer = getattr(hub, name, AssertionError(f"{name}: Hub does not know it"))
+            getattr(api.return_value, name).side_effect = answer
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_stand_in")
     return hub

@@ -268,3 +268,16 @@ def test_trainers_own_trackers_get_our_configuration(tmp_path, tokenizer_file, c
     assert recorded["training.weight_decay"] == config["training"]["weight_decay"]
     assert recorded["plan.steps"] == 9
     assert "weight_decay" not in recorded
+
+
+def test_trainers_own_trackers_get_the_plan_of_a_run(config_file, monkeypatch):
+    trainers = []
+    make_trainer = train.make_trainer
+
+    def make_and_keep(*args):
+        trainers.append(make_trainer(*args))
+        return trainers[-1]
+
+    monkeypatch.setattr(train, "make_trainer", make_and_keep)
+    assert train.main(["--config", str(config_file(training__max_steps=2))]) == 0
+    assert trainers[-1].args.to_dict()["plan.steps"] == 2
