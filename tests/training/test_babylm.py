@@ -309,7 +309,7 @@ def test_a_resumed_run_has_the_checkpoints_of_an_uninterrupted_one(shop, spy, mo
     last = max(map(checkpoint_step, checkpoints(run_dir)))
     kept = {name: inode for name, inode in before.items() if crossed[name] <= last}
     assert 0 < len(kept) < len(before)
-    (run_dir / ".chck_9M.k1ll3d_0").mkdir()  # a process that was killed while it saved
+    (run_dir / ".chck_9M.k1ll3d_0~").mkdir()  # a process that was killed while it saved
     assert train.main([*RUN, "--resume-from-checkpoint", "latest"]) == 0
     assert [path.name for path in milestones(run_dir)] == list(crossed)
     assert not list(run_dir.glob(".*"))
@@ -334,7 +334,7 @@ def test_each_broken_rule_has_a_sentence():
         "words_allowed": 10_000_000,
         "words_counted": 10_000_000,
         "epochs_allowed": 10,
-        "epochs": 10.000000001,  # a sum of fractions
+        "epochs": 10.000000001,  # a rounding error
         "checkpoints": [{"name": "chck_1M", "there": True}],
         "other_words_learned_from": {"tokenizer.json": 0, "teacher": 77},
     }
