@@ -157,6 +157,7 @@ def write_cache(
         # measure what truncation loses, and record it
         ids.flush()
         probs.flush()
+        # existing caches have their key under "facts"
         about = {"facts": key, "bytes": n_bytes, "dropped_mass": dropped / (shape[0] * shape[1])}
         error = measure_error(CachedChunks(chunks, draft), ensemble, student)
         write_json(draft / ABOUT_FILE, about | error)

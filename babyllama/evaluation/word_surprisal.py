@@ -74,9 +74,10 @@ def word_surprisal(
     if not has_start_token(tokenizer):
         raise ValueError("the tokenizer has neither BOS nor EOS: the first word follows nothing")
 
-    # the last prediction of each sequence says if its last word ends; its target does not matter
     texts_of_ids = token_bytes(tokenizer)
     ends_word = _tokens_that_end_words(texts_of_ids, model.get_input_embeddings().weight.shape[0])
+
+    # the last prediction of each sequence says if its last word ends; its target does not matter
     sequences = encode(tokenizer, [text.strip() for text in texts])
     all_scores = ids_logprobs(
         model,
@@ -105,7 +106,7 @@ def word_surprisal(
 
 
 def _tokens_that_end_words(texts_of_ids: Sequence[bytes], vocab_size: int) -> np.ndarray:
-    """Return which tokens can only follow a complete word (V,); the docstring calls them B."""
+    """Return which tokens can only follow a complete word (V,): B in the module's docstring."""
     ends_word = np.zeros(max(vocab_size, len(texts_of_ids)), dtype=bool)
     for token_id, text in enumerate(texts_of_ids):
         ends_word[token_id] = not text or is_space(text)[0]

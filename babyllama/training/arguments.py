@@ -1,7 +1,7 @@
 """Translate a configuration into Hugging Face's TrainingArguments.
 
-Early stopping and gradient checkpointing are set in LMTrainer. The comments explain the defaults
-that we change.
+The comments explain the defaults that we change. LMTrainer itself adds early stopping and gradient
+checkpointing.
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ class NextTokenLoss:
     With `compile`, batches of `batch_size` chunks go through torch.compile. Other batches, such as
     the last one of an epoch, do not: torch would compile again for each new shape. With `chunked`,
     HeadLoss computes the output layer in slices, with matrix products in `dtype`; with_slice_loss
-    replaces the loss of a slice.
-    `document_bos_id` is the id of BOS if documents must not see each other.
+    replaces the loss of a slice. `document_bos_id` is the id of BOS if documents must not see each
+    other.
     """
 
     def __init__(

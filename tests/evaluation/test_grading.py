@@ -112,11 +112,11 @@ def reading_items(n=60):
     items = []
     scores = []
     for i in range(n):
-        facts = dict(zip(READING_FIELDS, rng.normal(3, 1, 9).tolist(), strict=True))
+        human_data = dict(zip(READING_FIELDS, rng.normal(3, 1, 9).tolist(), strict=True))
         if i == 7:
-            facts["RTgopast"] = math.nan
+            human_data["RTgopast"] = math.nan
         count = 1 if i % 10 == 0 else 2  # the first word of a text has no word before it
-        items.append(Item("reading", ("",) * count, ("w",) * count, human_data=facts))
+        items.append(Item("reading", ("",) * count, ("w",) * count, human_data=human_data))
         scores += (-rng.gamma(4, 1, count)).tolist()
     return items, np.array(scores)
 
