@@ -199,11 +199,16 @@ def held_out_nats(model, chunks) -> float:
     return nats
 
 
-def seconds_per_step(args: argparse.Namespace, tokenizer, chunks) -> float:
-    """Time a few steps of a model that is thrown away."""
+def steps_that_fit(args: argparse.Namespace, tokenizer, chunks) -> int:
+    """Time a few steps of a model that is thrown away; return how many fit in the time left."""
     clock = make_clock(TIMED_SHARE * 60 * args.minutes)
     make_trainer(args, tokenizer, chunks, TIMED_STEPS, clock).train()
-    return (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+    step_seconds = (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+    left = USED_SHARE * 60 * args.minutes - (time.perf_counter() - STARTED) - END_SECONDS
+    steps = int(left / step_seconds)
+    if steps < 1:
+        raise SystemExit(f"error: --minutes {args.minutes:g} is too short for a single step")
+    return steps
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -216,11 +221,7 @@ def run(args: argparse.Namespace) -> dict:
     chunks = make_chunks(documents, tokenizer)
     tokenized = time.perf_counter() - STARTED
 
-    step_seconds = seconds_per_step(args, tokenizer, chunks)
-    left = USED_SHARE * 60 * args.minutes - (time.perf_counter() - STARTED) - END_SECONDS
-    steps = int(left / step_seconds)
-    if steps < 1:
-        raise SystemExit(f"error: --minutes {args.minutes:g} is too short for a single step")
+    steps = args.steps or steps_that_fit(args, tokenizer, chunks)
 
     # the clock stops for the held-out text, which only serves the curve
     started = time.perf_counter()
@@ -243,7 +244,6 @@ def run(args: argparse.Namespace) -> dict:
         "words": round(tokens * words / (len(chunks) * CONTEXT)),
         "seconds": seconds,
         "seconds_to_tokens": tokenized,
-        "seconds_per_step": step_seconds,
         "lr": args.lr,
         "bf16": args.bf16,
     }
@@ -256,6 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dev", type=Path, required=True, help="folder of held-out text")
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--minutes", type=float, default=30.0, help="time (default 30)")
+    parser.add_argument("--steps", type=int, help="instead of as many as fit in the time")
     parser.add_argument("--lr", type=float, default=3e-4, help="peak (default 3e-4)")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--seed", type=int, default=42, help="of weights and order (default 42)")

@@ -146,6 +146,8 @@ def race_plain(
     run_dir.mkdir(parents=True)
     arguments = ["--train", data / "train", "--dev", data / "dev", "--output", run_dir]
     arguments += ["--minutes", args.minutes - seconds / 60, "--seed", args.seed, *flags]
+    if args.plain_steps:
+        arguments += ["--steps", args.plain_steps]
     figures = run_child(str(ROOT / "experiments/plain_trainer.py"), [*map(str, arguments)])
     curve = read_json(run_dir / "curve.json")
     for point in curve:
@@ -259,6 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--contestants", nargs="+", choices=CONTESTANTS, default=default, help="who")
     default = [3e-4, 1e-3, 2e-3, 4e-3]
     add("--lrs", type=float, nargs="+", default=default, help="that tuned tries")
+    add("--plain-steps", type=int, help="of plain and tuned, instead of as many as fit in the time")
     add("--seed", type=int, default=42, help="of the models (default 42)")
     default = sys.maxsize
     add("--passages", type=int, default=default, help="of held-out text (default all)")

@@ -156,6 +156,18 @@ def test_race_measures_finished_contestants(
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_race_chooses_the_best_learning_rate_of_the_plain_script(script, corpus_dir, tmp_path):
+    rates = ["1e-3", "1e-9"]
+    options = ["--data", str(corpus_dir), "--output", str(tmp_path), "--contestants", "tuned"]
+    assert script("race").main([*options, "--plain-steps", "3", "--lrs", *rates]) == 0
+    tuned = json.loads((tmp_path / "race.json").read_text())["tuned"]
+    assert tuned["lr"] == 1e-3 and tuned["steps"] == 3
+    ends = [json.loads((tmp_path / f"tuned-{lr}" / "curve.json").read_text())[-1] for lr in
+            ("0.001", "1e-09")]  # fmt: skip
+    assert ends[0]["bits_per_byte"] < ends[1]["bits_per_byte"]
+    assert tuned["curve"][-1] == ends[0]
+
+
 @pytest.mark.slow
 def test_race_trains_and_measures_both(script, corpus_dir, blimp, tmp_path, capsys, monkeypatch):
     race = script("race")
