@@ -189,7 +189,9 @@ def build_loss(config: dict, bos_token_id: int, precision: str, compile: bool) -
     """Return the loss to train with."""
     training = config["training"]
     chunked = training["chunked_loss"]
-    if chunked == "auto":
+    if "distillation" in config:
+        chunked = True
+    elif chunked == "auto":
         chunked = not torch.cuda.is_available()
     return NextTokenLoss(
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,

@@ -43,6 +43,12 @@ def test_the_estimate_adds_up_weights_gradients_and_optimizer(config_file, token
     tokens = config["training"]["batch_size"] * config["data"]["seq_length"]
     assert parts["logits"] == 8 * tokens * len(tokenizer)
 
+    # with teachers the loss works in slices, whatever the key says
+    loss = build_loss({**config, "distillation": {}}, 1, precision="fp32", compile=False)
+    in_slices = estimate_memory(config, model, loss)
+    loss = build_loss(load_config(str(config_file(training__chunked_loss=True))), 1, "fp32", False)
+    assert in_slices["logits"] == estimate_memory(config, model, loss)["logits"] != parts["logits"]
+
 
 @pytest.mark.slow
 def test_the_measured_peak_is_within_a_fifth_of_the_estimate(config_file, tmp_path):
