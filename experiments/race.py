@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         check_at_least(args, {"minutes": 0, "seed": 0, "passages": 1})
+        if args.plain_steps is not None:
+            check_at_least(args, {"plain_steps": 1})
         folder = args.raw or args.data
         for path in (folder / "train", folder / "dev", *([args.blimp] if args.blimp else [])):
             if not path.is_dir():

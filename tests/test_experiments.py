@@ -156,16 +156,21 @@ def test_race_measures_finished_contestants(
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_race_refuses_a_number_of_steps_below_one(script, capsys):
+    assert script("race").main(["--plain-steps", "0"]) == 2
+    assert "--plain-steps 0 must be 1 or more" in capsys.readouterr().err
+
+
 def test_race_chooses_the_best_learning_rate_of_the_plain_script(script, corpus_dir, tmp_path):
     rates = ["1e-9", "1e-3"]  # the best is not the first
     options = ["--data", str(corpus_dir), "--output", str(tmp_path), "--contestants", "tuned"]
     assert script("race").main([*options, "--plain-steps", "3", "--lrs", *rates]) == 0
     tuned = json.loads((tmp_path / "race.json").read_text())["tuned"]
     assert tuned["lr"] == 1e-3 and tuned["steps"] == 3
-    ends = [json.loads((tmp_path / f"tuned-{lr}" / "curve.json").read_text())[-1] for lr in
-            ("0.001", "1e-09")]  # fmt: skip
-    assert ends[0]["bits_per_byte"] < ends[1]["bits_per_byte"]
-    assert tuned["curve"][-1] == ends[0]
+    best = json.loads((tmp_path / "tuned-0.001" / "curve.json").read_text())
+    other = json.loads((tmp_path / "tuned-1e-09" / "curve.json").read_text())
+    assert best[-1]["bits_per_byte"] < other[-1]["bits_per_byte"]
+    assert tuned["curve"][-1] == best[-1]
 
 
 @pytest.mark.slow

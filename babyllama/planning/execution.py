@@ -190,7 +190,7 @@ def build_loss(config: dict, bos_token_id: int, precision: str, compile: bool) -
     training = config["training"]
     chunked = training["chunked_loss"]
     if "distillation" in config:
-        chunked = True
+        chunked = True  # the loss with teachers always works in slices
     elif chunked == "auto":
         chunked = not torch.cuda.is_available()
     return NextTokenLoss(
